@@ -1,0 +1,33 @@
+"""fnn: feed-forward nets in JAX whose backward pass you can see, check and change."""
+
+from fnn import activations as activations
+from fnn import losses as losses
+from fnn import per_example as per_example
+from fnn import rules as rules
+from fnn._check import key as key
+from fnn._types import Layer as Layer
+from fnn._types import Loss as Loss
+from fnn._types import Rule as Rule
+from fnn.activations import elementwise as elementwise
+from fnn.backprop import factors as factors
+from fnn.backprop import mean_loss as mean_loss
+from fnn.backprop import value_and_grad as value_and_grad
+from fnn.backprop import with_manual_vjp as with_manual_vjp
+from fnn.checks import check_layer as check_layer
+from fnn.checks import check_loss as check_loss
+from fnn.checks import compare_gradients as compare_gradients
+from fnn.combinators import repeat as repeat
+from fnn.combinators import residual as residual
+from fnn.combinators import serial as serial
+from fnn.layers import dense as dense
+from fnn.layers import embedding as embedding
+from fnn.layers import layer_norm as layer_norm
+from fnn.layers import rms_norm as rms_norm
+from fnn.nets import collapse as collapse
+from fnn.nets import mlp as mlp
+from fnn.nets import summary as summary
+from fnn.train import History as History
+from fnn.train import NonFiniteError as NonFiniteError
+from fnn.train import evaluate as evaluate
+from fnn.train import fit as fit
+from fnn.train import fit_many as fit_many

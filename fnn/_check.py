@@ -1,0 +1,90 @@
+"""Checks of arguments: by shape and dtype while tracing, by value where data enters. Each error says what came and how to mend it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def is_array(name: str, value: Any) -> None:
+    """Raises a TypeError unless `value` is a JAX or NumPy array (or a tracer, or a shape)."""
+    if not (hasattr(value, "shape") and hasattr(value, "dtype")):
+        raise TypeError(f"`{name}` must be an array, got {type(value).__name__}. Convert it: `jnp.asarray({name})`.")
+
+
+def is_float(name: str, value: Any) -> None:
+    """Raises a TypeError unless `value` is an array of floating-point numbers."""
+    is_array(name, value)
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        raise TypeError(f"`{name}` must hold floating-point numbers, got {value.dtype}. Convert it: `{name}.astype(jnp.float32)`.")
+
+
+def canonical_dtype(value: Any) -> Any:
+    """The dtype `value` has inside JAX (a NumPy float64 array is float32 there unless x64 is on)."""
+    return jax.dtypes.canonicalize_dtype(value.dtype)
+
+
+def same_dtype(name: str, value: Any, other_name: str, other: Any) -> None:
+    """Raises a TypeError unless both arrays have one dtype: `fnn` never promotes in silence."""
+    got, expected = canonical_dtype(value), canonical_dtype(other)
+    if got != expected:
+        raise TypeError(
+            f"`{name}` is {got} but `{other_name}` is {expected}; mixtures are not promoted. "
+            f"Cast one: `{name}.astype({other_name}.dtype)`, or the params by `jax.tree.map(lambda p: p.astype({name}.dtype), params)`."
+        )
+
+
+def positive(name: str, value: Any, *, whole: bool = False) -> None:
+    """Raises unless `value` is a finite number above zero (a whole one, where `whole`)."""
+    kinds = (int, np.integer) if whole else (int, float, np.number)
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        raise TypeError(f"`{name}` must be {'a whole number' if whole else 'a number'} above 0, got {value!r} ({type(value).__name__}).")
+    if not (np.isfinite(value) and value > 0):
+        raise ValueError(f"`{name}` must be above 0 and finite, got {value!r}.")
+
+
+def key(seed: int) -> jax.Array:
+    """`jax.random.key(seed)` for 0 <= seed < 2**32; other seeds would silently repeat one of these.
+
+    Raises:
+        TypeError, ValueError: the seed is no whole number, or out of range.
+
+    >>> key(0).shape
+    ()
+    """
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)):
+        raise TypeError(f"`seed` must be a whole number, got {seed!r} ({type(seed).__name__}).")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"`seed` must be in 0 ... 2**32 - 1, got {seed}; JAX keeps 32 bits, so it would equal seed {seed % 2**32}.")
+    return jax.random.key(seed)
+
+
+def is_key(name: str, value: Any) -> None:
+    """Raises a TypeError unless `value` is one typed PRNG key."""
+    if not (hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jax.dtypes.prng_key)):
+        raise TypeError(f"`{name}` must be a key from `jax.random.key(seed)`, got {value!r}.")
+
+
+def one_of(kind: str, name: Any, choices: Iterable[str]) -> None:
+    """Raises a ValueError that offers the nearest choice unless `name` is one of `choices`."""
+    choices = list(choices)
+    if name not in choices:
+        near = difflib.get_close_matches(str(name), choices, n=1, cutoff=0.5)
+        mend = f"Did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"Unknown {kind} {name!r}. {mend}Known: {', '.join(choices)}.")
+
+
+def finite(name: str, value: Any) -> None:
+    """Raises a ValueError that names the first row and column unless every number of a concrete array is finite."""
+    if not jnp.issubdtype(value.dtype, jnp.inexact) or bool(jnp.isfinite(value).all()):
+        return
+    bad = np.argwhere(~np.isfinite(np.asarray(value, dtype=np.float64)))
+    row, rest = int(bad[0][0]) if bad[0].size else 0, tuple(int(i) for i in bad[0][1:])
+    where = f"row {row}" + (f", column {rest[0] if len(rest) == 1 else rest}" if rest else "")
+    number = np.asarray(value)[tuple(bad[0])]
+    raise ValueError(f"`{name}` has {number} at {where} ({len(bad)} non-finite of {value.size}). Remove or impute such rows first.")

@@ -1,0 +1,196 @@
+"""Backprop from a net and a loss: `loss.grad` starts it, the net's own `backward` carries it, a reducer says what is kept.
+
+Lecture 004 eqs 21-28 with samples as rows. The 1/m of its dW and db enters once, here, with the example weights:
+`dy = loss.grad(outputs, targets) * weights / sum(weights)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fnn import _check
+from fnn._types import Array, Layer, Loss, Params
+from fnn.factors import keep
+
+
+def value_and_grad(net: Layer, loss: Loss) -> Callable[..., tuple[Array, Params]]:
+    """The mean loss and its gradient, by the hand-written backward passes.
+
+    Args:
+        net: any layer.
+        loss: any loss that takes its outputs.
+
+    Returns:
+        A pure function `(params, x, targets, weights=None) -> (value, grads)` for `jax.jit`. `x` is `[batch, ...]`;
+        `weights` is `[batch]`, not negative: the value is `sum(weights * loss) / sum(weights)`, so weight 0 is padding
+        (all zero: the value and the gradient are 0). Means accumulate in float32 at least. `grads` is a tree like `params`.
+
+    Raises:
+        TypeError, ValueError: net or loss are something else; at the call, shapes or dtypes do not fit.
+
+    Source: lecture 004 eqs 21-28; 003 for the mean (empirical risk).
+
+    >>> from fnn import losses, mlp
+    >>> net = mlp((3, 4, 2))
+    >>> params = net.init(jax.random.key(0))
+    >>> value, grads = jax.jit(value_and_grad(net, losses.l2_loss))(params, jnp.ones((5, 3)), jnp.zeros((5, 2)))
+    >>> jax.tree.map(jnp.shape, grads)
+    ((Dense(w=(3, 4), b=(4,)), ()), Dense(w=(4, 2), b=(2,)))
+    """
+    check_net_and_loss(net, loss)
+
+    def manual_value_and_grad(params: Params, x: Array, targets: Array, weights: Array | None = None) -> tuple[Array, Params]:
+        outputs, residuals, values = _forward(net, loss, params, x, targets)
+        share = _shares(values, weights)
+        dy = loss.grad(outputs, targets)
+        dy = dy * (share if weights is None else _per_row(share.astype(dy.dtype), dy))
+        return weighted_mean(values, weights), net.backward(params, residuals, dy)[0]
+
+    return manual_value_and_grad
+
+
+def factors(net: Layer, loss: Loss) -> Callable[..., tuple[Array, Any]]:
+    """Every example's loss, and its gradient as factors: the first *source* for `fnn.per_example`.
+
+    Args:
+        net: any layer.
+        loss: any loss that takes its outputs.
+
+    Returns:
+        A pure function `(params, x, targets) -> (values [batch], factors)`: a tree like `params` with a factor for every
+        array. The factors are those of each example's own loss; no 1/batch is in them.
+
+    >>> from fnn import losses, mlp
+    >>> net = mlp((3, 2))
+    >>> source = factors(net, losses.l2_loss)
+    >>> values, tree = source(net.init(jax.random.key(0)), jnp.ones((5, 3)), jnp.zeros((5, 2)))
+    >>> tree[-1].w.a.shape, tree[-1].w.dz.shape
+    ((5, 3), (5, 2))
+    """
+    check_net_and_loss(net, loss)
+
+    def source(params: Params, x: Array, targets: Array) -> tuple[Array, Any]:
+        outputs, residuals, values = _forward(net, loss, params, x, targets)
+        return values, net.backward(params, residuals, loss.grad(outputs, targets), keep)[0]
+
+    return source
+
+
+def with_manual_vjp(net: Layer) -> Callable[[Params, Array], Array]:
+    """`net.apply` with the hand-written backward as its derivative, for use inside somebody's `jax.grad`.
+
+    Args:
+        net: any layer.
+
+    Returns:
+        A function `(params, x) -> outputs`. Reverse mode only: `jax.jvp` of it raises, as of any `jax.custom_vjp`.
+
+    >>> from fnn import mlp
+    >>> net = mlp((3, 2))
+    >>> f = with_manual_vjp(net)
+    >>> jax.grad(lambda p: f(p, jnp.ones((1, 3))).sum())(net.init(jax.random.key(0)))[-1].b
+    Array([1., 1.], dtype=float32)
+    """
+    apply = jax.custom_vjp(net.apply)
+
+    def forward(params: Params, x: Array) -> tuple[Array, Any]:
+        y, residuals = net.forward(params, x)
+        return y, (params, residuals)
+
+    def backward(kept: tuple[Params, Any], dy: Array) -> tuple[Params, Array]:
+        params, residuals = kept
+        return net.backward(params, residuals, dy)
+
+    apply.defvjp(forward, backward)
+    return apply
+
+
+def mean_loss(net: Layer, loss: Loss) -> Callable[..., Array]:
+    """The scalar whose gradient `value_and_grad` is, `(params, x, targets, weights=None) -> value`, for `jax.grad`.
+
+    >>> from fnn import losses, mlp
+    >>> net = mlp((3, 2))
+    >>> mean_loss(net, losses.l2_loss)(net.init(jax.random.key(0)), jnp.zeros((5, 3)), jnp.ones((5, 2)))
+    Array(1., dtype=float32)
+    """
+    check_net_and_loss(net, loss)
+
+    def value(params: Params, x: Array, targets: Array, weights: Array | None = None) -> Array:
+        _, _, values = _forward(net, loss, params, x, targets)
+        return weighted_mean(values, weights)
+
+    return value
+
+
+def check_net_and_loss(net: Any, loss: Any) -> None:
+    """Raises a TypeError unless the two are a `Layer` and a `Loss`."""
+    if not isinstance(net, Layer):
+        raise TypeError(f"`net` must be a Layer, got {net!r}. Make one by `fnn.mlp` or `fnn.serial`.")
+    if not isinstance(loss, Loss):
+        raise TypeError(f"`loss` must be a Loss, got {loss!r}. Use one of `fnn.losses`; by name: `fnn.losses.get(name)`.")
+
+
+def _forward(net: Layer, loss: Loss, params: Params, x: Array, targets: Array) -> tuple[Array, Any, Array]:
+    """Outputs, residuals, and the loss of every example."""
+    _check.is_array("x", x)
+    _check.is_array("targets", targets)
+    if x.ndim < 1 or targets.ndim < 1:
+        raise ValueError(
+            f"`x` {tuple(x.shape)} and `targets` {tuple(targets.shape)} must have a batch axis. "
+            "One example? Pass `x[None]`, `targets[None]`."
+        )
+    if x.shape[0] != targets.shape[0]:
+        raise ValueError(f"`x` has {x.shape[0]} rows but `targets` has {targets.shape[0]}.")
+    if x.shape[0] == 0:
+        raise ValueError(f"`x` is an empty batch, shape {tuple(x.shape)}: the mean loss of no example is undefined.")
+    outputs, residuals = net.forward(params, x)
+    if outputs.ndim < 1 or outputs.shape[0] != x.shape[0]:
+        raise ValueError(f"`x` has shape {tuple(x.shape)}; expected [batch, features]. One example? Pass `x[None]`.")
+    values = loss.value(outputs, targets)
+    if values.shape != x.shape[:1]:
+        raise ValueError(
+            f"{loss.name}: `value` must return one number per example, shape {x.shape[:1]}, got {values.shape}. Sum over the outputs."
+        )
+    return outputs, residuals, values
+
+
+def weighted_mean(values: Array, weights: Array | None = None) -> Array:
+    """The mean over the first axis, `sum(weights * values) / sum(weights)`: the one place where a batch is averaged.
+
+    Args:
+        values: `[batch, ...]`.
+        weights: `[batch]`, not negative; None weighs all alike. All zero gives 0.
+
+    Returns:
+        `[...]` in the dtype of `values`, accumulated in float32 at least.
+
+    Raises:
+        TypeError, ValueError: `weights` is no array, or not one per example.
+
+    >>> weighted_mean(jnp.array([1.0, 3.0, 100.0]), jnp.array([1.0, 1.0, 0.0]))
+    Array(2., dtype=float32)
+    """
+    share = _shares(values, weights)
+    wide = values.astype(jnp.promote_types(values.dtype, jnp.float32))
+    return (wide * (share if weights is None else _per_row(share, wide))).sum(0).astype(values.dtype)
+
+
+def _shares(values: Array, weights: Array | None) -> Any:
+    """What each example counts for in the mean: the number 1/batch, or `weights / sum(weights)` as `[batch]`."""
+    if weights is None:
+        return 1.0 / values.shape[0]
+    _check.is_array("weights", weights)
+    if weights.shape != values.shape[:1]:
+        raise ValueError(f"`weights` has shape {tuple(weights.shape)}, expected {tuple(values.shape[:1])}: one per example.")
+    w = jnp.asarray(weights).astype(jnp.promote_types(values.dtype, jnp.float32))
+    whole = w.sum()
+    return w / jnp.where(whole > 0, whole, jnp.ones_like(whole))
+
+
+def _per_row(share: Array, dy: Array) -> Array:
+    """`[batch]` as `[batch, 1, ...]`."""
+    return share.reshape(-1, *(1,) * (dy.ndim - 1))

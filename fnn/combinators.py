@@ -1,0 +1,148 @@
+"""Combinators: layers made of layers. Each returns a `Layer`, so they nest."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from fnn import _check
+from fnn._types import Array, Key, Layer
+from fnn.factors import is_factor, total
+
+
+def serial(*layers: Layer) -> Layer:
+    """Layers one after the other: the output of each is the input of the next.
+
+    Args:
+        *layers: any layers, themselves `serial` or not.
+
+    Returns:
+        A layer whose params are the tuple of its layers' params.
+
+    Raises:
+        TypeError: something is no `Layer`. ValueError: at the call, `params` are those of another net.
+
+    >>> from fnn import activations, dense
+    >>> net = serial(dense(4, 8), activations.relu, dense(8, 2))
+    >>> jax.tree.map(jnp.shape, net.init(jax.random.key(0)))
+    (Dense(w=(4, 8), b=(8,)), (), Dense(w=(8, 2), b=(2,)))
+    """
+    for i, layer in enumerate(layers):
+        if not isinstance(layer, Layer):
+            raise TypeError(f"`layers[{i}]` must be a Layer, got {layer!r}. An activation's name? Use `fnn.activations.get(name)`.")
+
+    def init(key: Key) -> tuple[Any, ...]:
+        return tuple(layer.init(k) for layer, k in zip(layers, jax.random.split(key, len(layers)), strict=True))
+
+    def forward(params: tuple[Any, ...], x: Array) -> tuple[Array, tuple[Any, ...]]:
+        _check_chain(layers, params)
+        kept = []
+        for layer, p in zip(layers, params, strict=True):
+            x, residuals = layer.forward(p, x)
+            kept.append(residuals)
+        return x, tuple(kept)
+
+    def backward(params: tuple[Any, ...], residuals: tuple[Any, ...], dy: Array, reduce: Any = total) -> tuple[tuple[Any, ...], Array]:
+        _check_chain(layers, params)
+        grads = []
+        for layer, p, r in zip(reversed(layers), reversed(params), reversed(residuals), strict=True):
+            g, dy = layer.backward(p, r, dy, reduce)
+            grads.append(g)
+        return tuple(reversed(grads)), dy
+
+    return Layer("serial", init, forward, backward, layers)
+
+
+def repeat(layer: Layer, n: int) -> Layer:
+    """`n` copies of a layer, each with its own parameters, under one `lax.scan`: compile time does not grow with depth.
+
+    Args:
+        layer: maps `[..., features]` to the same shape and dtype.
+        n: how many, at least 1.
+
+    Returns:
+        A layer whose params are the layer's own, stacked on a leading axis of `n`.
+
+    Raises:
+        ValueError: at the call, the layer changes the shape, or `params` are not stacked `n` times.
+
+    >>> from fnn import activations, dense
+    >>> net = repeat(serial(dense(4, 4), activations.tanh), 3)
+    >>> jax.tree.map(jnp.shape, net.init(jax.random.key(0)))
+    (Dense(w=(3, 4, 4), b=(3, 4)), ())
+    """
+    _check.positive("n", n, whole=True)
+    name = f"repeat({layer.name}, {n})"
+
+    def init(key: Key) -> Any:
+        return jax.vmap(layer.init)(jax.random.split(key, n))
+
+    def forward(params: Any, x: Array) -> tuple[Array, Any]:
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+            if leaf.shape[:1] != (n,):
+                at = f"params{jax.tree_util.keystr(path)}"
+                raise ValueError(f"{name}: {at} has shape {leaf.shape}, expected a leading axis of {n}. Params of another net?")
+
+        def body(x: Array, p: Any) -> tuple[Array, Any]:
+            y, residuals = layer.forward(p, x)
+            _check_same_shape(name, x, y)
+            return y, residuals
+
+        return lax.scan(body, jnp.asarray(x), params, length=n)
+
+    def backward(params: Any, residuals: Any, dy: Array, reduce: Any = total) -> tuple[Any, Array]:
+        def body(dy: Array, kept: tuple[Any, Any]) -> tuple[Array, Any]:
+            grads, dx = layer.backward(*kept, dy, reduce)
+            return dx, grads
+
+        dx, grads = lax.scan(body, dy, (params, residuals), length=n, reverse=True)
+        return jax.tree.map(reduce.stack, grads, is_leaf=is_factor), dx
+
+    return Layer(name, init, forward, backward, (layer,))
+
+
+def residual(layer: Layer) -> Layer:
+    """The layer plus its input, `y = x + layer(x)`.
+
+    Args:
+        layer: maps `[..., features]` to the same shape.
+
+    Returns:
+        A layer with the same params.
+
+    Raises:
+        ValueError: at the call, the layer changes the shape.
+
+    Source: He, Zhang, Ren, Sun (2015), arXiv:1512.03385.
+
+    >>> from fnn import activations
+    >>> residual(activations.identity).apply((), jnp.array([[3.0]]))
+    Array([[6.]], dtype=float32)
+    """
+    name = f"residual({layer.name})"
+
+    def forward(params: Any, x: Array) -> tuple[Array, Any]:
+        y, residuals = layer.forward(params, x)
+        _check_same_shape(name, x, y)
+        return x + y, residuals
+
+    def backward(params: Any, residuals: Any, dy: Array, reduce: Any = total) -> tuple[Any, Array]:
+        grads, dx = layer.backward(params, residuals, dy, reduce)
+        return grads, dy + dx  # the sum copies dy to both of its terms
+
+    return Layer(name, layer.init, forward, backward, (layer,))
+
+
+def _check_chain(layers: tuple[Layer, ...], params: Any) -> None:
+    if not isinstance(params, tuple) or len(params) != len(layers):
+        came = f"{len(params)} entries" if isinstance(params, tuple) else type(params).__name__
+        names = ", ".join(layer.name for layer in layers)
+        raise ValueError(f"serial({names}): `params` must be a tuple of {len(layers)}, got {came}. Params of another net?")
+
+
+def _check_same_shape(name: str, x: Any, y: Any) -> None:
+    if x.shape != y.shape or x.dtype != y.dtype:
+        raise ValueError(f"{name}: the layer inside must keep the shape, but maps {x.shape} {x.dtype} to {y.shape} {y.dtype}.")

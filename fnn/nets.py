@@ -1,0 +1,128 @@
+"""Whole nets: `mlp`, the table `summary`, and `collapse`, which multiplies a linear net out."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.nn.initializers import he_normal, zeros
+
+from fnn import _check, activations
+from fnn._types import Layer, Params
+from fnn.combinators import serial
+from fnn.layers import Dense, Initializer, dense
+
+
+def mlp(
+    sizes: Sequence[int], activation: str | Layer = "relu", *, kernel_init: Initializer = he_normal(), bias_init: Initializer | None = zeros
+) -> Layer:
+    """A multi-layer perceptron: a `serial` of blocks `dense, activation`, and a last block that is linear (logits).
+
+    Args:
+        sizes: `(inputs, hidden, ..., outputs)`, at least two numbers above 0.
+        activation: a name out of `ACTIVATIONS`, or a layer.
+        kernel_init, bias_init: as for `dense`.
+
+    Returns:
+        A layer from `[..., sizes[0]]` to `[..., sizes[-1]]`; `params[l][0].w` is hidden block `l`'s weight and
+        `params[-1].w` the last one's.
+
+    Raises:
+        TypeError, ValueError: fewer than two sizes, a size that is not a whole number above 0, an unknown activation.
+
+    Source: lecture 003 (z_i = sigma(W_i z_{i-1} + b_i)), 004 eqs 21-28.
+
+    >>> net = mlp((784, 512, 10), activation="relu")
+    >>> net.apply(net.init(jax.random.key(0)), jnp.zeros((2, 784))).shape
+    (2, 10)
+    """
+    if isinstance(sizes, (int, str)) or len(sizes) < 2:
+        raise ValueError(f"`sizes` must hold at least two sizes, (inputs, ..., outputs), got {sizes!r}.")
+    for i, size in enumerate(sizes):
+        _check.positive(f"sizes[{i}]", size, whole=True)
+    layers = [dense(m, n, kernel_init=kernel_init, bias_init=bias_init) for m, n in itertools.pairwise(sizes)]
+    blocks = [serial(layer, activations.get(activation)) for layer in layers[:-1]]
+    return serial(*blocks, layers[-1])
+
+
+def summary(net: Layer, input_shape: Sequence[int], *, dtype: Any = jnp.float32) -> str:
+    """A table of every layer with its output shape and number of parameters. Computes no array.
+
+    Args:
+        net: any layer.
+        input_shape: shape of `x`, with or without a batch axis.
+        dtype: dtype of `x`; a whole-number one for a net that begins with an embedding.
+
+    Returns:
+        The table as text, one line a layer, indented by nesting.
+
+    >>> print(summary(mlp((784, 64, 10)), (32, 784)))
+    layer                output shape    parameters
+    serial               (32, 10)            50,890
+      serial             (32, 64)            50,240
+        dense(784, 64)   (32, 64)            50,240
+        relu             (32, 64)                 0
+      dense(64, 10)      (32, 10)               650
+    """
+    rows: list[tuple[str, str, str]] = []
+
+    def visit(layer: Layer, x: Any, depth: int) -> Any:
+        params = jax.eval_shape(layer.init, jax.eval_shape(jax.random.key, 0))
+        y = jax.eval_shape(layer.apply, params, x)
+        count = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
+        rows.append(("  " * depth + layer.name, str(y.shape), f"{count:,}"))
+        for inner in layer.layers:
+            x = visit(inner, x, depth + 1)
+        return y
+
+    visit(net, jax.ShapeDtypeStruct(tuple(input_shape), dtype), 0)
+    width = max(len(name) for name, _, _ in rows) + 3
+    table = [("layer", "output shape", "parameters"), *rows]
+    return "\n".join(f"{name:<{width}}{shape:<15}{count:>11}" for name, shape, count in table)
+
+
+def collapse(params: Params) -> Dense:
+    """The one dense layer that a net of dense layers without activations amounts to: `w = w_1 w_2 ... w_n`, b accumulated.
+
+    Args:
+        params: params of a `serial`, `mlp` or `repeat` whose only parameters are `Dense`, in order.
+
+    Returns:
+        `Dense(w=[in, out], b=[out])` such that `x @ w + b` is the net's output where every activation is the identity.
+
+    Raises:
+        ValueError: no dense layer, other parameters than dense ones, or sizes that do not chain.
+
+    Source: lectures 002, 003 (linear collapse): W_n ... W_1 x + b is one matrix.
+
+    >>> net = mlp((3, 5, 2), "identity")
+    >>> collapse(net.init(jax.random.key(0))).w.shape
+    (3, 2)
+    """
+    w, b = None, None
+    for i, layer in enumerate(_dense_layers(params)):
+        bias = jnp.zeros(layer.w.shape[-1:], layer.w.dtype) if layer.b is None else layer.b
+        if w is None or b is None:
+            w, b = layer.w, bias
+        elif w.shape[1] != layer.w.shape[0]:
+            raise ValueError(f"`params`: dense layer {i} takes {layer.w.shape[0]} features but the one before gives {w.shape[1]}.")
+        else:
+            w, b = w @ layer.w, b @ layer.w + bias
+    if w is None or b is None:
+        raise ValueError("`params` hold no Dense layer: there is nothing to collapse.")
+    return Dense(w, b)
+
+
+def _dense_layers(params: Params) -> list[Dense]:
+    """The dense layers of a tree in order; those that `repeat` stacked one by one."""
+    found: list[Dense] = []
+    for node in jax.tree.leaves(params, is_leaf=lambda p: isinstance(p, Dense)):
+        if not isinstance(node, Dense):
+            raise ValueError(f"`params` hold an array of shape {jnp.shape(node)} outside a Dense layer: only dense layers collapse.")
+        stacked = node.w.ndim == 3
+        found += [jax.tree.map(lambda leaf, i=i: leaf[i], node) for i in range(len(node.w))] if stacked else [node]
+    return found

@@ -1,0 +1,29 @@
+"""The same gradient by JAX's own reverse mode: what `backprop` is held against."""
+
+from __future__ import annotations
+
+import jax
+
+from fnn._types import Layer, Loss, Rule
+from fnn.backprop import mean_loss
+from fnn.rules.backprop import stateless
+
+
+def autodiff(net: Layer, loss: Loss) -> Rule:
+    """The gradient of the mean loss by `jax.value_and_grad`; uses `net.apply` and `loss.value` alone.
+
+    Args:
+        net: any layer.
+        loss: any loss that takes its outputs.
+
+    Returns:
+        A rule without state.
+
+    Raises:
+        TypeError: `net` is no Layer or `loss` no Loss.
+
+    >>> import fnn
+    >>> autodiff(fnn.mlp((3, 2)), fnn.losses.l2_loss)
+    autodiff
+    """
+    return stateless("autodiff", net, loss, jax.value_and_grad(mean_loss(net, loss)))

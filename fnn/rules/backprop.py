@@ -1,0 +1,44 @@
+"""Backpropagation, by the hand-written backward passes.
+
+    dz_L = dE/dz_L,    dz_l = (dz_{l+1} w_{l+1}^T) (.) f'(z_l),    dw_l = a_{l-1}^T dz_l,    db_l = sum over the batch of dz_l
+
+Source: Rumelhart, Hinton, Williams (1986), doi:10.1038/323533a0; lectures 001 and 004 eqs 21-28.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fnn._types import Array, Layer, Loss, Params, Rule
+from fnn.backprop import value_and_grad
+
+
+def backprop(net: Layer, loss: Loss) -> Rule:
+    """The gradient of the mean loss, by `net.backward`.
+
+    Args:
+        net: any layer.
+        loss: any loss that takes its outputs.
+
+    Returns:
+        A rule without state.
+
+    Raises:
+        TypeError: `net` is no Layer or `loss` no Loss.
+
+    >>> import jax, jax.numpy as jnp, fnn
+    >>> net = fnn.mlp((3, 2))
+    >>> rule = backprop(net, fnn.losses.l2_loss)
+    >>> params = net.init(jax.random.key(0))
+    >>> value, grads, state = rule.value_and_grad(params, rule.init(jax.random.key(1), params), jnp.ones((5, 3)), jnp.ones((5, 2)))
+    """
+    return stateless("backprop", net, loss, value_and_grad(net, loss))
+
+
+def stateless(name: str, net: Layer, loss: Loss, function: Any) -> Rule:
+    """A rule without state from `(params, x, targets, weights) -> (value, grads)`."""
+
+    def with_state(params: Params, state: Any, x: Array, targets: Array, weights: Array | None = None) -> tuple[Array, Params, Any]:
+        return *function(params, x, targets, weights), state
+
+    return Rule(name, lambda key, params: (), with_state, net.apply, loss)

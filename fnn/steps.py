@@ -1,0 +1,196 @@
+"""One step, and one epoch as a `lax.scan`: what `fit` is made of, as pure functions for a loop of one's own.
+
+Any `Rule` and any optax optimiser go into the same loop. Source: lecture 002 (SGD), 004 (training loop).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from fnn._types import Array, Key, Params, Rule
+from fnn.backprop import weighted_mean
+from fnn.data import check_data, padded, shuffled_batches, take
+
+
+class TrainState(NamedTuple):
+    """All that one step changes."""
+
+    params: Params
+    optimizer: Any  # the optax state
+    rule: Any  # the rule's state
+
+
+def init(rule: Rule, optimizer: optax.GradientTransformation, params: Params, key: Key) -> TrainState:
+    """The state before the first step.
+
+    >>> import fnn
+    >>> net = fnn.mlp((3, 2))
+    >>> init(fnn.rules.backprop(net, fnn.losses.l2_loss), optax.sgd(0.1), net.init(jax.random.key(0)), jax.random.key(1)).rule
+    ()
+    """
+    return TrainState(params, optimizer.init(params), rule.init(key, params))
+
+
+def step(rule: Rule, optimizer: optax.GradientTransformation) -> Callable[..., tuple[TrainState, Array]]:
+    """One update.
+
+    Args:
+        rule: any rule.
+        optimizer: any optax optimiser.
+
+    Returns:
+        A pure function `(state, x, targets, weights=None) -> (state, value)` for `jax.jit`.
+
+    >>> import fnn
+    >>> net, optimizer = fnn.mlp((3, 2)), optax.sgd(0.1)
+    >>> rule = fnn.rules.backprop(net, fnn.losses.l2_loss)
+    >>> state = init(rule, optimizer, net.init(jax.random.key(0)), jax.random.key(1))
+    >>> state, value = jax.jit(step(rule, optimizer))(state, jnp.ones((5, 3)), jnp.ones((5, 2)))
+    """
+    update = _step_with_grads(rule, optimizer)
+
+    def one_step(state: TrainState, x: Array, targets: Array, weights: Array | None = None) -> tuple[TrainState, Array]:
+        state, value, _ = update(state, x, targets, weights)
+        return state, value
+
+    return one_step
+
+
+def epoch(rule: Rule, optimizer: optax.GradientTransformation, batch_size: int) -> Callable[..., tuple[TrainState, Array, Array]]:
+    """One pass over shuffled data under `lax.scan`; the last, incomplete batch is filled up with examples of weight 0.
+
+    Args:
+        rule: any rule.
+        optimizer: any optax optimiser.
+        batch_size: examples per step.
+
+    Returns:
+        A pure function `(state, key, x, targets, weights=None) -> (state, losses [steps], mean loss)` for `jax.jit`. The
+        mean is over examples, by their weights, not over batches.
+    """
+    one_step = step(rule, optimizer)
+
+    def one_epoch(state: TrainState, key: Key, x: Array, targets: Array, weights: Array | None = None) -> tuple[TrainState, Array, Array]:
+        batches = shuffled_batches(key, x.shape[0], batch_size)
+
+        def body(state: TrainState, batch: tuple[Array, Array | None]) -> tuple[TrainState, tuple[Array, Array]]:
+            rows, w = batch_of(batch, weights)
+            state, value = one_step(state, take(x, rows), take(targets, rows), w)
+            return state, (value, jnp.ones((), jnp.float32) if w is None else w.sum())
+
+        state, (losses, counts) = lax.scan(body, state, batches)
+        return state, losses, weighted_mean(losses, counts)
+
+    return one_epoch
+
+
+def batch_of(batch: tuple[Array, Array | None], weights: Array | None) -> tuple[Array, Array | None]:
+    """The rows of a batch, and their weights: the user's, 0 where a row only fills up; None where neither is."""
+    rows, present = batch
+    if weights is None:
+        return rows, present
+    w = take(weights, rows)
+    return rows, w if present is None else w * present.astype(w.dtype)
+
+
+def _step_with_grads(rule: Rule, optimizer: optax.GradientTransformation) -> Callable[..., tuple[TrainState, Array, Params]]:
+    def update(state: TrainState, x: Array, targets: Array, weights: Array | None = None) -> tuple[TrainState, Array, Params]:
+        value, grads, rule_state = rule.value_and_grad(state.params, state.rule, x, targets, weights)
+        updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
+        return TrainState(optax.apply_updates(state.params, updates), optimizer_state, rule_state), value, grads
+
+    return update
+
+
+class NonFiniteStep(Exception):
+    """Raised inside an epoch, for `fit` to pass on: the losses of its steps so far, the parameters before the bad step, the bad leaf."""
+
+    def __init__(self, losses: list[Array], params: Params, leaf: str) -> None:
+        self.losses, self.params, self.leaf = losses, params, leaf
+
+
+# Compiled functions are kept per rule and optimiser, so that a second `fit` with the same ones does not compile again.
+@functools.lru_cache(maxsize=64)
+def _epoch_function(rule: Rule, optimizer: optax.GradientTransformation, batch_size: int) -> Callable[..., Any]:
+    one_epoch = epoch(rule, optimizer, batch_size)
+
+    def checked(state: TrainState, *data: Any) -> tuple[TrainState, Array, Array, Array]:
+        state, losses, mean = one_epoch(state, *data)
+        return state, losses, mean, jnp.isfinite(losses).all() & _all_finite(state.params)
+
+    return jax.jit(checked)
+
+
+@functools.lru_cache(maxsize=64)
+def _step_function(rule: Rule, optimizer: optax.GradientTransformation) -> Callable[..., Any]:
+    update = _step_with_grads(rule, optimizer)
+
+    def checked(state: TrainState, *batch: Any) -> tuple[TrainState, Array, Params, Array]:
+        state, value, grads = update(state, *batch)
+        return state, value, grads, jnp.isfinite(value) & _all_finite(state.params)
+
+    return jax.jit(checked)
+
+
+def run_arrays(
+    rule: Rule, optimizer: Any, state: TrainState, data: Any, e: int, key: Key, batch_size: int
+) -> tuple[TrainState, Array, Array]:
+    """One epoch over arrays; where it does not stay finite, the same epoch step by step to find where."""
+    after, losses, mean, finite = _epoch_function(rule, optimizer, batch_size)(state, key, *data)
+    if bool(finite):
+        return after, losses, mean
+    x, targets, weights = data
+    index, present = shuffled_batches(key, x.shape[0], batch_size)
+    batches = (batch_of((index[i], None if present is None else present[i]), weights) for i in range(len(index)))
+    _careful_steps(rule, optimizer, state, ((take(x, rows), take(targets, rows), w) for rows, w in batches))
+    return after, losses, mean  # step by step it stays finite: rounding differs; a later epoch decides
+
+
+def run_iterable(
+    rule: Rule, optimizer: Any, state: TrainState, data: Any, e: int, key: Key, batch_size: int
+) -> tuple[TrainState, Array, Array]:
+    """One epoch over an iterable of batches, each checked as it enters."""
+    batches = data(e) if callable(data) else data
+    if isinstance(batches, Iterable):
+        whole = (check_data(rule, state.params, batch, name="batch") for batch in batches)
+        state, losses, counts = _careful_steps(rule, optimizer, state, (padded(batch, batch_size) for batch in whole))
+        if losses:
+            return state, jnp.stack(losses), weighted_mean(jnp.stack(losses), jnp.stack(counts))
+        raise ValueError(
+            f"`data` gave no batch in epoch {e}. A generator can be gone through only once: pass a list, or a function of the epoch."
+        )
+    raise TypeError(f"`data` must be a tuple of arrays or an iterable of such tuples, got {type(data).__name__}.")
+
+
+def _careful_steps(rule: Rule, optimizer: Any, state: TrainState, batches: Iterable[Any]) -> tuple[TrainState, list[Array], list[Array]]:
+    """Steps one by one, each checked; raises `NonFiniteStep` at the first that is not."""
+    one_step = _step_function(rule, optimizer)
+    losses: list[Array] = []
+    counts: list[Array] = []
+    for x, targets, weights in batches:
+        after, value, grads, finite = one_step(state, x, targets, weights)
+        losses.append(value)
+        counts.append(jnp.float32(len(x)) if weights is None else jnp.asarray(weights).sum())
+        if not bool(finite):
+            raise NonFiniteStep(losses, state.params, _first_bad_leaf({"grads": grads, "params": after.params}))
+        state = after
+    return state, losses, counts
+
+
+def _all_finite(tree: Any) -> Array:
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)] or [jnp.array(True)]).all()
+
+
+def _first_bad_leaf(trees: dict[str, Any]) -> str:
+    for name, tree in trees.items():
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            if not bool(jnp.isfinite(leaf).all()):
+                return name + jax.tree_util.keystr(path)
+    return "none: the loss alone"
