@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.flatten_util import ravel_pytree
 
 from fnn import _check
 from fnn._types import Array, Key, Layer, Loss, Params
@@ -58,9 +59,8 @@ class GradientReport(NamedTuple):
         wide = max([len(leaf.path) for leaf in self.leaves] + [4])
         lines = [f"{'leaf':<{wide}}  {'shape':<14}{'max |m - a|':>12}{'rel. error':>12}{'cosine':>12}  exact"]
         for leaf in self.leaves:
-            note = (
-                "" if leaf.against_float64 is None else "   against float64: manual {:.1e}, automatic {:.1e}".format(*leaf.against_float64)
-            )
+            truth = leaf.against_float64
+            note = "" if truth is None else f"   against float64: manual {truth[0]:.1e}, automatic {truth[1]:.1e}"
             lines.append(
                 f"{leaf.path:<{wide}}  {leaf.shape!s:<14}{leaf.max_difference:>12.2e}{leaf.relative_error:>12.2e}"
                 f"{leaf.cosine:>12.8f}  {'yes' if leaf.exact else 'no'}{note}"
@@ -70,9 +70,7 @@ class GradientReport(NamedTuple):
         for name, cost in (("manual", self.manual), ("automatic", self.automatic)):
             lines.append(f"{name:<22}{cost.flops:>14,.0f}{cost.bytes_accessed:>16,.0f}{cost.temporary_bytes:>17,}")
         verdict = "agree" if self.passed else "DIFFER"
-        lines.append(
-            f"manual and automatic gradients {verdict} (tolerance {self.tolerance:.0e}); losses differ by {self.value_difference:.1e}"
-        )
+        lines.append(f"manual and automatic {verdict} (tolerance {self.tolerance:.0e}); losses differ by {self.value_difference:.1e}")
         return "\n".join(lines)
 
 
@@ -226,12 +224,10 @@ def check_loss(loss: Loss, outputs: Any, targets: Any, *, key: Key) -> CheckRepo
         return _three_checks(loss.name, lambda y: loss.value(y, targets), (outputs,), cotangent, (pulled,), jax.random.fold_in(key, 2))
 
 
-def _three_checks(
-    name: str, f: Callable[..., Array], point: tuple[Any, ...], cotangent: Array, pulled: tuple[Any, ...], key: Key
-) -> CheckReport:
+def _three_checks(name: str, f: Callable[..., Array], point: Any, cotangent: Array, pulled: Any, key: Key) -> CheckReport:
     """Tests that `pulled` is J^T cotangent for the Jacobian J of `f` at `point`."""
-    flat, unravel = jax.flatten_util.ravel_pytree(point)
-    ours = np.asarray(jax.flatten_util.ravel_pytree(pulled)[0])
+    flat, unravel = ravel_pytree(point)
+    ours = np.asarray(ravel_pytree(pulled)[0])
 
     def scalar(z: Array) -> Array:  # <f(z), c>
         return (f(*unravel(z)) * cotangent).sum()
@@ -243,7 +239,7 @@ def _three_checks(
     left, right = slope(direction), float(ours @ np.asarray(direction))  # <J t, c> and <t, J^T c>
     scale = max(float(np.linalg.norm(ours)), 1e-8)
     _, pullback = jax.vjp(f, *point)
-    automatic = np.asarray(jax.flatten_util.ravel_pytree(pullback(cotangent))[0])
+    automatic = np.asarray(ravel_pytree(pullback(cotangent))[0])
     some = np.asarray(jax.random.permutation(jax.random.fold_in(key, 1), flat.size))[:64]
     numeric = np.array([slope(jnp.zeros_like(flat).at[i].set(1)) for i in some])
     return CheckReport(
