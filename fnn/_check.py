@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -42,10 +43,17 @@ def same_dtype(name: str, value: Any, other_name: str, other: Any) -> None:
 def positive(name: str, value: Any, *, whole: bool = False) -> None:
     """Raises unless `value` is a finite number above zero (a whole one, where `whole`)."""
     kinds = (int, np.integer) if whole else (int, float, np.number)
+    expected = f"`{name}` must be a {'whole' if whole else 'finite'} number above 0"
     if isinstance(value, bool) or not isinstance(value, kinds):
-        raise TypeError(f"`{name}` must be {'a whole number' if whole else 'a number'} above 0, got {value!r} ({type(value).__name__}).")
+        raise TypeError(f"{expected}, got {value!r} ({type(value).__name__}).")
     if not (np.isfinite(value) and value > 0):
-        raise ValueError(f"`{name}` must be above 0 and finite, got {value!r}.")
+        raise ValueError(f"{expected}, got {value!r}.")
+
+
+def is_function(name: str, value: Any, signature: str) -> None:
+    """Raises a TypeError unless `value` can be called; `signature` says how it will be."""
+    if not callable(value):
+        raise TypeError(f"`{name}` must be a function {signature}, got {value!r:.80}.")
 
 
 def key(seed: int) -> jax.Array:
@@ -67,24 +75,41 @@ def key(seed: int) -> jax.Array:
 def is_key(name: str, value: Any) -> None:
     """Raises a TypeError unless `value` is one typed PRNG key."""
     if not (hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jax.dtypes.prng_key)):
-        raise TypeError(f"`{name}` must be a key from `jax.random.key(seed)`, got {value!r}.")
+        raise TypeError(f"`{name}` must be a key from `jax.random.key(seed)`, got {value!r:.80}.")
+    if value.shape != ():
+        raise ValueError(f"`{name}` must be one key, got {value.size} of shape {value.shape}. Pass one of them: `{name}[0]`.")
 
 
 def one_of(kind: str, name: Any, choices: Iterable[str]) -> None:
     """Raises a ValueError that offers the nearest choice unless `name` is one of `choices`."""
     choices = list(choices)
     if name not in choices:
-        near = difflib.get_close_matches(str(name), choices, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(str(name), choices, n=1, cutoff=0.5) or [c for c in choices if c.startswith(str(name))]
         mend = f"Did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"Unknown {kind} {name!r}. {mend}Known: {', '.join(choices)}.")
+        raise ValueError(f"Unknown {kind} {name!r}. {mend}Known: {', '.join(choices) or 'none'}.")
 
 
 def finite(name: str, value: Any) -> None:
     """Raises a ValueError that names the first row and column unless every number of a concrete array is finite."""
-    if not jnp.issubdtype(value.dtype, jnp.inexact) or bool(jnp.isfinite(value).all()):
+    if not jnp.issubdtype(value.dtype, jnp.inexact):
         return
-    bad = np.argwhere(~np.isfinite(np.asarray(value, dtype=np.float64)))
+    with np.errstate(over="ignore"):  # a float64 beyond float32 is infinite inside JAX
+        inside_jax = jnp.asarray(value)
+    if bool(jnp.isfinite(inside_jax).all()):
+        return
+    bad = np.argwhere(~np.isfinite(np.asarray(inside_jax)))
     row, rest = int(bad[0][0]) if bad[0].size else 0, tuple(int(i) for i in bad[0][1:])
     where = f"row {row}" + (f", column {rest[0] if len(rest) == 1 else rest}" if rest else "")
-    number = np.asarray(value)[tuple(bad[0])]
-    raise ValueError(f"`{name}` has {number} at {where} ({len(bad)} non-finite of {value.size}). Remove or impute such rows first.")
+    number, count = np.asarray(value)[tuple(bad[0])], f"{len(bad)} non-finite of {value.size} in {inside_jax.dtype}"
+    raise ValueError(f"`{name}` has {number} at {where} ({count}). Remove or impute such rows first.")
+
+
+@contextmanager
+def inside(place: str) -> Iterator[None]:
+    """Puts `place` in front of a TypeError or ValueError that does not yet name it."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        if place not in str(error):
+            error.args = (f"{place}: {error}",)
+        raise

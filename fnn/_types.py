@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import PyTree
 
 Array = jax.Array
@@ -17,6 +18,11 @@ Key = jax.Array  # a scalar key array from `jax.random.key`
 Params = PyTree  # nested tuples and NamedTuples of arrays; `()` where a layer has none
 Residuals = PyTree  # what `forward` keeps for `backward`
 State = PyTree  # what a rule carries from step to step
+
+
+def at_least_float32(a: Any) -> Any:
+    """The array in float32 if it was narrower: what norms and means accumulate in."""
+    return a.astype(jnp.float32) if jnp.finfo(a.dtype).bits < 32 else a
 
 
 @dataclass(frozen=True)

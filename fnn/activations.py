@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from fnn import _check
-from fnn._types import Array, Layer
+from fnn._types import Array, Layer, at_least_float32
 from fnn.factors import total
 
 
@@ -164,7 +164,8 @@ def _softmax_forward(params: Any, x: Array) -> tuple[Array, Array]:
 
 def _softmax_backward(params: Any, y: Array, dy: Array, reduce: Any = total) -> tuple[tuple[()], Array]:
     # dy_j/dx_k = y_j (1[j = k] - y_k), so dx = y (.) (dy - <dy, y>)
-    return (), y * (dy - (dy * y).sum(-1, keepdims=True))
+    wide_y, wide_dy = at_least_float32(y), at_least_float32(dy)
+    return (), (wide_y * (wide_dy - (wide_dy * wide_y).sum(-1, keepdims=True))).astype(dy.dtype)
 
 
 # e^{x_j} / sum_k e^{x_k} over the last axis: the posterior of lecture 000's and 002's Bayes derivation.

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from fnn import _check
-from fnn._types import Array, Layer, Loss, Params
+from fnn._types import Array, Layer, Loss, Params, at_least_float32
 from fnn.factors import keep
 
 
@@ -175,8 +175,8 @@ def weighted_mean(values: Array, weights: Array | None = None) -> Array:
     Array(2., dtype=float32)
     """
     share = _shares(values, weights)
-    wide = values.astype(jnp.promote_types(values.dtype, jnp.float32))
-    return (wide * (share if weights is None else _per_row(share, wide))).sum(0).astype(values.dtype)
+    wide = at_least_float32(values)
+    return (wide * (share if weights is None else _per_row(share.astype(wide.dtype), wide))).sum(0).astype(values.dtype)
 
 
 def _shares(values: Array, weights: Array | None) -> Any:
@@ -186,7 +186,7 @@ def _shares(values: Array, weights: Array | None) -> Any:
     _check.is_array("weights", weights)
     if weights.shape != values.shape[:1]:
         raise ValueError(f"`weights` has shape {tuple(weights.shape)}, expected {tuple(values.shape[:1])}: one per example.")
-    w = jnp.asarray(weights).astype(jnp.promote_types(values.dtype, jnp.float32))
+    w = jnp.asarray(weights).astype(at_least_float32(values).dtype)
     whole = w.sum()
     return w / jnp.where(whole > 0, whole, jnp.ones_like(whole))
 

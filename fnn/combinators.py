@@ -31,10 +31,10 @@ def serial(*layers: Layer) -> Layer:
     (Dense(w=(4, 8), b=(8,)), (), Dense(w=(8, 2), b=(2,)))
     """
     for i, layer in enumerate(layers):
-        if not isinstance(layer, Layer):
-            raise TypeError(f"`layers[{i}]` must be a Layer, got {layer!r}. An activation's name? Use `fnn.activations.get(name)`.")
+        _check_layer(f"layers[{i}]", layer)
 
     def init(key: Key) -> tuple[Any, ...]:
+        _check.is_key("key", key)
         return tuple(layer.init(k) for layer, k in zip(layers, jax.random.split(key, len(layers)), strict=True))
 
     def forward(params: tuple[Any, ...], x: Array) -> tuple[Array, tuple[Any, ...]]:
@@ -74,17 +74,20 @@ def repeat(layer: Layer, n: int) -> Layer:
     >>> jax.tree.map(jnp.shape, net.init(jax.random.key(0)))
     (Dense(w=(3, 4, 4), b=(3, 4)), ())
     """
+    _check_layer("layer", layer)
     _check.positive("n", n, whole=True)
     name = f"repeat({layer.name}, {n})"
 
     def init(key: Key) -> Any:
+        _check.is_key("key", key)
         return jax.vmap(layer.init)(jax.random.split(key, n))
 
     def forward(params: Any, x: Array) -> tuple[Array, Any]:
         for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+            at = f"params{jax.tree_util.keystr(path)}"
+            _check.is_array(at, leaf)
             if leaf.shape[:1] != (n,):
-                at = f"params{jax.tree_util.keystr(path)}"
-                raise ValueError(f"{name}: {at} has shape {leaf.shape}, expected a leading axis of {n}. Params of another net?")
+                raise ValueError(f"{name}: `{at}` has shape {leaf.shape}, expected a leading axis of {n}. Params of another net?")
 
         def body(x: Array, p: Any) -> tuple[Array, Any]:
             y, residuals = layer.forward(p, x)
@@ -122,6 +125,7 @@ def residual(layer: Layer) -> Layer:
     >>> residual(activations.identity).apply((), jnp.array([[3.0]]))
     Array([[6.]], dtype=float32)
     """
+    _check_layer("layer", layer)
     name = f"residual({layer.name})"
 
     def forward(params: Any, x: Array) -> tuple[Array, Any]:
@@ -136,9 +140,17 @@ def residual(layer: Layer) -> Layer:
     return Layer(name, layer.init, forward, backward, (layer,))
 
 
+def _check_layer(name: str, value: Any) -> None:
+    if not isinstance(value, Layer):
+        mend = "An activation's name? Use `fnn.activations.get(name)`. A function? `fnn.elementwise(name, fn, derivative)`."
+        if isinstance(value, (list, tuple)):
+            mend = "A list of layers? Unpack it: `serial(*layers)`."
+        raise TypeError(f"`{name}` must be a Layer, got {value!r}. {mend}")
+
+
 def _check_chain(layers: tuple[Layer, ...], params: Any) -> None:
-    if not isinstance(params, tuple) or len(params) != len(layers):
-        came = f"{len(params)} entries" if isinstance(params, tuple) else type(params).__name__
+    if type(params) is not tuple or len(params) != len(layers):  # a NamedTuple is one layer's params
+        came = f"a tuple of {len(params)}" if type(params) is tuple else type(params).__name__
         names = ", ".join(layer.name for layer in layers)
         raise ValueError(f"serial({names}): `params` must be a tuple of {len(layers)}, got {came}. Params of another net?")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -38,22 +39,12 @@ def check_data(
     Traceback (most recent call last):
     ValueError: `targets` must be labels in 0 ... 1 for 2 outputs, got 2 in row 1. Labels that count from 1? Pass `targets - 1`.
     """
-    if not (isinstance(data, tuple) and len(data) in (2, 3)):
-        raise TypeError(f"`{name}` must be a tuple (x, targets) or (x, targets, weights) of arrays, got {type(data).__name__}.")
-    rows = len(data[0]) if getattr(data[0], "shape", ()) else 0
-    for part, value in zip(("x", "targets", "weights"), data, strict=False):
-        _check.is_array(part, value)
-        if value.ndim < 1:
-            raise ValueError(f"`{part}` is a single number, expected an array with a row per example.")
-        if value.shape[0] != rows:
-            raise ValueError(f"`{part}` has {value.shape[0]} rows but `x` has {rows}: one per example.")
-        if value.size == 0:
-            raise ValueError(f"`{part}` is empty, shape {tuple(value.shape)}.")
-        _check.finite(part, value)
+    _check_params(params)
+    rows = _check_arrays(data, name)
     x, targets = jnp.asarray(data[0]), jnp.asarray(data[1])
     weights = jnp.asarray(data[2]) if len(data) == 3 else None
     if batch_size is not None and batch_size > rows:
-        raise ValueError(f"`batch_size` is {batch_size} but `{name}` has only {rows} examples.")
+        raise ValueError(f"`batch_size` is {batch_size} but `{name}` has only {rows} examples. Pass at most {rows}.")
     if weights is not None:
         _check_weights(weights, rows)
     outputs = jax.eval_shape(rule.predict, params, jax.ShapeDtypeStruct(x.shape, x.dtype))
@@ -89,7 +80,7 @@ def padded(batch: tuple[Any, Any, Any], batch_size: int) -> tuple[Any, Any, Any]
     x, targets, weights = batch
     missing = batch_size - x.shape[0]
     if missing < 0:
-        raise ValueError(f"A batch has {x.shape[0]} examples, more than `batch_size` {batch_size}.")
+        raise ValueError(f"A batch has {x.shape[0]} examples, more than `batch_size` {batch_size}. Pass `batch_size={x.shape[0]}`.")
     weights = np.ones(x.shape[0], np.float32) if weights is None else weights
     if not missing:
         return x, targets, weights
@@ -97,9 +88,55 @@ def padded(batch: tuple[Any, Any, Any], batch_size: int) -> tuple[Any, Any, Any]
     return x[rows], targets[rows], np.where(np.arange(batch_size) < x.shape[0], np.asarray(weights)[rows], 0).astype(weights.dtype)
 
 
+def check_rule(rule: Any) -> None:
+    """Raises a TypeError unless `rule` is a `Rule`."""
+    if not isinstance(rule, Rule):
+        raise TypeError(f"`rule` must be a Rule, got {rule!r}. Make one: `fnn.rules.backprop(net, loss)`.")
+
+
+def check_batches(data: Any) -> None:
+    """Raises a TypeError unless `data` is an iterable of batches, or a function of the epoch that returns one."""
+    arrays = isinstance(data, list) and any(hasattr(part, "shape") for part in data)
+    single = hasattr(data, "shape") or isinstance(data, (str, Mapping))
+    if arrays or single or not (callable(data) or isinstance(data, Iterable)):
+        came = f"a list of {len(data)} arrays. Pass `tuple(data)`" if arrays else type(data).__name__
+        expected = "a tuple (x, targets) of arrays, an iterable of such tuples, or a function of the epoch that returns one"
+        raise TypeError(f"`data` must be {expected}; got {came}.")
+
+
+def _check_params(params: Any) -> None:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
+            at = f"`params{jax.tree_util.keystr(path)}`"
+            raise TypeError(f"Leaves of `params` must be arrays, got {type(leaf).__name__} at {at}. Pass what `net.init(key)` returns.")
+
+
+def _check_arrays(data: Any, name: str) -> int:
+    """Raises unless `data` is a tuple of arrays of one length without NaN or Inf; returns the length."""
+    tuples = isinstance(data, tuple) and any(isinstance(part, tuple) for part in data)
+    if tuples or not (isinstance(data, tuple) and len(data) in (2, 3)):
+        came = f"a tuple of {len(data)}" if isinstance(data, tuple) else type(data).__name__
+        mend = " A tuple of batches? Pass a list of them." if tuples else ""
+        raise TypeError(f"`{name}` must be a tuple (x, targets) or (x, targets, weights) of arrays, got {came}.{mend}")
+    rows = data[0].shape[0] if getattr(data[0], "shape", ()) else 0
+    for part, value in zip(("x", "targets", "weights"), data, strict=False):
+        _check.is_array(part, value)
+        if value.ndim < 1:
+            raise ValueError(f"`{part}` is a single number, expected an array with a row per example.")
+        if value.shape[0] != rows:
+            raise ValueError(f"`{part}` has {value.shape[0]} rows but `x` has {rows}: one per example.")
+        if value.size == 0:
+            raise ValueError(f"`{part}` is empty, shape {tuple(value.shape)}; expected at least one example.")
+        _check.finite(part, value)
+    return rows
+
+
 def _check_weights(weights: Any, examples: int) -> None:
     if weights.shape != (examples,):
         raise ValueError(f"`weights` has shape {tuple(weights.shape)}, expected ({examples},): one per example.")
-    least = float(np.asarray(weights).min())
-    if least < 0 or not float(np.asarray(weights).max()) > 0:
-        raise ValueError(f"`weights` must be at least 0 and not all 0, got a least of {least}.")
+    w = np.asarray(weights)
+    if (w < 0).any():
+        row = int(w.argmin())
+        raise ValueError(f"`weights` must be at least 0, got {w[row]} in row {row}.")
+    if not (w > 0).any():
+        raise ValueError("`weights` must not be all 0: no example would count.")

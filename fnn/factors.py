@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fnn._types import Array
+from fnn._types import Array, at_least_float32
 
 _T = TypeVar("_T")
 
@@ -92,7 +92,7 @@ class Outer(Factor):
             return _sum_of_squares(a) * _sum_of_squares(dz)
         positions = a.shape[1]
         if 2 * positions**2 <= a.shape[2] * dz.shape[2]:  # <A A^T, G G^T>, never [in, out]
-            a, dz = _at_least_float32(a), _at_least_float32(dz)
+            a, dz = at_least_float32(a), at_least_float32(dz)
             return (jnp.einsum("bti,bsi->bts", a, a) * jnp.einsum("bto,bso->bts", dz, dz)).sum((1, 2))
         return _sum_of_squares(self.materialise())
 
@@ -222,11 +222,7 @@ def _batched(a: Array) -> Array:
     return a.reshape(a.shape[0], -1, a.shape[-1])
 
 
-def _at_least_float32(a: Array) -> Array:
-    return a.astype(jnp.promote_types(a.dtype, jnp.float32))
-
-
 def _sum_of_squares(a: Array) -> Array:
     """`[batch, ...]` to `[batch]`, accumulated in float32 at least."""
-    a = _at_least_float32(a)
+    a = at_least_float32(a)
     return (a * a).sum(tuple(range(1, a.ndim)))

@@ -16,7 +16,7 @@ from jax import lax
 from jax.nn.initializers import he_normal, normal, ones, zeros
 
 from fnn import _check
-from fnn._types import Array, Key, Layer
+from fnn._types import Array, Key, Layer, at_least_float32
 from fnn.factors import Outer, PerExample, Scatter, sum_positions, total
 
 Initializer = Callable[..., Array]  # (key, shape, dtype=...) -> array, as in jax.nn.initializers
@@ -66,13 +66,19 @@ def dense(in_features: int, out_features: int, *, kernel_init: Initializer = he_
     _check.positive("in_features", in_features, whole=True)
     _check.positive("out_features", out_features, whole=True)
     name, shape = f"dense({in_features}, {out_features})", (in_features, out_features)
+    bias_shape = None if bias_init is None else (out_features,)
+    _check.is_function("kernel_init", kernel_init, "(key, shape) -> array")
+    if bias_init is not None:
+        _check.is_function("bias_init", bias_init, "(key, shape) -> array, or None")
 
     def init(key: Key) -> Dense:
+        _check.is_key("key", key)
         w_key, b_key = jax.random.split(key)
-        return Dense(w=kernel_init(w_key, shape), b=None if bias_init is None else bias_init(b_key, shape[1:]))
+        b = None if bias_init is None else _drawn("bias_init", bias_init, b_key, shape[1:])
+        return Dense(w=_drawn("kernel_init", kernel_init, w_key, shape), b=b)
 
     def forward(params: Dense, x: Array) -> tuple[Array, Array]:
-        _check_dense(name, shape, params, x)
+        _check_dense(name, shape, bias_shape, params, x)
         x = jnp.asarray(x)
         z = x @ params.w
         return z if params.b is None else z + _as_rows(params.b, z), x
@@ -141,7 +147,12 @@ def embedding(size: int, features: int, *, init: Initializer = normal(1.0)) -> L
     """
     _check.positive("size", size, whole=True)
     _check.positive("features", features, whole=True)
+    _check.is_function("init", init, "(key, shape) -> array")
     name, shape = f"embedding({size}, {features})", (size, features)
+
+    def draw(key: Key) -> Embedding:
+        _check.is_key("key", key)
+        return Embedding(w=_drawn("init", init, key, shape))
 
     def forward(params: Embedding, x: Array) -> tuple[Array, Array]:
         _check.is_array("x", x)
@@ -154,7 +165,7 @@ def embedding(size: int, features: int, *, init: Initializer = normal(1.0)) -> L
         index = jnp.atleast_1d(x)
         return Embedding(w=reduce(Scatter(index, dy.reshape(*index.shape, features), size))), np.zeros(x.shape, jax.dtypes.float0)
 
-    return Layer(name, lambda key: Embedding(w=init(key, shape)), forward, backward)
+    return Layer(name, draw, forward, backward)
 
 
 def _norm(kind: str, features: int, epsilon: float, *, centre: bool) -> Layer:
@@ -164,6 +175,7 @@ def _norm(kind: str, features: int, epsilon: float, *, centre: bool) -> Layer:
     name, shape = f"{kind}({features})", (features,)
 
     def init(key: Key) -> Norm:
+        _check.is_key("key", key)
         return Norm(scale=ones(key, shape), bias=zeros(key, shape) if centre else None)
 
     def forward(params: Norm, x: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -171,7 +183,7 @@ def _norm(kind: str, features: int, epsilon: float, *, centre: bool) -> Layer:
         _check_params(name, Norm, params, (shape, shape if centre else None))
         _check_width(name, features, x)
         _check.same_dtype("x", x, "scale", params.scale)
-        wide = jnp.asarray(x).astype(jnp.promote_types(x.dtype, jnp.float32))
+        wide = at_least_float32(jnp.asarray(x))
         if centre:
             wide = wide - wide.mean(-1, keepdims=True)
         r = lax.rsqrt((wide * wide).mean(-1, keepdims=True) + epsilon)
@@ -210,14 +222,30 @@ def _check_params(name: str, kind: type, params: Any, shapes: tuple[Any, ...]) -
     if not isinstance(params, kind):
         raise ValueError(f"{name}: `params` must be {kind.__name__}, got {type(params).__name__}. Params of another net?")
     for field, leaf, shape in zip(kind._fields, params, shapes, strict=True):  # type: ignore[attr-defined]
-        if leaf is not None and jnp.shape(leaf) != shape:
-            raise ValueError(f"{name}: `{field}` has shape {jnp.shape(leaf)}, expected {shape}. Params of another net?")
+        if leaf is not None:
+            _check.is_float(field, leaf)
+        if (None if leaf is None else leaf.shape) != shape:
+            came = "is None" if leaf is None else f"has shape {leaf.shape}"
+            expected = f"None: this layer has no `{field}`" if shape is None else f"shape {shape}"
+            raise ValueError(f"{name}: `{field}` {came}, expected {expected}. Params of another net?")
+        if leaf is not None:
+            _check.same_dtype(field, leaf, kind._fields[0], params[0])  # type: ignore[attr-defined]
 
 
-def _check_dense(name: str, shape: tuple[int, int], params: Any, x: Any) -> None:
+def _check_dense(name: str, shape: tuple[int, int], bias_shape: tuple[int] | None, params: Any, x: Any) -> None:
     _check.is_float("x", x)
-    if isinstance(params, Dense) and jnp.shape(params.w) == shape[::-1] != shape:
-        raise ValueError(f"{name}: `w` has shape {jnp.shape(params.w)}, expected [in, out] = {shape}. Stored [out, in]? Pass `w.T`.")
-    _check_params(name, Dense, params, (shape, shape[1:]))
+    if isinstance(params, Dense) and getattr(params.w, "shape", shape) == shape[::-1] != shape:
+        raise ValueError(f"{name}: `w` has shape {params.w.shape}, expected [in, out] = {shape}. Stored [out, in]? Pass `w.T`.")
+    _check_params(name, Dense, params, (shape, bias_shape))
     _check_width(name, shape[0], x)
     _check.same_dtype("x", x, "w", params.w)
+
+
+def _drawn(name: str, initializer: Initializer, key: Key, shape: tuple[int, ...]) -> Array:
+    """What the initialiser gives, of the right shape."""
+    leaf = initializer(key, shape)
+    if getattr(leaf, "shape", None) != shape:
+        came = f"shape {leaf.shape}" if hasattr(leaf, "shape") else f"{leaf!r:.80}"
+        mend = " A factory, such as `he_normal`? Call it first: `he_normal()`." if callable(leaf) else ""
+        raise ValueError(f"`{name}` must return an array of shape {shape}, got {came}.{mend}")
+    return leaf

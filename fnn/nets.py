@@ -40,13 +40,15 @@ def mlp(
     >>> net.apply(net.init(jax.random.key(0)), jnp.zeros((2, 784))).shape
     (2, 10)
     """
-    if isinstance(sizes, (int, str)) or len(sizes) < 2:
+    if isinstance(sizes, str) or not hasattr(sizes, "__len__"):
+        raise TypeError(f"`sizes` must be a sequence of whole numbers, (inputs, ..., outputs), got {sizes!r} ({type(sizes).__name__}).")
+    if len(sizes) < 2:
         raise ValueError(f"`sizes` must hold at least two sizes, (inputs, ..., outputs), got {sizes!r}.")
     for i, size in enumerate(sizes):
         _check.positive(f"sizes[{i}]", size, whole=True)
     layers = [dense(m, n, kernel_init=kernel_init, bias_init=bias_init) for m, n in itertools.pairwise(sizes)]
-    blocks = [serial(layer, activations.get(activation)) for layer in layers[:-1]]
-    return serial(*blocks, layers[-1])
+    hidden = activations.get(activation)
+    return serial(*(serial(layer, hidden) for layer in layers[:-1]), layers[-1])
 
 
 def summary(net: Layer, input_shape: Sequence[int], *, dtype: Any = jnp.float32) -> str:
@@ -68,6 +70,10 @@ def summary(net: Layer, input_shape: Sequence[int], *, dtype: Any = jnp.float32)
         relu             (32, 64)                 0
       dense(64, 10)      (32, 10)               650
     """
+    if not isinstance(net, Layer):
+        raise TypeError(f"`net` must be a Layer, got {net!r}.")
+    if not hasattr(input_shape, "__len__"):
+        raise TypeError(f"`input_shape` must be a tuple, the shape of `x`, got {input_shape!r}. Pass `(batch, {input_shape!r})`.")
     rows: list[tuple[str, str, str]] = []
 
     def visit(layer: Layer, x: Any, depth: int) -> Any:
@@ -122,7 +128,8 @@ def _dense_layers(params: Params) -> list[Dense]:
     found: list[Dense] = []
     for node in jax.tree.leaves(params, is_leaf=lambda p: isinstance(p, Dense)):
         if not isinstance(node, Dense):
-            raise ValueError(f"`params` hold an array of shape {jnp.shape(node)} outside a Dense layer: only dense layers collapse.")
+            came = f"an array of shape {node.shape}" if hasattr(node, "shape") else repr(node)
+            raise ValueError(f"`params` hold {came} outside a Dense layer: only dense layers collapse.")
         stacked = node.w.ndim == 3
         found += [jax.tree.map(lambda leaf, i=i: leaf[i], node) for i in range(len(node.w))] if stacked else [node]
     return found

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fnn._types import Array, Params
+from fnn._types import Array, Params, at_least_float32
 from fnn.factors import materialise, squared_norm
 
 Source = Callable[..., tuple[Array, Any]]
@@ -99,7 +99,7 @@ def norms_of(tree: Params) -> Array:
     """
 
     def squares(leaf: Array) -> Array:
-        wide = leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+        wide = at_least_float32(leaf)
         return (wide * wide).sum(tuple(range(1, leaf.ndim)))
 
     return jnp.sqrt(_sum_leaves(jax.tree.map(squares, tree)))

@@ -6,7 +6,7 @@ Any `Rule` and any optax optimiser go into the same loop. Source: lecture 002 (S
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from fnn import _check
 from fnn._types import Array, Key, Params, Rule
 from fnn.backprop import weighted_mean
 from fnn.data import check_data, padded, shuffled_batches, take
@@ -158,15 +159,23 @@ def run_iterable(
 ) -> tuple[TrainState, Array, Array]:
     """One epoch over an iterable of batches, each checked as it enters."""
     batches = data(e) if callable(data) else data
-    if isinstance(batches, Iterable):
-        whole = (check_data(rule, state.params, batch, name="batch") for batch in batches)
-        state, losses, counts = _careful_steps(rule, optimizer, state, (padded(batch, batch_size) for batch in whole))
-        if losses:
-            return state, jnp.stack(losses), weighted_mean(jnp.stack(losses), jnp.stack(counts))
+    if not isinstance(batches, Iterable):
+        raise TypeError(f"`data(epoch)` must return an iterable of batches (x, targets), got {type(batches).__name__} in epoch {e}.")
+    state, losses, counts = _careful_steps(rule, optimizer, state, _checked_batches(rule, state.params, batches, e, batch_size))
+    if not losses:
         raise ValueError(
             f"`data` gave no batch in epoch {e}. A generator can be gone through only once: pass a list, or a function of the epoch."
         )
-    raise TypeError(f"`data` must be a tuple of arrays or an iterable of such tuples, got {type(data).__name__}.")
+    return state, jnp.stack(losses), weighted_mean(jnp.stack(losses), jnp.stack(counts))
+
+
+def _checked_batches(rule: Rule, params: Params, batches: Iterable[Any], e: int, batch_size: int) -> Iterator[tuple[Any, Any, Any]]:
+    """Each batch checked and filled up; an error says which one it is."""
+    for i, batch in enumerate(batches):
+        place = f"batch {i} of epoch {e}"
+        with _check.inside(place):
+            whole = padded(check_data(rule, params, batch, name=place), batch_size)
+        yield whole
 
 
 def _careful_steps(rule: Rule, optimizer: Any, state: TrainState, batches: Iterable[Any]) -> tuple[TrainState, list[Array], list[Array]]:

@@ -18,8 +18,8 @@ import optax
 from jax import lax
 
 from fnn import _check
-from fnn._types import Array, Key, Params, Rule
-from fnn.data import check_data, padded
+from fnn._types import Array, Key, Params, Rule, at_least_float32
+from fnn.data import check_batches, check_data, check_rule, padded
 from fnn.steps import NonFiniteStep, TrainState, epoch, init, run_arrays, run_iterable
 
 Callback = Callable[[int, dict[str, float]], Any]
@@ -95,12 +95,10 @@ def fit(
     >>> history.step_loss.shape
     (6,)
     """
-    _check_settings(rule, optimizer, epochs, batch_size, key)
+    _check_settings(rule, optimizer, epochs, batch_size, callback)
+    _check.is_key("key", key)
     rule_key, key = jax.random.split(key)
-    if isinstance(data, tuple):
-        data = check_data(rule, params, data, batch_size=batch_size)
-    if validation is not None:
-        validation = check_data(rule, params, validation, name="validation")
+    data, validation = _check_both(rule, params, data, validation, batch_size)
     state = init(rule, optimizer, params, rule_key)
     step_losses: list[Array] = []
     epoch_losses: list[Array] = []
@@ -158,9 +156,11 @@ def fit_many(
     >>> history.loss.shape
     (5, 3)
     """
+    _check_keys(keys)
+    _check.is_function("init_params", init_params, "key -> params, such as `net.init`")
     if learning_rates is None:
-        make, rates = (lambda rate: optimizer), jnp.ones(jnp.shape(keys))
-        _check_settings(rule, optimizer, epochs, batch_size, keys)
+        make, rates = (lambda rate: optimizer), jnp.ones(keys.shape)
+        _check_settings(rule, optimizer, epochs, batch_size)
     else:
         make, rates = optimizer, learning_rates
         _check.is_float("learning_rates", rates)
@@ -168,11 +168,9 @@ def fit_many(
             raise TypeError(
                 f"`optimizer` must be a function rate -> optimiser where `learning_rates` are given, got {make!r}. Pass `optax.sgd`."
             )
-        if jnp.shape(rates) != jnp.shape(keys) or not bool((jnp.asarray(rates) > 0).all()):
-            raise ValueError(f"`learning_rates` must be one number above 0 per key, {jnp.shape(keys)}, got {rates}.")
-        _check_settings(rule, make(0.1), epochs, batch_size, keys)
-    if jnp.ndim(keys) != 1:
-        raise ValueError(f"`keys` must be one key per net, [nets], got shape {jnp.shape(keys)}. Pass `jax.random.split(key, nets)`.")
+        if rates.shape != keys.shape or not bool(((rates > 0) & jnp.isfinite(rates)).all()):
+            raise ValueError(f"`learning_rates` must be one finite number above 0 per key, {keys.shape}, got {rates}.")
+        _check_settings(rule, make(0.1), epochs, batch_size)
     example = jax.eval_shape(init_params, keys[0])
     x, targets, weights = check_data(rule, example, data, batch_size=batch_size)
     train = _many_function(rule, make, init_params, epochs, batch_size)
@@ -204,6 +202,7 @@ def evaluate(
     >>> sorted(evaluate(rule, net.init(jax.random.key(0)), (jnp.zeros((8, 3)), jnp.zeros(8, int))))
     ['accuracy', 'loss']
     """
+    check_rule(rule)
     x, targets, weights = data if checked else check_data(rule, params, data)
     count = x.shape[0]
     size = count if batch_size is None else batch_size
@@ -241,11 +240,11 @@ def _many_function(rule: Rule, make: Any, init_params: Any, epochs: int, batch_s
 def _sums_function(rule: Rule) -> Callable[..., dict[str, Array]]:
     def sums(params: Params, x: Array, targets: Array, weights: Array) -> dict[str, Array]:
         outputs = rule.predict(params, x)
-        wide = jnp.promote_types(outputs.dtype, jnp.float32)
-        w = weights.astype(wide)
-        found = {"weight": w.sum(), "loss": (w * rule.loss.value(outputs, targets).astype(wide)).sum()}
+        values = at_least_float32(rule.loss.value(outputs, targets))
+        w = weights.astype(values.dtype)
+        found = {"weight": w.sum(), "loss": (w * values).sum()}
         if rule.loss.correct is not None:
-            found["accuracy"] = (w * rule.loss.correct(outputs, targets).astype(wide)).sum()
+            found["accuracy"] = (w * rule.loss.correct(outputs, targets).astype(w.dtype)).sum()
         return found
 
     return jax.jit(sums)
@@ -257,11 +256,30 @@ def _history(epoch_losses: list[Array], step_losses: list[Array], metrics: list[
     return History(jnp.asarray(np.array(losses)), jnp.asarray(np.concatenate(steps)), validation)
 
 
-def _check_settings(rule: Any, optimizer: Any, epochs: Any, batch_size: Any, key: Any) -> None:
-    if not isinstance(rule, Rule):
-        raise TypeError(f"`rule` must be a Rule, got {rule!r}. Make one: `fnn.rules.backprop(net, loss)`.")
+def _check_settings(rule: Any, optimizer: Any, epochs: Any, batch_size: Any, callback: Any = None) -> None:
+    check_rule(rule)
     if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
         raise TypeError(f"`optimizer` must be an optax optimiser, got {optimizer!r}. Make one: `optax.sgd(0.1)`.")
     _check.positive("epochs", epochs, whole=True)
     _check.positive("batch_size", batch_size, whole=True)
-    _check.is_key("key", key)
+    if callback is not None:
+        _check.is_function("callback", callback, "(epoch, metrics) -> stop")
+
+
+def _check_both(rule: Rule, params: Params, data: Any, validation: Any, batch_size: int) -> tuple[Any, Any]:
+    """The data and the validation data of `fit`, checked; an iterable's batches are checked as they come."""
+    if isinstance(data, tuple):
+        data = check_data(rule, params, data, batch_size=batch_size)
+    else:
+        check_batches(data)
+    if validation is not None:
+        with _check.inside("`validation`"):
+            validation = check_data(rule, params, validation, name="validation")
+    return data, validation
+
+
+def _check_keys(keys: Any) -> None:
+    if not (hasattr(keys, "dtype") and jnp.issubdtype(keys.dtype, jax.dtypes.prng_key)):
+        raise TypeError(f"`keys` must be an array of keys from `jax.random.split(key, nets)`, got {keys!r:.80}.")
+    if keys.ndim != 1 or not keys.size:
+        raise ValueError(f"`keys` must be one key per net, [nets], got shape {keys.shape}. Pass `jax.random.split(key, nets)`.")

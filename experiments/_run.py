@@ -1,0 +1,165 @@
+"""What every experiment shares: the run folder, `metrics.json`, tables, a progress bar and the style of pictures.
+
+An experiment is one module with
+    a docstring      the question; the command; what to expect; how long it takes
+    Config           a frozen dataclass, a docstring under every field (the command line's help); has `out: Path | None = None`
+    TINY             a `Config` that runs in a second or two, for the tests
+    run(config)      pure: returns the numbers, and prints and writes nothing
+    main(config)     runs it, prints a table, saves a picture and `metrics.json` into `folder(name, config.out)`
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import matplotlib
+import numpy as np
+from cycler import cycler
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+# Okabe and Ito (2008), told apart by every kind of colour vision; yellow, too pale for a line on white, is left out.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+STYLE: dict[Any, Any] = {
+    "axes.prop_cycle": cycler(color=COLOURS),
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#E5E5E5",
+    "axes.axisbelow": True,
+    "axes.titlesize": 11,
+    "font.size": 11,
+    "lines.linewidth": 1.8,
+    "legend.frameon": False,
+}
+
+
+def folder(name: str, out: Path | None = None) -> Path:
+    """The run folder, made if need be: `out`, or `runs/<name>` under the current folder.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    path = Path("runs") / name if out is None else Path(out)
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def save_metrics(path: Path, config: Any, results: Any) -> Path:
+    """Writes `metrics.json`: the config, the results and the versions that gave them.
+
+    Args:
+        path: the run folder.
+        config: the experiment's config, a dataclass.
+        results: nested mappings, sequences, NamedTuples, dataclasses, arrays and numbers. A number that is not finite
+            becomes null, since JSON has none.
+
+    Returns:
+        The file's path. It appears whole or not at all.
+    """
+    content = {"config": jsonable(config), "results": jsonable(results), "versions": versions()}
+    file, part = path / "metrics.json", path / "metrics.json.part"
+    part.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(part, file)
+    return file
+
+
+def jsonable(value: Any) -> Any:
+    """`value` in terms of dict, list, str, int, float, bool and None.
+
+    >>> jsonable({"loss": np.array([1.5, np.nan]), "out": Path("runs/train")})
+    {'loss': [1.5, None], 'out': 'runs/train'}
+    """
+    if value is None or isinstance(value, (str, bool, int)):
+        return value
+    if isinstance(value, (float, np.floating)):
+        return float(value) if math.isfinite(value) else None
+    if hasattr(value, "tolist"):  # arrays, and the scalars of NumPy and JAX
+        return jsonable(np.asarray(value).tolist())
+    if dataclasses.is_dataclass(value):
+        return {field.name: jsonable(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        return jsonable(value._asdict())  # pyright: ignore[reportAttributeAccessIssue]
+    if isinstance(value, Mapping):
+        return {str(key): jsonable(item) for key, item in value.items()}
+    if isinstance(value, Sequence):
+        return [jsonable(item) for item in value]
+    return str(value)
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python and of the libraries that numbers depend on, and the kind of device."""
+    libraries = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "optax", "numpy", "scikit-learn")}
+    return {"python": platform.python_version(), **libraries, "device": jax.devices()[0].device_kind}
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Prints a table; the first column is flush left, the others, numbers, flush right."""
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i else "left")
+    for row in rows:
+        table.add_row(*map(str, row))
+    Console().print(table)
+
+
+def mean_std(values: Sequence[float], digits: int = 4) -> str:
+    """The mean and, from two values on, the sample standard deviation.
+
+    >>> mean_std([1.0, 2.0, 3.0], digits=2)
+    '2.00 ± 1.00'
+    """
+    spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{spread}"
+
+
+@contextlib.contextmanager
+def progress(total: int, label: str) -> Iterator[Callable[[str], None]]:
+    """A bar on standard error that goes when it is done; nothing where that is no terminal.
+
+    Args:
+        total: how many steps there are.
+        label: what the bar is called.
+
+    Yields:
+        `advance(text)`, to be called after every step with what shall stand beside the bar.
+    """
+    console = Console(stderr=True)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[text]}")
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(label, total=total, text="")
+        yield lambda text="": bar.update(task, advance=1, text=text)
+
+
+@contextlib.contextmanager
+def figure(path: Path, title: str, columns: int = 1, size: tuple[float, float] = (7.0, 4.0)) -> Iterator[tuple[Figure, Any]]:
+    """A picture, saved to `path` at 150 dots an inch when the block ends without an error.
+
+    Args:
+        path: a .png (or .svg, .pdf) file.
+        title: the sentence that the picture shows; wrapped to its width.
+        columns: how many axes stand side by side.
+        size: width and height in inches.
+
+    Yields:
+        `(figure, axes)`: one Axes for one column, else an array of them.
+    """
+    with matplotlib.rc_context(STYLE):
+        fig = Figure(figsize=size, dpi=150, layout="constrained")
+        axes = fig.subplots(1, columns)
+        yield fig, axes
+        fig.suptitle(textwrap.fill(title, int(size[0] * 11)), x=0.01, ha="left", fontsize=12)
+        fig.savefig(path)

@@ -1,0 +1,232 @@
+"""Train a net by any rule and optimiser on any data set, once for every seed.
+
+    python -m experiments train --dataset digits --sizes 128 64 --rule backprop --optimizer adam --seeds 0 1 2
+
+Prints the losses and the accuracy of every seed, and their mean; draws the learning curves. A seed gives the net its first
+parameters and the order of its batches; `--data-seed` draws or splits the data. The defaults reach about 97 % on the test
+digits in a few seconds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+import fnn
+from experiments import _data, _run
+from fnn import _check, activations
+
+
+@dataclass(frozen=True)
+class Config:
+    dataset: str = "digits"
+    """digits, moons, spirals, flower, breast-cancer, diabetes, mnist1d, mnist or fashion-mnist."""
+    sizes: tuple[int, ...] = (128, 64)
+    """Sizes of the hidden layers; the data give those of input and output."""
+    activation: str = "relu"
+    """Activation of the hidden layers: relu, tanh, sigmoid, gelu, ..."""
+    rule: str = "backprop"
+    """What assigns credit: the name of a constructor in fnn.rules.RULES."""
+    optimizer: str = "adam"
+    """sgd, momentum, nesterov, adam, adamw, nadam, radam, adabelief, adagrad, rmsprop, lamb or lion."""
+    learning_rate: float = 1e-3
+    """Learning rate, above 0."""
+    schedule: str = "constant"
+    """constant, or cosine: from the learning rate down to 0 over the whole run."""
+    clip_norm: float | None = None
+    """Greatest global norm of a gradient; none is clipped if left out."""
+    epochs: int = 20
+    """Passes over the train set."""
+    batch_size: int = 32
+    """Examples per step, at most all."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """One net is trained for every seed."""
+    data_seed: int = 0
+    """Seed of the data's draw and split."""
+    data_dir: Path | None = None
+    """Folder with the IDX files of mnist or fashion-mnist; downloaded if left out."""
+    dtype: str = "float32"
+    """float32, bfloat16 or float64."""
+    out: Path | None = None
+    """Run folder, runs/train if left out."""
+
+
+TINY = Config(dataset="moons", sizes=(8,), optimizer="sgd", learning_rate=0.1, epochs=2, batch_size=100, seeds=(0, 1))
+
+OPTIMIZERS: dict[str, Callable[[Any], optax.GradientTransformation]] = {
+    "sgd": optax.sgd,
+    "momentum": lambda rate: optax.sgd(rate, momentum=0.9),
+    "nesterov": lambda rate: optax.sgd(rate, momentum=0.9, nesterov=True),
+    "adam": optax.adam,
+    "adamw": optax.adamw,
+    "nadam": optax.nadam,
+    "radam": optax.radam,
+    "adabelief": optax.adabelief,
+    "adagrad": optax.adagrad,
+    "rmsprop": optax.rmsprop,
+    "lamb": optax.lamb,
+    "lion": optax.lion,
+}
+"""Every optimiser, `rate -> optax optimiser`, by the name of its flag."""
+SCHEDULES = ("constant", "cosine")
+DTYPES = ("float32", "bfloat16", "float64")
+RULES = {rule.__name__: rule for rule in fnn.rules.RULES}
+
+OnEpoch = Callable[[int, dict[str, float]], Any]
+
+
+class SeedResult(NamedTuple):
+    """One net. The curves are `[epochs]`; accuracies are in 0 ... 1, and None for regression."""
+
+    seed: int
+    train_loss: float  # after training, as the next four
+    train_accuracy: float | None
+    test_loss: float
+    test_accuracy: float | None
+    epoch_loss: np.ndarray  # the mean over each epoch's examples, each taken before its step
+    epoch_test_loss: np.ndarray  # after each epoch
+    epoch_test_accuracy: np.ndarray | None
+
+
+class Result(NamedTuple):
+    """All seeds, and what they have in common."""
+
+    dataset: str
+    parameters: int
+    seeds: tuple[SeedResult, ...]
+
+
+def check(config: Config) -> None:
+    """Raises a TypeError or ValueError that names the first flag that cannot be meant; before any data are read."""
+    names = {"activation": [layer.name for layer in activations.ACTIVATIONS], "dataset": _data.LOADERS, "rule": RULES}
+    for kind, choices in {**names, "optimizer": OPTIMIZERS, "schedule": SCHEDULES, "dtype": DTYPES}.items():
+        _check.one_of(kind, getattr(config, kind), choices)
+    for i, size in enumerate(config.sizes):
+        _check.positive(f"sizes[{i}]", size, whole=True)
+    _check.positive("learning_rate", config.learning_rate)
+    _check.positive("epochs", config.epochs, whole=True)
+    _check.positive("batch_size", config.batch_size, whole=True)
+    if config.clip_norm is not None:
+        _check.positive("clip_norm", config.clip_norm)
+    if not config.seeds:
+        raise ValueError("`seeds` is empty: give one at least, `--seeds 0`.")
+    if len(set(config.seeds)) < len(config.seeds):
+        raise ValueError(f"`seeds` has repeats, {config.seeds}: a seed gives the same net twice. Give each once.")
+    for seed in (*config.seeds, config.data_seed):
+        fnn.key(seed)
+
+
+def run(config: Config, on_epoch: OnEpoch | None = None) -> Result:
+    """Trains one net for every seed.
+
+    Args:
+        config: the flags.
+        on_epoch: `(epoch, metrics) -> stop`, called after every epoch of every seed, as `fnn.fit`'s callback.
+
+    Returns:
+        The numbers of every seed.
+
+    Raises:
+        TypeError, ValueError: a flag or the data cannot be meant.
+        NonFiniteError: training diverged.
+    """
+    check(config)
+    data = _data.load(config.dataset, seed=config.data_seed, data_dir=config.data_dir)
+    with jax.enable_x64(config.dtype == "float64"):
+        net = fnn.mlp((data.features, *config.sizes, data.outputs), config.activation)
+        rule = RULES[config.rule](net, data.loss)
+        optimizer = make_optimizer(config, len(data.x_train))
+        train, test = (_cast(part, config.dtype) for part in ((data.x_train, data.t_train), (data.x_test, data.t_test)))
+        seeds = tuple(_train(config, seed, net, rule, optimizer, train, test, on_epoch) for seed in config.seeds)
+        shapes = jax.eval_shape(net.init, fnn.key(0))
+    return Result(data.name, sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)), seeds)
+
+
+def main(config: Config) -> None:
+    """Prints the table, saves `learning_curves.png` and `metrics.json`."""
+    check(config)
+    folder = _run.folder("train", config.out)
+    with _run.progress(len(config.seeds) * config.epochs, f"{config.dataset}, {config.rule}") as advance:
+        result = run(config, lambda epoch, metrics: advance(f"loss {metrics['loss']:.4f}"))
+    title = f"{result.dataset}: {config.rule}, {config.optimizer}, {result.parameters:,} parameters, {config.epochs} epochs"
+    _run.print_table(title, ("seed", "train loss", "test loss", "test accuracy"), _rows(result))
+    draw(result, config, folder / "learning_curves.png")
+    print(f"Saved {_run.save_metrics(folder, config, result)} and {folder / 'learning_curves.png'}")
+
+
+def make_optimizer(config: Config, examples: int) -> optax.GradientTransformation:
+    """The optimiser that the flags describe, for a train set of so many examples."""
+    steps = config.epochs * math.ceil(examples / config.batch_size)
+    rate = config.learning_rate if config.schedule == "constant" else optax.cosine_decay_schedule(config.learning_rate, steps)
+    optimizer = OPTIMIZERS[config.optimizer](rate)
+    return optimizer if config.clip_norm is None else optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+
+
+def draw(result: Result, config: Config, path: Path) -> None:
+    """Learning curves: a pale line for every seed, a strong one for their mean."""
+    accuracy = result.seeds[0].test_accuracy is not None
+    with _run.figure(path, _sentence(result, config), columns=1 + accuracy) as (_, axes):
+        left, *right = np.atleast_1d(axes)
+        _curves(left, [seed.epoch_loss for seed in result.seeds], _run.COLOURS[0], "train")
+        _curves(left, [seed.epoch_test_loss for seed in result.seeds], _run.COLOURS[1], "test")
+        left.set(ylabel="mean loss per example", yscale="log")
+        left.legend()
+        for axis in right:
+            _curves(
+                axis, [100 * seed.epoch_test_accuracy for seed in result.seeds if seed.epoch_test_accuracy is not None], _run.COLOURS[1]
+            )
+            axis.set(ylabel="test accuracy (%)")
+        for axis in (left, *right):
+            axis.set(xlabel="epoch")
+            axis.xaxis.get_major_locator().set_params(integer=True)
+
+
+def _train(
+    config: Config, seed: int, net: fnn.Layer, rule: fnn.Rule, optimizer: Any, train: Any, test: Any, on_epoch: OnEpoch | None
+) -> SeedResult:
+    init_key, fit_key = jax.random.split(fnn.key(seed))
+    params = _cast(jax.jit(net.init)(init_key), config.dtype)
+    settings = {"epochs": config.epochs, "batch_size": config.batch_size, "key": fit_key}
+    params, history = fnn.fit(rule, optimizer, params, train, validation=test, callback=on_epoch, **settings)
+    on_train, on_test = (fnn.evaluate(rule, params, part, batch_size=min(len(part[0]), 10_000)) for part in (train, test))
+    curves = {name: np.asarray(values) for name, values in history.validation.items()}
+    return SeedResult(
+        seed, on_train["loss"], on_train.get("accuracy"), on_test["loss"], on_test.get("accuracy"),
+        np.asarray(history.loss), curves["loss"], curves.get("accuracy"),
+    )  # fmt: skip
+
+
+def _cast(tree: Any, dtype: str) -> Any:
+    """The arrays of a tree on the device; those of floating-point numbers in `dtype`."""
+    arrays = jax.tree.map(jax.numpy.asarray, tree)
+    return jax.tree.map(lambda a: a.astype(dtype) if jax.numpy.issubdtype(a.dtype, jax.numpy.floating) else a, arrays)
+
+
+def _rows(result: Result) -> list[tuple[str, ...]]:
+    columns = [[getattr(seed, name) for seed in result.seeds] for name in ("train_loss", "test_loss", "test_accuracy")]
+    cells = [[f"{value:.4f}" if value is not None else "-" for value in column] for column in columns]
+    mean = ["-" if None in column else _run.mean_std(column) for column in columns]
+    return [*((str(seed.seed), *row) for seed, *row in zip(result.seeds, *cells, strict=True)), ("mean ± std", *mean)]
+
+
+def _sentence(result: Result, config: Config) -> str:
+    count = f"mean of {len(result.seeds)} seeds" if len(result.seeds) > 1 else f"seed {result.seeds[0].seed}"
+    accuracies = [100 * seed.test_accuracy for seed in result.seeds if seed.test_accuracy is not None]
+    reached = f"{_run.mean_std(accuracies, 1)} % of the test set right" if accuracies else (
+        f"a test loss of {_run.mean_std([seed.test_loss for seed in result.seeds], 3)}"
+    )  # fmt: skip
+    return f"{result.dataset}: {config.rule} with {config.optimizer} reaches {reached} after {config.epochs} epochs ({count})"
+
+
+def _curves(axis: Any, curves: list[np.ndarray], colour: str, label: str | None = None) -> None:
+    epochs = np.arange(1, len(curves[0]) + 1)
+    for curve in curves:
+        axis.plot(epochs, curve, color=colour, alpha=0.3, linewidth=1)
+    axis.plot(epochs, np.mean(curves, axis=0), color=colour, label=label, marker="o" if len(epochs) == 1 else None)
