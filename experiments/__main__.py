@@ -74,10 +74,12 @@ def _known(name: str) -> None:
 
 def _raised_by_us(trace: TracebackType | None) -> bool:
     """Whether the innermost frame is the project's own, which raises only with a message that explains itself."""
+    import fnn
+
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     file = Path(trace.tb_frame.f_code.co_filename) if trace is not None else Path()
-    return file.is_relative_to(HERE) or file.is_relative_to(HERE.parent / "fnn")
+    return any(file.is_relative_to(package) for package in (HERE, *fnn.__path__))
 
 
 def _first_line(path: Path) -> str:

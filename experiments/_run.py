@@ -27,6 +27,7 @@ import matplotlib
 import numpy as np
 from cycler import cycler
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -142,6 +143,15 @@ def progress(total: int, label: str) -> Iterator[Callable[[str], None]]:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(label, total=total, text="")
         yield lambda text="": bar.update(task, advance=1, text=text)
+
+
+def plain_numbers(axis: Any) -> None:
+    """Labels a logarithmic axis (`axes.xaxis` or `.yaxis`) that has its data by 0.1, 0.2, 0.5, 1 and not by powers of ten."""
+    low, high = axis.get_view_interval()
+    if high < 1000 * low:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 @contextlib.contextmanager

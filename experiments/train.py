@@ -174,9 +174,10 @@ def draw(result: Result, config: Config, path: Path) -> None:
     accuracy = result.seeds[0].test_accuracy is not None
     with _run.figure(path, _sentence(result, config), columns=1 + accuracy) as (_, axes):
         left, *right = np.atleast_1d(axes)
-        _curves(left, [seed.epoch_loss for seed in result.seeds], _run.COLOURS[0], "train")
-        _curves(left, [seed.epoch_test_loss for seed in result.seeds], _run.COLOURS[1], "test")
+        _curves(left, [seed.epoch_loss for seed in result.seeds], _run.COLOURS[0], "train, during the epoch")
+        _curves(left, [seed.epoch_test_loss for seed in result.seeds], _run.COLOURS[1], "test, after it")
         left.set(ylabel="mean loss per example", yscale="log")
+        _run.plain_numbers(left.yaxis)
         left.legend()
         for axis in right:
             _curves(
@@ -217,12 +218,11 @@ def _rows(result: Result) -> list[tuple[str, ...]]:
 
 
 def _sentence(result: Result, config: Config) -> str:
-    count = f"mean of {len(result.seeds)} seeds" if len(result.seeds) > 1 else f"seed {result.seeds[0].seed}"
     accuracies = [100 * seed.test_accuracy for seed in result.seeds if seed.test_accuracy is not None]
-    reached = f"{_run.mean_std(accuracies, 1)} % of the test set right" if accuracies else (
-        f"a test loss of {_run.mean_std([seed.test_loss for seed in result.seeds], 3)}"
-    )  # fmt: skip
-    return f"{result.dataset}: {config.rule} with {config.optimizer} reaches {reached} after {config.epochs} epochs ({count})"
+    loss = _run.mean_std([seed.test_loss for seed in result.seeds], 3)
+    reached = f"gets {_run.mean_std(accuracies, 1)} % of the test set right" if accuracies else f"comes to a test loss of {loss}"
+    seeds = f"{len(result.seeds)} seeds" if len(result.seeds) > 1 else "1 seed"
+    return f"{result.dataset}: {config.rule} with {config.optimizer} {reached} after {config.epochs} epochs ({seeds})"
 
 
 def _curves(axis: Any, curves: list[np.ndarray], colour: str, label: str | None = None) -> None:
