@@ -88,8 +88,7 @@ def interleaved(functions: dict[str, Callable[[], Any]], seconds: float, rng: ra
     for _ in range(max(3, int(seconds / (once * calls)))):
         for name in rng.sample(list(functions), len(functions)):
             start = time.perf_counter()
-            for _ in range(calls):
-                out = functions[name]()
+            out = [functions[name]() for _ in range(calls)]
             jax.block_until_ready(out)
             times[name].append((time.perf_counter() - start) / calls)
     return {name: statistics.median(t) for name, t in times.items()}
@@ -114,7 +113,7 @@ def measure_net(name: str, batch: int, config: Config, rng: random.Random) -> Ro
     }
     compiled = {key: jax.jit(_fresh(f)).lower(*args).compile() for key, f in functions.items()}
     times = interleaved({key: (lambda f=f: f(*args)) for key, f in compiled.items()}, config.seconds, rng)
-    memory = {key: f.memory_analysis().temp_size_in_bytes for key, f in compiled.items()}
+    memory = {key: getattr(f.memory_analysis(), "temp_size_in_bytes", float("nan")) for key, f in compiled.items()}
     compiling = compile_times({key: functions[key] for key in ("automatic", "manual")}, args, config.compilations, rng)
     return Row(
         name,
@@ -192,7 +191,7 @@ def main(config: Config) -> None:
         result = run(config, advance)
     columns = ("net", "batch", "jax.grad (µs)", "manual", "noise", "norms", "memory", "trace and compile")
     cells = [(r.net, r.batch, f"{r.microseconds:.0f}", *(f"{v:.3f}" for v in r[3:])) for r in result.rows]
-    means = [f"{geometric_mean([row[i] for row in result.rows]):.3f}" for i in range(3, 8)]
+    means = [f"{geometric_mean([float(row[i]) for row in result.rows]):.3f}" for i in range(3, 8)]
     print_table("Ratios to jax.grad", columns, [*cells, ("geometric mean", "", "", *means)])
     ours = result.epoch_milliseconds["fnn.fit"]
     epochs = [(name, f"{ms:.2f}", f"{ms / ours:.1f}") for name, ms in result.epoch_milliseconds.items()]
@@ -277,7 +276,8 @@ def _sklearn_loop(x: np.ndarray, t: np.ndarray, config: Config) -> Callable[[], 
     from sklearn.neural_network import MLPClassifier
 
     def loop() -> None:
-        net = MLPClassifier((32,), solver="sgd", learning_rate_init=0.1, momentum=0.0, alpha=0.0, batch_size=32, random_state=config.seed)
+        settings: dict[str, Any] = {"batch_size": 32}
+        net = MLPClassifier((32,), solver="sgd", learning_rate_init=0.1, momentum=0.0, alpha=0.0, random_state=config.seed, **settings)
         for _ in range(config.epochs):
             net.partial_fit(x, t, classes=np.arange(10))
 

@@ -12,6 +12,7 @@ comparison asks instead how far each is from the gradient in float64.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -104,7 +105,7 @@ def main(config: Config) -> None:
     print(f"picture and metrics in {path}")
 
 
-def table(report: GradientReport) -> tuple[list[str], list[tuple[object, ...]]]:
+def table(report: GradientReport) -> tuple[list[str], Sequence[Sequence[object]]]:
     """Columns and rows, one a leaf; with the distances to the float64 gradient where a leaf needed them."""
     columns = ["leaf", "shape", "max |m - a|", "rel. error", "cosine", "exact"]
     rows = [

@@ -11,9 +11,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import PyTree
 
 Array = jax.Array
+ArrayLike = jax.Array | np.ndarray  # what public functions take; they return JAX's
 Key = jax.Array  # a scalar key array from `jax.random.key`
 Params = PyTree  # nested tuples and NamedTuples of arrays; `()` where a layer has none
 Residuals = PyTree  # what `forward` keeps for `backward`

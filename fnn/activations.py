@@ -67,9 +67,9 @@ def elementwise(name: str, fn: Callable[..., Array], derivative: Callable[..., A
     def with_parameters(**new: Any) -> Elementwise:
         for setting in new:
             _check.one_of(f"setting of {name}", setting, settings)
-        changed = ", ".join(f"{k}={v}" for k, v in new.items())
-        label = f"{name.split('(')[0]}({changed})" if new else name
-        return elementwise(label, fn, derivative, **{**settings, **new})
+        changed = {**settings, **new}
+        label = f"{name.split('(')[0]}({', '.join(f'{k}={v}' for k, v in changed.items())})" if new else name
+        return elementwise(label, fn, derivative, **changed)
 
     return Elementwise(name, lambda key: (), forward, backward, with_parameters=with_parameters)
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from fnn import _check
-from fnn._types import Array, Layer, Loss, Params, at_least_float32
+from fnn._types import Array, ArrayLike, Layer, Loss, Params, at_least_float32
 from fnn.factors import keep
 
 
@@ -43,10 +43,10 @@ def value_and_grad(net: Layer, loss: Loss) -> Callable[..., tuple[Array, Params]
     """
     check_net_and_loss(net, loss)
 
-    def manual_value_and_grad(params: Params, x: Array, targets: Array, weights: Array | None = None) -> tuple[Array, Params]:
+    def manual_value_and_grad(params: Params, x: ArrayLike, targets: ArrayLike, weights: ArrayLike | None = None) -> tuple[Array, Params]:
         outputs, residuals, values = _forward(net, loss, params, x, targets)
         share = _shares(values, weights)
-        dy = loss.grad(outputs, targets)
+        dy = _output_gradient(loss, outputs, targets)
         dy = dy * (share if weights is None else _per_row(share.astype(dy.dtype), dy))
         return weighted_mean(values, weights), net.backward(params, residuals, dy)[0]
 
@@ -73,9 +73,9 @@ def factors(net: Layer, loss: Loss) -> Callable[..., tuple[Array, Any]]:
     """
     check_net_and_loss(net, loss)
 
-    def source(params: Params, x: Array, targets: Array) -> tuple[Array, Any]:
+    def source(params: Params, x: ArrayLike, targets: ArrayLike) -> tuple[Array, Any]:
         outputs, residuals, values = _forward(net, loss, params, x, targets)
-        return values, net.backward(params, residuals, loss.grad(outputs, targets), keep)[0]
+        return values, net.backward(params, residuals, _output_gradient(loss, outputs, targets), keep)[0]
 
     return source
 
@@ -95,6 +95,7 @@ def with_manual_vjp(net: Layer) -> Callable[[Params, Array], Array]:
     >>> jax.grad(lambda p: f(p, jnp.ones((1, 3))).sum())(net.init(jax.random.key(0)))[-1].b
     Array([1., 1.], dtype=float32)
     """
+    check_net(net)
     apply = jax.custom_vjp(net.apply)
 
     def forward(params: Params, x: Array) -> tuple[Array, Any]:
@@ -119,7 +120,7 @@ def mean_loss(net: Layer, loss: Loss) -> Callable[..., Array]:
     """
     check_net_and_loss(net, loss)
 
-    def value(params: Params, x: Array, targets: Array, weights: Array | None = None) -> Array:
+    def value(params: Params, x: ArrayLike, targets: ArrayLike, weights: ArrayLike | None = None) -> Array:
         _, _, values = _forward(net, loss, params, x, targets)
         return weighted_mean(values, weights)
 
@@ -128,13 +129,26 @@ def mean_loss(net: Layer, loss: Loss) -> Callable[..., Array]:
 
 def check_net_and_loss(net: Any, loss: Any) -> None:
     """Raises a TypeError unless the two are a `Layer` and a `Loss`."""
-    if not isinstance(net, Layer):
-        raise TypeError(f"`net` must be a Layer, got {net!r}. Make one by `fnn.mlp` or `fnn.serial`.")
+    check_net(net)
     if not isinstance(loss, Loss):
         raise TypeError(f"`loss` must be a Loss, got {loss!r}. Use one of `fnn.losses`; by name: `fnn.losses.get(name)`.")
 
 
-def _forward(net: Layer, loss: Loss, params: Params, x: Array, targets: Array) -> tuple[Array, Any, Array]:
+def check_net(net: Any) -> None:
+    """Raises a TypeError unless `net` is a `Layer`."""
+    if not isinstance(net, Layer):
+        raise TypeError(f"`net` must be a Layer, got {net!r}. Make one by `fnn.mlp` or `fnn.serial`.")
+
+
+def _output_gradient(loss: Loss, outputs: Array, targets: ArrayLike) -> Array:
+    """`loss.grad`, of the shape that a gradient with respect to the outputs has."""
+    dy = loss.grad(outputs, jnp.asarray(targets))
+    if jnp.shape(dy) != outputs.shape:
+        raise ValueError(f"{loss.name}: `grad` must return an array like the outputs, shape {outputs.shape}, got {jnp.shape(dy)}.")
+    return dy
+
+
+def _forward(net: Layer, loss: Loss, params: Params, x: ArrayLike, targets: ArrayLike) -> tuple[Array, Any, Array]:
     """Outputs, residuals, and the loss of every example."""
     _check.is_array("x", x)
     _check.is_array("targets", targets)
@@ -144,21 +158,21 @@ def _forward(net: Layer, loss: Loss, params: Params, x: Array, targets: Array) -
             "One example? Pass `x[None]`, `targets[None]`."
         )
     if x.shape[0] != targets.shape[0]:
-        raise ValueError(f"`x` has {x.shape[0]} rows but `targets` has {targets.shape[0]}.")
+        raise ValueError(f"`x` has {x.shape[0]} rows but `targets` has {targets.shape[0]}. One example? Pass `x[None]`, `targets[None]`.")
     if x.shape[0] == 0:
         raise ValueError(f"`x` is an empty batch, shape {tuple(x.shape)}: the mean loss of no example is undefined.")
-    outputs, residuals = net.forward(params, x)
+    outputs, residuals = net.forward(params, jnp.asarray(x))
     if outputs.ndim < 1 or outputs.shape[0] != x.shape[0]:
         raise ValueError(f"`x` has shape {tuple(x.shape)}; expected [batch, features]. One example? Pass `x[None]`.")
-    values = loss.value(outputs, targets)
-    if values.shape != x.shape[:1]:
+    values = loss.value(outputs, jnp.asarray(targets))
+    if jnp.shape(values) != x.shape[:1]:
         raise ValueError(
-            f"{loss.name}: `value` must return one number per example, shape {x.shape[:1]}, got {values.shape}. Sum over the outputs."
+            f"{loss.name}: `value` must return one number per example, shape {x.shape[:1]}, got {jnp.shape(values)}. Sum over the outputs."
         )
     return outputs, residuals, values
 
 
-def weighted_mean(values: Array, weights: Array | None = None) -> Array:
+def weighted_mean(values: Array, weights: ArrayLike | None = None) -> Array:
     """The mean over the first axis, `sum(weights * values) / sum(weights)`: the one place where a batch is averaged.
 
     Args:
@@ -179,7 +193,7 @@ def weighted_mean(values: Array, weights: Array | None = None) -> Array:
     return (wide * (share if weights is None else _per_row(share.astype(wide.dtype), wide))).sum(0).astype(values.dtype)
 
 
-def _shares(values: Array, weights: Array | None) -> Any:
+def _shares(values: Array, weights: ArrayLike | None) -> Any:
     """What each example counts for in the mean: the number 1/batch, or `weights / sum(weights)` as `[batch]`."""
     if weights is None:
         return 1.0 / values.shape[0]

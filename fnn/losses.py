@@ -162,7 +162,7 @@ UNIT = Targets(False, _in_unit_interval, lambda z, t: (z > 0) == (t > 0.5))  # f
 PROBABILITY = Targets(False, _in_unit_interval, lambda p, t: (p > 0.5) == (t > 0.5))
 SIGNS = Targets(False, _plus_or_minus_one, lambda y, t: (y > 0) == (t > 0))
 DISTRIBUTION = Targets(False, _rows_sum_to_one, _same_argmax)
-LABELS = Targets(True, _labels_in_range, lambda z, t: z.argmax(-1) == t)
+LABELS = Targets(True, _labels_in_range, lambda z, t: z.argmax(-1).astype(t.dtype) == t)
 
 
 def _huber(y: Array, t: Array, delta: float) -> Array:
@@ -234,6 +234,8 @@ def get(name: str | Loss) -> Loss:
     """
     if isinstance(name, Loss):
         return name
+    if not isinstance(name, str):
+        raise TypeError(f"`loss` must be a name or a Loss, got {name!r}. A function? Make it a loss: `fnn.Loss(name, value, grad)`.")
     known = {known_loss.name: known_loss for known_loss in LOSSES}
     _check.one_of("loss", name, known)
     return known[name]

@@ -51,7 +51,7 @@ def mlp(
     return serial(*(serial(layer, hidden) for layer in layers[:-1]), layers[-1])
 
 
-def summary(net: Layer, input_shape: Sequence[int], *, dtype: Any = jnp.float32) -> str:
+def summary(net: Layer, input_shape: Sequence[int], *, dtype: Any = float) -> str:
     """A table of every layer with its output shape and number of parameters. Computes no array.
 
     Args:

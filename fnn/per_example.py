@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fnn._types import Array, Params, at_least_float32
+from fnn._types import Array, ArrayLike, Params, at_least_float32
 from fnn.factors import materialise, squared_norm
 
 Source = Callable[..., tuple[Array, Any]]
@@ -38,7 +38,7 @@ def gradients(source: Source) -> Callable[..., Params]:
     (5, 3, 2)
     """
 
-    def per_example_gradients(params: Params, *batch: Array) -> Params:
+    def per_example_gradients(params: Params, *batch: ArrayLike) -> Params:
         return materialise.tree(source(params, *batch)[1])
 
     return per_example_gradients
@@ -62,7 +62,7 @@ def norms(source: Source) -> Callable[..., Array]:
     (5,)
     """
 
-    def per_example_norms(params: Params, *batch: Array) -> Array:
+    def per_example_norms(params: Params, *batch: ArrayLike) -> Array:
         return jnp.sqrt(_sum_leaves(squared_norm.tree(source(params, *batch)[1])))
 
     return per_example_norms
@@ -85,7 +85,7 @@ def by_vmap(value_and_grad: Callable[..., tuple[Array, Params]]) -> Callable[...
     (5, 3, 2)
     """
 
-    def for_each_example(params: Params, *batch: Array) -> tuple[Array, Params]:
+    def for_each_example(params: Params, *batch: ArrayLike) -> tuple[Array, Params]:
         return jax.vmap(lambda *example: value_and_grad(params, *(leaf[None] for leaf in example)))(*batch)
 
     return for_each_example

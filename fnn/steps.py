@@ -64,23 +64,32 @@ def step(rule: Rule, optimizer: optax.GradientTransformation) -> Callable[..., t
     return one_step
 
 
-def epoch(rule: Rule, optimizer: optax.GradientTransformation, batch_size: int) -> Callable[..., tuple[TrainState, Array, Array]]:
-    """One pass over shuffled data under `lax.scan`; the last, incomplete batch is filled up with examples of weight 0.
+def epoch(rule: Rule, optimizer: optax.GradientTransformation) -> Callable[..., tuple[TrainState, Array, Array]]:
+    """One pass over data under `lax.scan`, in a given order.
 
     Args:
         rule: any rule.
         optimizer: any optax optimiser.
-        batch_size: examples per step.
 
     Returns:
-        A pure function `(state, key, x, targets, weights=None) -> (state, losses [steps], mean loss)` for `jax.jit`. The
-        mean is over examples, by their weights, not over batches.
+        A pure function `(state, batches, x, targets, weights=None) -> (state, losses [steps], mean loss)` for `jax.jit`.
+        `batches` are `(rows [steps, batch], present [steps, batch] or None)` as from `fnn.data.shuffled_batches`, or in
+        an order of your own. The mean is over examples, by their weights, not over batches.
+
+    >>> import fnn
+    >>> net, optimizer = fnn.mlp((3, 2)), optax.sgd(0.1)
+    >>> rule = fnn.rules.backprop(net, fnn.losses.l2_loss)
+    >>> state = init(rule, optimizer, net.init(jax.random.key(0)), jax.random.key(1))
+    >>> batches = shuffled_batches(2, 5, 2)
+    >>> state, losses, mean = jax.jit(epoch(rule, optimizer))(state, batches, jnp.ones((5, 3)), jnp.ones((5, 2)))
+    >>> losses.shape
+    (3,)
     """
     one_step = step(rule, optimizer)
 
-    def one_epoch(state: TrainState, key: Key, x: Array, targets: Array, weights: Array | None = None) -> tuple[TrainState, Array, Array]:
-        batches = shuffled_batches(key, x.shape[0], batch_size)
-
+    def one_epoch(
+        state: TrainState, batches: tuple[Array, Array | None], x: Array, targets: Array, weights: Array | None = None
+    ) -> tuple[TrainState, Array, Array]:
         def body(state: TrainState, batch: tuple[Array, Array | None]) -> tuple[TrainState, tuple[Array, Array]]:
             rows, w = batch_of(batch, weights)
             state, value = one_step(state, take(x, rows), take(targets, rows), w)
@@ -104,8 +113,10 @@ def batch_of(batch: tuple[Array, Array | None], weights: Array | None) -> tuple[
 def _step_with_grads(rule: Rule, optimizer: optax.GradientTransformation) -> Callable[..., tuple[TrainState, Array, Params]]:
     def update(state: TrainState, x: Array, targets: Array, weights: Array | None = None) -> tuple[TrainState, Array, Params]:
         value, grads, rule_state = rule.value_and_grad(state.params, state.rule, x, targets, weights)
-        updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
-        return TrainState(optax.apply_updates(state.params, updates), optimizer_state, rule_state), value, grads
+        with jax.numpy_dtype_promotion("standard"):  # several of optax's optimisers do not run in strict mode
+            updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
+            params = optax.apply_updates(state.params, updates)
+        return TrainState(params, optimizer_state, rule_state), value, grads
 
     return update
 
@@ -119,11 +130,11 @@ class NonFiniteStep(Exception):
 
 # Compiled functions are kept per rule and optimiser, so that a second `fit` with the same ones does not compile again.
 @functools.lru_cache(maxsize=64)
-def _epoch_function(rule: Rule, optimizer: optax.GradientTransformation, batch_size: int) -> Callable[..., Any]:
-    one_epoch = epoch(rule, optimizer, batch_size)
+def _epoch_function(rule: Rule, optimizer: optax.GradientTransformation) -> Callable[..., Any]:
+    one_epoch = epoch(rule, optimizer)
 
-    def checked(state: TrainState, *data: Any) -> tuple[TrainState, Array, Array, Array]:
-        state, losses, mean = one_epoch(state, *data)
+    def checked(state: TrainState, *batches_and_data: Any) -> tuple[TrainState, Array, Array, Array]:
+        state, losses, mean = one_epoch(state, *batches_and_data)
         return state, losses, mean, jnp.isfinite(losses).all() & _all_finite(state.params)
 
     return jax.jit(checked)
@@ -141,21 +152,21 @@ def _step_function(rule: Rule, optimizer: optax.GradientTransformation) -> Calla
 
 
 def run_arrays(
-    rule: Rule, optimizer: Any, state: TrainState, data: Any, e: int, key: Key, batch_size: int
+    rule: Rule, optimizer: Any, state: TrainState, data: Any, e: int, seed: Any, batch_size: int
 ) -> tuple[TrainState, Array, Array]:
     """One epoch over arrays; where it does not stay finite, the same epoch step by step to find where."""
-    after, losses, mean, finite = _epoch_function(rule, optimizer, batch_size)(state, key, *data)
+    x, targets, weights = data
+    rows, present = shuffled_batches(seed, x.shape[0], batch_size)
+    after, losses, mean, finite = _epoch_function(rule, optimizer)(state, (rows, present), *data)
     if bool(finite):
         return after, losses, mean
-    x, targets, weights = data
-    index, present = shuffled_batches(key, x.shape[0], batch_size)
-    batches = (batch_of((index[i], None if present is None else present[i]), weights) for i in range(len(index)))
+    batches = (batch_of((rows[i], None if present is None else present[i]), weights) for i in range(len(rows)))
     _careful_steps(rule, optimizer, state, ((take(x, rows), take(targets, rows), w) for rows, w in batches))
     return after, losses, mean  # step by step it stays finite: rounding differs; a later epoch decides
 
 
 def run_iterable(
-    rule: Rule, optimizer: Any, state: TrainState, data: Any, e: int, key: Key, batch_size: int
+    rule: Rule, optimizer: Any, state: TrainState, data: Any, e: int, seed: Any, batch_size: int
 ) -> tuple[TrainState, Array, Array]:
     """One epoch over an iterable of batches, each checked as it enters."""
     batches = data(e) if callable(data) else data

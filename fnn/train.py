@@ -15,11 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import lax
 
 from fnn import _check
-from fnn._types import Array, Key, Params, Rule, at_least_float32
-from fnn.data import check_batches, check_data, check_rule, padded
+from fnn._types import Array, ArrayLike, Key, Params, Rule, at_least_float32
+from fnn.data import check_batches, check_data, check_rule, epoch_seeds, padded, shuffled_batches
 from fnn.steps import NonFiniteStep, TrainState, epoch, init, run_arrays, run_iterable
 
 Callback = Callable[[int, dict[str, float]], Any]
@@ -104,9 +103,9 @@ def fit(
     epoch_losses: list[Array] = []
     metrics: list[dict[str, float]] = []
     run = run_arrays if isinstance(data, tuple) else run_iterable
-    for e, epoch_key in enumerate(jax.random.split(key, epochs)):
+    for e, seed in enumerate(epoch_seeds(key, epochs)):
         try:
-            state, losses, mean = run(rule, optimizer, state, data, e, epoch_key, batch_size)
+            state, losses, mean = run(rule, optimizer, state, data, e, seed, batch_size)
         except NonFiniteStep as stop:
             before = sum(len(losses) for losses in step_losses)
             history = _history(epoch_losses, [*step_losses, jnp.stack(stop.losses)], metrics)
@@ -125,7 +124,7 @@ def fit_many(
     rule: Rule,
     optimizer: Any,
     init_params: Callable[[Key], Params],
-    data: tuple[Array, ...],
+    data: tuple[ArrayLike, ...],
     *,
     epochs: int,
     batch_size: int,
@@ -156,30 +155,25 @@ def fit_many(
     >>> history.loss.shape
     (5, 3)
     """
-    _check_keys(keys)
+    make, rates = _optimizers(rule, optimizer, keys, learning_rates, epochs, batch_size)
     _check.is_function("init_params", init_params, "key -> params, such as `net.init`")
-    if learning_rates is None:
-        make, rates = (lambda rate: optimizer), jnp.ones(keys.shape)
-        _check_settings(rule, optimizer, epochs, batch_size)
-    else:
-        make, rates = optimizer, learning_rates
-        _check.is_float("learning_rates", rates)
-        if not callable(make):
-            raise TypeError(
-                f"`optimizer` must be a function rate -> optimiser where `learning_rates` are given, got {make!r}. Pass `optax.sgd`."
-            )
-        if rates.shape != keys.shape or not bool(((rates > 0) & jnp.isfinite(rates)).all()):
-            raise ValueError(f"`learning_rates` must be one finite number above 0 per key, {keys.shape}, got {rates}.")
-        _check_settings(rule, make(0.1), epochs, batch_size)
-    example = jax.eval_shape(init_params, keys[0])
-    x, targets, weights = check_data(rule, example, data, batch_size=batch_size)
-    train = _many_function(rule, make, init_params, epochs, batch_size)
-    params, losses, means = train(keys, jnp.asarray(rates), x, targets, weights)
-    return params, History(means, losses.reshape(len(losses), -1), {})
+    x, targets, weights = check_data(rule, jax.eval_shape(init_params, keys[0]), data, batch_size=batch_size)
+    first, one_epoch = _many_functions(rule, make, init_params)
+    state, fit_keys = first(keys, rates)
+    seeds = [epoch_seeds(key, epochs) for key in fit_keys]
+    step_losses: list[Array] = []
+    epoch_losses: list[Array] = []
+    for e in range(epochs):
+        orders = [shuffled_batches(seed[e], x.shape[0], batch_size) for seed in seeds]
+        rows = np.stack([rows for rows, _ in orders])
+        state, losses, means = one_epoch(rates, state, rows, orders[0][1], x, targets, weights)
+        step_losses.append(losses)
+        epoch_losses.append(means)
+    return state.params, History(jnp.stack(epoch_losses, 1), jnp.concatenate(step_losses, 1), {})
 
 
 def evaluate(
-    rule: Rule, params: Params, data: tuple[Array, ...], *, batch_size: int | None = None, checked: bool = False
+    rule: Rule, params: Params, data: tuple[ArrayLike, ...], *, batch_size: int | None = None, checked: bool = False
 ) -> dict[str, float]:
     """The mean loss over data, and the accuracy where the loss is one for classes.
 
@@ -218,22 +212,21 @@ def evaluate(
 
 # Kept per rule, as the compiled functions of `fnn.steps`.
 @functools.lru_cache(maxsize=64)
-def _many_function(rule: Rule, make: Any, init_params: Any, epochs: int, batch_size: int) -> Callable[..., Any]:
-    def train(key: Key, rate: Array, *data: Any) -> tuple[Params, Array, Array]:
-        optimizer = make(rate)
+def _many_functions(rule: Rule, make: Any, init_params: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """`(keys, rates) -> (states, keys)` and one epoch of all nets; `make` is an optimiser, or a function of the rate."""
+
+    def of(rate: Array) -> optax.GradientTransformation:
+        return make if hasattr(make, "update") else make(rate)
+
+    def first(key: Key, rate: Array) -> tuple[TrainState, Key]:
         params_key, key = jax.random.split(key)
-        rule_key, key = jax.random.split(key)
-        one_epoch = epoch(rule, optimizer, batch_size)
+        rule_key, key = jax.random.split(key)  # as `fit` does with its key
+        return init(rule, of(rate), init_params(params_key), rule_key), key
 
-        def body(state: TrainState, key: Key) -> tuple[TrainState, tuple[Array, Array]]:
-            state, losses, mean = one_epoch(state, key, *data)
-            return state, (losses, mean)
+    def one_epoch(rate: Array, state: TrainState, rows: Array, present: Array | None, *data: Any) -> tuple[TrainState, Array, Array]:
+        return epoch(rule, of(rate))(state, (rows, present), *data)
 
-        state = init(rule, optimizer, init_params(params_key), rule_key)
-        state, (losses, means) = lax.scan(body, state, jax.random.split(key, epochs))
-        return state.params, losses, means
-
-    return jax.jit(lambda keys, rates, *data: jax.vmap(lambda key, rate: train(key, rate, *data))(keys, rates))
+    return jax.jit(jax.vmap(first)), jax.jit(jax.vmap(one_epoch, in_axes=(0, 0, 0, None, None, None, None)))
 
 
 @functools.lru_cache(maxsize=64)
@@ -276,6 +269,23 @@ def _check_both(rule: Rule, params: Params, data: Any, validation: Any, batch_si
         with _check.inside("`validation`"):
             validation = check_data(rule, params, validation, name="validation")
     return data, validation
+
+
+def _optimizers(rule: Any, optimizer: Any, keys: Any, rates: Any, epochs: Any, batch_size: Any) -> tuple[Any, Array]:
+    """What `fit_many` trains each net with, checked: an optimiser or a function of the rate, and the rates."""
+    _check_keys(keys)
+    if rates is None:
+        _check_settings(rule, optimizer, epochs, batch_size)
+        return optimizer, jnp.ones(keys.shape)
+    _check.is_float("learning_rates", rates)
+    if not callable(optimizer):
+        raise TypeError(
+            f"`optimizer` must be a function rate -> optimiser where `learning_rates` are given, got {optimizer!r}. Pass `optax.sgd`."
+        )
+    if rates.shape != keys.shape or not bool(((rates > 0) & jnp.isfinite(rates)).all()):
+        raise ValueError(f"`learning_rates` must be one finite number above 0 per key, {keys.shape}, got {rates}.")
+    _check_settings(rule, optimizer(0.1), epochs, batch_size)
+    return optimizer, jnp.asarray(rates)
 
 
 def _check_keys(keys: Any) -> None:

@@ -1,0 +1,224 @@
+"""Every activation against `jax.nn`: values, derivatives (at kinks too), extremes, dtypes, settings and names."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import cast, error, fast_jit, wide
+
+import fnn
+from fnn import activations
+from fnn.activations import ACTIVATIONS, softmax
+
+ELEMENTWISE = tuple(a for a in ACTIVATIONS if a is not softmax)
+DTYPES = ("bfloat16", "float16", "float32", "float64")
+GRID = np.linspace(-8, 8, 65)  # every kink of jax.nn's functions (-3, -1, 0, 1, 3, 6) is on it, and its neighbours 1/4 away
+SETTINGS = (
+    ("leaky_relu", {"negative_slope": 0.2}),
+    ("leaky_relu", {"negative_slope": -0.5}),
+    ("elu", {"alpha": 0.5}),
+    ("elu", {"alpha": 2.0}),
+    ("celu", {"alpha": 0.5}),
+    ("celu", {"alpha": 2.0}),
+    ("squareplus", {"b": 0.25}),
+    ("gelu", {"approximate": True}),
+    ("gelu", {"approximate": False}),
+)
+NO_ACTIVATION = {  # what else is in jax.nn: on whole rows, on several arrays, or, as log1mexp(x > 0), a part of formulas
+    "dot_product_attention",
+    "get_scaled_dot_general_config",
+    "glu",
+    "initializers",
+    "log1mexp",
+    "log_softmax",
+    "logmeanexp",
+    "logsumexp",
+    "one_hot",
+    "scaled_dot_general",
+    "scaled_matmul",
+    "standardize",
+}
+
+
+def reference(activation):
+    """JAX's function of that name."""
+    if activation.name == "step":  # lecture 000
+        return lambda x: jnp.where(x >= 0, jnp.ones_like(x), -jnp.ones_like(x))
+    return getattr(jax.nn, activation.name)
+
+
+def ours(activation, x, dy):
+    """Value and `dx`."""
+    y, residuals = activation.forward((), x)
+    grads, dx = activation.backward((), residuals, dy)
+    assert grads == ()
+    return y, dx
+
+
+def theirs(f, x, dy):
+    """Value and `dx` by automatic differentiation."""
+    y, pullback = jax.vjp(f, x)
+    return y, pullback(dy)[0]
+
+
+def test_the_grid_holds_every_kink():
+    assert set(GRID) >= {-3.0, -1.0, 0.0, 1.0, 3.0, 6.0}
+
+
+@pytest.mark.parametrize("activation", ELEMENTWISE, ids=repr)
+def test_value_and_derivative_are_jax_nns_on_both_sides_of_and_at_every_kink(x64, activation):
+    @fast_jit
+    def both(x):
+        short = x.astype(jnp.float32)
+        f = reference(activation)
+        return (
+            ours(activation, x, jnp.ones_like(x)),
+            theirs(f, x, jnp.ones_like(x)),
+            ours(activation, short, jnp.ones_like(short)),
+            ours(activation, x, x + 10),  # another cotangent
+        )
+
+    manual, automatic, in_float32, with_another = both(jnp.asarray(GRID))
+    np.testing.assert_allclose(manual[0], automatic[0], rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(manual[1], automatic[1], rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(with_another[1], automatic[1] * (GRID + 10), rtol=1e-12, atol=1e-11)
+    for short, long in zip(in_float32, automatic, strict=True):
+        assert error(wide(short), wide(long)) <= 1e-6
+
+
+@pytest.mark.parametrize("activation", ELEMENTWISE, ids=repr)
+def test_no_activation_overflows_or_changes_the_dtype(x64, activation):
+    extremes = np.array([-1e4, -9e3, -100.0, 0.0, 100.0, 9e3, 1e4])
+
+    @fast_jit
+    def everywhere(x):
+        rounded = {dtype: x.astype(dtype) for dtype in DTYPES}
+        f = reference(activation)
+        return {
+            dtype: (ours(activation, a, jnp.ones_like(a)), (f(a), theirs(f, a.astype(x.dtype), jnp.ones_like(x))[1]))
+            for dtype, a in rounded.items()
+        }
+
+    for dtype, (found, truth) in everywhere(jnp.asarray(extremes)).items():  # the derivative's truth is float64's
+        if dtype == "float16" and not np.isfinite(wide(found[0])).all():
+            continue  # JAX's forward itself overflows in float16
+        for got, true in zip(found, truth, strict=True):
+            assert got.dtype == dtype
+            assert not got.weak_type
+            tolerance = {"bfloat16": 2e-2, "float16": 5e-3, "float32": 1e-5, "float64": 1e-12}[dtype]
+            np.testing.assert_allclose(wide(got)[0], wide(true)[0], rtol=tolerance, atol=tolerance, err_msg=dtype)
+
+
+def test_softmax_is_jax_nns_and_its_backward_the_jacobians_product(x64):
+    rng = np.random.default_rng(0)
+    x, dy = jnp.asarray(rng.normal(size=(2, 3, 5))), jnp.asarray(rng.normal(size=(2, 3, 5)))
+
+    @fast_jit
+    def check(x, dy):
+        rows = x.reshape(6, 5)
+        jacobians = jax.vmap(jax.jacobian(jax.nn.softmax))(rows)  # [row, y, x]
+        product = jnp.einsum("ryx,ry->rx", jacobians, dy.reshape(6, 5)).reshape(x.shape)
+        return ours(softmax, x, dy), (jax.nn.softmax(x, axis=-1), product), ours(softmax, *cast((x, dy), jnp.float32))
+
+    manual, truth, short = check(x, dy)
+    assert error(wide(manual[0]), wide(truth[0])) <= 1e-12
+    assert error(wide(manual[1]), wide(truth[1])) <= 1e-12
+    assert error(wide(short[1]), wide(truth[1])) <= 1e-6
+
+
+def test_softmax_of_extreme_and_of_equal_rows_is_finite_in_every_dtype(x64):
+    rows = np.array([[1e4, -1e4, 0.0], [-1e4, -1e4, -1e4], [1e4, 1e4, -1e4]])
+
+    @fast_jit
+    def everywhere(x):
+        return {dtype: ours(softmax, x.astype(dtype), jnp.asarray([[1.0, 2.0, -1.0]] * 3, dtype)) for dtype in DTYPES}
+
+    for dtype, (y, dx) in everywhere(jnp.asarray(rows)).items():
+        assert y.dtype == dx.dtype == dtype
+        assert not (y.weak_type or dx.weak_type)
+        np.testing.assert_allclose(wide(y)[0], [[1, 0, 0], [1 / 3] * 3, [0.5, 0.5, 0]], atol=2e-3)
+        np.testing.assert_allclose(wide(dx)[0], [[0, 0, 0], [1 / 9, 4 / 9, -5 / 9], [-0.25, 0.25, 0]], atol=5e-3)
+
+
+@pytest.mark.parametrize("softly", [False, True])
+def test_softmax_of_one_output_is_certain_and_has_no_gradient(softly):
+    y, dx = ours(softmax, jnp.full((2, 1), 3.0 if softly else -1e4), jnp.ones((2, 1)))
+    np.testing.assert_array_equal(y, [[1], [1]])
+    np.testing.assert_array_equal(dx, [[0], [0]])
+
+
+def test_settings_are_those_of_jax_nn(x64):
+    @fast_jit
+    def both(x):
+        return [
+            (
+                ours(getattr(activations, name)(**setting), x, jnp.ones_like(x)),
+                theirs(functools.partial(getattr(jax.nn, name), **setting), x, jnp.ones_like(x)),
+            )
+            for name, setting in SETTINGS
+        ]
+
+    for (name, setting), (manual, automatic) in zip(SETTINGS, both(jnp.asarray(GRID)), strict=True):
+        for got, true in zip(manual, automatic, strict=True):
+            np.testing.assert_allclose(got, true, rtol=1e-12, atol=1e-12, err_msg=f"{name} {setting}")
+
+
+def test_every_setting_matters_and_its_default_is_jax_nns(x64):
+    x = jnp.asarray([-2.0, 0.5])
+    for name, setting in SETTINGS:
+        default, changed = getattr(activations, name), getattr(activations, name)(**setting)
+        same = np.array_equal(default.apply((), x), changed.apply((), x))
+        assert same == (setting == {"approximate": True}), (name, setting)
+
+
+def test_every_elementwise_activation_of_jax_nn_is_here():
+    public = {name for name in dir(jax.nn) if not name.startswith("_")}
+    assert public > NO_ACTIVATION - {"log1mexp", "logmeanexp"}, "a name that older JAX versions have too"
+    known = {activation.name for activation in ACTIVATIONS} | {"swish", "hard_swish"}
+    assert public - NO_ACTIVATION <= known, "new in jax.nn: write one `elementwise(...)` line"
+    assert known - public == {"step"}
+
+
+def test_names_are_unique_and_get_their_activation():
+    assert len({activation.name for activation in ACTIVATIONS}) == len(ACTIVATIONS)
+    for activation in ACTIVATIONS:
+        assert activations.get(activation.name) is activation is getattr(activations, activation.name)
+    assert activations.get("swish") is activations.swish is activations.silu
+    assert activations.get("hard_swish") is activations.hard_swish is activations.hard_silu
+
+
+def test_a_changed_setting_is_in_the_layers_name():
+    assert activations.leaky_relu(negative_slope=0.2).name == "leaky_relu(negative_slope=0.2)"
+    assert activations.leaky_relu(negative_slope=0.2)(negative_slope=0.3).name == "leaky_relu(negative_slope=0.3)"
+    assert repr(activations.gelu(approximate=False)) == "gelu(approximate=False)"
+    assert activations.elu().name == "elu"
+
+
+def test_a_users_own_activation_with_two_settings_is_a_layer_like_any_other(x64):
+    power = fnn.elementwise("power", lambda x, p, c: c * x**p, lambda x, y, p, c: c * p * x ** (p - 1), p=3, c=2.0)
+    fourth = power(c=0.5)(p=4)
+    assert fourth.name == "power(p=4, c=0.5)"
+    net = fnn.mlp((3, 4, 2), fourth)
+    assert net.layers[0].layers[1] is fourth
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(5, 3)))
+
+    @fast_jit
+    def both(x):
+        params = net.init(jax.random.key(0))
+        value = fnn.mean_loss(net, fnn.losses.l2_loss)
+        return ours(fourth, x, x), fnn.value_and_grad(net, fnn.losses.l2_loss)(params, x, x[:, :2]), jax.grad(value)(params, x, x[:, :2])
+
+    (y, dx), (_, grads), automatic = both(x)
+    np.testing.assert_allclose(y, 0.5 * x**4, rtol=1e-12)
+    np.testing.assert_allclose(dx, 2 * x**4, rtol=1e-12)
+    assert error(wide(grads), wide(automatic)) <= 1e-12
+
+
+def test_numpy_arrays_and_any_number_of_axes_are_taken():
+    for x in (np.float32(-2.0).reshape(()), np.ones((2, 1, 3), np.float32)):
+        y, dx = ours(activations.relu, x, jnp.ones_like(x))
+        assert isinstance(y, jax.Array)
+        np.testing.assert_array_equal(y, np.maximum(x, 0))
+        np.testing.assert_array_equal(dx, x > 0)

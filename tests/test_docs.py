@@ -1,0 +1,43 @@
+"""Every doctest and every Python block of the README runs."""
+
+import doctest
+import importlib
+import pkgutil
+import re
+import runpy
+from pathlib import Path
+
+import jax
+import pytest
+
+import experiments
+import fnn
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = (fnn, experiments)
+MODULES = [m.name for p in PACKAGES for m in pkgutil.walk_packages(p.__path__, p.__name__ + ".") if "__main__" not in m.name]
+BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+@pytest.fixture(autouse=True)
+def as_a_newcomer_has_it():
+    """JAX's own defaults: what a reader pastes runs in them."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_doctests(name):
+    assert doctest.testmod(importlib.import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE).failed == 0
+
+
+@pytest.mark.parametrize("i", range(len(BLOCKS)))
+def test_readme_block(i, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "block.py"
+    file.write_text("\n".join(BLOCKS[: i + 1]))  # a block may use what those before it made
+    runpy.run_path(str(file))
+
+
+def test_the_readme_has_python_blocks():
+    assert len(BLOCKS) >= 3

@@ -1,0 +1,82 @@
+"""The rules of the house, as far as a program can check them."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fnn
+
+ROOT = Path(__file__).parents[1]
+ORDER = ["_types", "_check", "factors", "activations", "layers", "combinators", "nets", "losses", "backprop", "per_example", "checks"]
+ORDER += ["data", "steps", "rules", "train", "__init__"]
+FILES = sorted((ROOT / "fnn").rglob("*.py"))
+
+
+def imports(file: Path) -> set[str]:
+    """The modules of fnn that a file imports while it is imported, by their first name."""
+    found = set()
+    for node in ast.parse(file.read_text()).body:
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "fnn":
+            names = [node.module.split(".")[1]] if "." in node.module else [alias.name for alias in node.names]
+            found |= {name for name in names if (ROOT / "fnn" / f"{name}.py").exists() or (ROOT / "fnn" / name).is_dir()}
+    return found
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
+def test_imports_go_downward_only(file):
+    inside = file.relative_to(ROOT / "fnn").parts[0].removesuffix(".py")
+    rank = ORDER.index(inside)
+    upward = {name for name in imports(file) if ORDER.index(name) > rank or (ORDER.index(name) == rank and inside != "rules")}
+    assert not upward
+
+
+def test_the_package_only_reexports():
+    nodes = ast.parse((ROOT / "fnn" / "__init__.py").read_text()).body[1:]
+    assert all(isinstance(node, ast.ImportFrom) and all(alias.asname == alias.name for alias in node.names) for node in nodes)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
+def test_public_functions_have_docstrings_and_no_file_is_long(file):
+    text = file.read_text()
+    assert text.count("\n") <= 320
+    for node in ast.parse(text).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+            assert ast.get_docstring(node), f"{file.name}: {node.name}"
+
+
+def test_importing_fnn_starts_no_backend_and_pulls_in_no_extra():
+    code = (
+        "import sys, fnn; from jax._src import xla_bridge; assert not xla_bridge._backends, 'a backend was started';"
+        "extras = {'sklearn', 'matplotlib', 'tyro', 'rich', 'chex.dataclass', 'pytest', 'pandas', 'torch'} & set(sys.modules);"
+        "assert not extras, extras"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, cwd=ROOT)
+
+
+def test_shapes_of_annotated_functions_hold_under_jaxtyping_and_beartype():
+    code = (
+        "from jaxtyping import install_import_hook\n"
+        "with install_import_hook('fnn', 'beartype.beartype'): import fnn\n"
+        "import jax, jax.numpy as jnp, numpy as np, optax\n"
+        "block = fnn.residual(fnn.serial(fnn.dense(5, 5), fnn.activations.gelu))\n"
+        "net = fnn.serial(fnn.dense(4, 5), fnn.activations.relu, fnn.repeat(block, 3), fnn.layer_norm(5), fnn.dense(5, 3))\n"
+        "loss = fnn.losses.softmax_cross_entropy_with_integer_labels\n"
+        "params = net.init(jax.random.key(0)); x, t = np.ones((6, 4), np.float32), np.arange(6) % 3\n"
+        "assert fnn.compare_gradients(net, loss, params, x, t).passed\n"
+        "assert fnn.per_example.norms(fnn.factors(net, loss))(params, x, t).shape == (6,)\n"
+        "rule = fnn.rules.backprop(net, loss)\n"
+        "_, history = fnn.fit(rule, optax.adam(0.01), params, (x, t), epochs=2, batch_size=4, key=jax.random.key(1))\n"
+        "assert history.loss.shape == (2,)\n"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, cwd=ROOT)
+
+
+def test_every_public_name_of_the_design_is_there():
+    names = (
+        "mlp serial repeat residual dense layer_norm rms_norm embedding summary collapse value_and_grad factors with_manual_vjp",
+        "compare_gradients check_layer check_loss fit fit_many evaluate activations losses rules per_example Layer Loss Rule",
+    )
+    assert [name for line in names for name in line.split() if not hasattr(fnn, name)] == []
