@@ -13,9 +13,11 @@ import numpy as np
 
 
 def is_array(name: str, value: Any) -> None:
-    """Raises a TypeError unless `value` is a JAX or NumPy array (or a tracer, or a shape)."""
+    """Raises a TypeError unless `value` is a JAX or NumPy array (or a tracer, or a shape) of numbers."""
     if not (hasattr(value, "shape") and hasattr(value, "dtype")):
         raise TypeError(f"`{name}` must be an array, got {type(value).__name__}. Convert it: `jnp.asarray({name})`.")
+    if getattr(value.dtype, "kind", "V") in "USO":
+        raise TypeError(f"`{name}` must hold numbers, got {value.dtype}. Text? Convert it: `{name}.astype(float)`.")
 
 
 def is_float(name: str, value: Any) -> None:

@@ -165,7 +165,7 @@ SHAPES = (
     case("w of whole numbers", lambda: DENSE.apply(cast(params_of(DENSE), int), X), TypeError, "`w` must hold floating-point", "int"),
     case("x of whole numbers", lambda: grad(X.astype(np.int32)), TypeError, "`x` must hold floating-point numbers", "int32", "`x.astype("),
     case("x of bools", lambda: grad(X > 0), TypeError, "`x` must hold floating-point numbers", "bool"),
-    case("x of text", lambda: grad(X.astype(str)), TypeError, "`x` must hold floating-point numbers", "<U"),
+    case("x of text", lambda: grad(X.astype(str)), TypeError, "`x` must hold numbers", "<U"),
     case("whole numbers into softmax", lambda: activations.softmax.apply((), LABELS), TypeError, "`x` must hold floating-point", "int"),
     case("whole numbers into relu", lambda: activations.relu.apply((), LABELS), TypeError, "`x` must hold floating-point numbers", "int"),
     case(
