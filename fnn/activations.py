@@ -89,7 +89,7 @@ def _where(condition: Array, x: Array) -> Array:
 
 def _gelu_tanh_derivative(x: Array, y: Array) -> Array:
     # y = x Phi~(x), Phi~ = (1 + tanh u)/2, u = sqrt(2/pi) (x + 0.044715 x^3); y' = Phi~ + x (1 - tanh^2 u) u'/2
-    c = 0.7978845608028654  # sqrt(2/pi)
+    c, x = 0.7978845608028654, at_least_float32(x)  # sqrt(2/pi); x^3 overflows in float16
     t = jnp.tanh(c * (x + 0.044715 * x**3))
     return 0.5 * (1 + t) + 0.5 * x * (1 - t) * (1 + t) * c * (1 + 3 * 0.044715 * x**2)
 

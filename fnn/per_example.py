@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fnn import _check
 from fnn._types import Array, ArrayLike, Params, at_least_float32
 from fnn.factors import materialise, squared_norm
 
@@ -37,6 +38,8 @@ def gradients(source: Source) -> Callable[..., Params]:
     >>> f(net.init(jax.random.key(0)), jnp.ones((5, 3)), jnp.zeros((5, 2)))[-1].w.shape
     (5, 3, 2)
     """
+
+    _check.is_function("source", source, "(params, *batch) -> (values, factors), such as `fnn.factors(net, loss)`")
 
     def per_example_gradients(params: Params, *batch: ArrayLike) -> Params:
         return materialise.tree(source(params, *batch)[1])
@@ -62,6 +65,8 @@ def norms(source: Source) -> Callable[..., Array]:
     (5,)
     """
 
+    _check.is_function("source", source, "(params, *batch) -> (values, factors), such as `fnn.factors(net, loss)`")
+
     def per_example_norms(params: Params, *batch: ArrayLike) -> Array:
         return jnp.sqrt(_sum_leaves(squared_norm.tree(source(params, *batch)[1])))
 
@@ -84,6 +89,8 @@ def by_vmap(value_and_grad: Callable[..., tuple[Array, Params]]) -> Callable[...
     >>> f(net.init(jax.random.key(0)), jnp.ones((5, 3)), jnp.zeros((5, 2)))[1][-1].w.shape
     (5, 3, 2)
     """
+
+    _check.is_function("value_and_grad", value_and_grad, "(params, *batch) -> (value, grads), such as `fnn.value_and_grad(net, loss)`")
 
     def for_each_example(params: Params, *batch: ArrayLike) -> tuple[Array, Params]:
         return jax.vmap(lambda *example: value_and_grad(params, *(leaf[None] for leaf in example)))(*batch)

@@ -77,15 +77,16 @@ def test_value_and_derivative_are_jax_nns_on_both_sides_of_and_at_every_kink(x64
             ours(activation, x, jnp.ones_like(x)),
             theirs(f, x, jnp.ones_like(x)),
             ours(activation, short, jnp.ones_like(short)),
+            theirs(f, short, jnp.ones_like(short)),
             ours(activation, x, x + 10),  # another cotangent
         )
 
-    manual, automatic, in_float32, with_another = both(jnp.asarray(GRID))
+    manual, automatic, short, short_automatic, with_another = both(jnp.asarray(GRID))
     np.testing.assert_allclose(manual[0], automatic[0], rtol=1e-12, atol=1e-12)
     np.testing.assert_allclose(manual[1], automatic[1], rtol=1e-12, atol=1e-12)
     np.testing.assert_allclose(with_another[1], automatic[1] * (GRID + 10), rtol=1e-12, atol=1e-11)
-    for short, long in zip(in_float32, automatic, strict=True):
-        assert error(wide(short), wide(long)) <= 1e-6
+    for mine, jaxs, truth in zip(short, short_automatic, automatic, strict=True):  # 1e-6, or where jax.grad is worse, as good as it
+        assert error(wide(mine), wide(truth)) <= max(1e-6, 1.1 * error(wide(jaxs), wide(truth)))
 
 
 @pytest.mark.parametrize("activation", ELEMENTWISE, ids=repr)
@@ -137,14 +138,14 @@ def test_softmax_of_extreme_and_of_equal_rows_is_finite_in_every_dtype(x64):
 
     for dtype, (y, dx) in everywhere(jnp.asarray(rows)).items():
         assert y.dtype == dx.dtype == dtype
-        assert not (y.weak_type or dx.weak_type)
+        assert not y.weak_type
+        assert not dx.weak_type
         np.testing.assert_allclose(wide(y)[0], [[1, 0, 0], [1 / 3] * 3, [0.5, 0.5, 0]], atol=2e-3)
         np.testing.assert_allclose(wide(dx)[0], [[0, 0, 0], [1 / 9, 4 / 9, -5 / 9], [-0.25, 0.25, 0]], atol=5e-3)
 
 
-@pytest.mark.parametrize("softly", [False, True])
-def test_softmax_of_one_output_is_certain_and_has_no_gradient(softly):
-    y, dx = ours(softmax, jnp.full((2, 1), 3.0 if softly else -1e4), jnp.ones((2, 1)))
+def test_softmax_of_one_output_is_certain_and_has_no_gradient():
+    y, dx = ours(softmax, jnp.array([[3.0], [-1e4]]), jnp.ones((2, 1)))
     np.testing.assert_array_equal(y, [[1], [1]])
     np.testing.assert_array_equal(dx, [[0], [0]])
 

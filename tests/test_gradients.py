@@ -28,8 +28,13 @@ KINKED = {
 
 
 def both(c: Case):
-    """One function for manual and automatic `(value, grads)`."""
-    manual, automatic = fnn.value_and_grad(c.net, c.loss), jax.value_and_grad(fnn.mean_loss(c.net, c.loss))
+    """One function for manual and automatic `(value, grads)`; the automatic one writes its mean out."""
+
+    def mean(params, x, targets, weights=None):
+        values = c.loss.value(c.net.apply(params, x), targets)
+        return values.mean() if weights is None else (values * weights).sum() / weights.sum()
+
+    manual, automatic = fnn.value_and_grad(c.net, c.loss), jax.value_and_grad(mean)
     return lambda *batch: (manual(*batch), automatic(*batch))
 
 
@@ -51,7 +56,9 @@ def test_manual_gradient_is_jax_grad_in_every_dtype(x64, number):
         assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {jnp.dtype(dtype)}
         assert not any(leaf.weak_type for leaf in jax.tree.leaves((value, grads)))
         assert value.dtype == automatic_value.dtype == dtype
-        assert error(wide(value), wide(automatic_value)) <= TOLERANCE[dtype], c.name
+        exact = wide(found["float64"][1][0])
+        apart = error(wide(value), wide(automatic_value))
+        assert apart <= TOLERANCE[dtype] or error(wide(value), exact) <= 2 * error(wide(automatic_value), exact), (c.name, apart)
         ours, theirs = wide(grads), wide(automatic)
         if error(ours, theirs) > TOLERANCE[dtype]:  # then jax.grad itself is far from the truth, and ours at most twice as far
             assert dtype != "float64", (c.name, error(ours, theirs))

@@ -1,0 +1,253 @@
+"""Every loss against optax: values, gradients, shapes, extremes, dtypes, accuracy and settings."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from cases import cast, error, fast_jit, targets_for, wide
+
+import fnn
+from fnn import losses
+from fnn.losses import LOSSES
+
+LABELS = losses.softmax_cross_entropy_with_integer_labels
+ROWS = (LABELS, losses.softmax_cross_entropy, losses.kl_divergence)  # these reduce the last axis themselves
+ON_LOGITS = (losses.sigmoid_binary_cross_entropy, losses.softmax_cross_entropy, LABELS)
+FLOATING = tuple(loss for loss in LOSSES if loss is not LABELS)
+SHAPES = ((7, 4), (3, 5, 4), (2, 3, 2, 3), (1, 3), (4, 1), (1, 1))  # batch, positions, one example, one output
+DTYPES = ("bfloat16", "float16", "float32", "float64")
+
+
+def reference(loss, outputs, targets):
+    """Optax's value, `[batch]`: what it leaves per element summed."""
+    if loss.name == "binary_cross_entropy":  # lecture 004, eq 5
+        values = -(targets * jnp.log(outputs) + (1 - targets) * jnp.log(1 - outputs))
+    else:
+        values = getattr(optax.losses, loss.name)(outputs, targets)
+    return values.sum(tuple(range(1, values.ndim)))
+
+
+def theirs(loss, outputs, targets):
+    """Optax's value and the gradient of each example's own."""
+    return reference(loss, outputs, targets), jax.grad(lambda y: reference(loss, y, targets).sum())(outputs)
+
+
+def ours(loss, outputs, targets):
+    return loss.value(outputs, targets), loss.grad(outputs, targets)
+
+
+def outputs_for(loss, shape, rng):
+    """Outputs that the loss takes, away from its kinks."""
+    outputs = rng.normal(size=shape)
+    if loss.name == "binary_cross_entropy":
+        outputs = 1 / (1 + np.exp(-outputs))
+    if loss.name == "kl_divergence":
+        outputs = outputs - np.log(np.exp(outputs).sum(-1, keepdims=True))
+    return jnp.asarray(outputs)
+
+
+def batches(loss, shapes=SHAPES):
+    rng = np.random.default_rng(0)
+    return [(outputs_for(loss, shape, rng), targets_for(loss, shape, rng)) for shape in shapes]
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=repr)
+def test_value_and_gradient_are_optaxs(x64, loss):
+    @fast_jit
+    def both(data):
+        return [(ours(loss, *batch), theirs(loss, *batch), ours(loss, *cast(batch, jnp.float32))) for batch in data]
+
+    data = batches(loss, SHAPES if loss in ROWS else (*SHAPES, (5,)))
+    for (y, _), (manual, automatic, short) in zip(data, both(data), strict=True):
+        assert manual[0].shape == y.shape[:1]
+        assert manual[1].shape == y.shape
+        for mine, optaxs, narrow in zip(manual, automatic, short, strict=True):
+            np.testing.assert_allclose(mine, optaxs, rtol=1e-12, atol=1e-12, err_msg=f"{y.shape}")
+            assert np.linalg.norm(wide(narrow)[0] - optaxs) <= 1e-6 * max(1, np.linalg.norm(optaxs))
+
+
+@pytest.mark.parametrize("loss", [losses.softmax_cross_entropy, losses.kl_divergence], ids=repr)
+def test_targets_may_be_zero_or_not_sum_to_one(x64, loss):
+    targets = jnp.array([[0.0, 1.0, 0.0], [0.5, 0.0, 0.5], [0.2, 0.1, 0.4], [0.0, 0.0, 0.0]])
+    y = outputs_for(loss, targets.shape, np.random.default_rng(1))
+    manual, automatic = fast_jit(lambda *batch: (ours(loss, *batch), theirs(loss, *batch)))(y, targets)
+    assert error(wide(manual[0]), wide(automatic[0])) <= 1e-12
+    assert error(wide(manual[1]), wide(automatic[1])) <= 1e-12
+
+
+def test_one_hot_rows_and_labels_are_the_same_loss(x64):
+    y, labels = batches(LABELS)[1]
+    one_hot = jax.nn.one_hot(labels, y.shape[-1], dtype=y.dtype)
+    assert error(wide(ours(LABELS, y, labels)), wide(ours(losses.softmax_cross_entropy, y, one_hot))) <= 1e-12
+
+
+def test_hinge_loss_has_gradient_zero_at_its_kink():
+    y, t = jnp.array([[1.0, -1.0, 0.5, 2.0]]), jnp.array([[1.0, -1.0, 1.0, 1.0]])
+    np.testing.assert_array_equal(losses.hinge_loss.value(y, t), [0.5])
+    np.testing.assert_array_equal(losses.hinge_loss.grad(y, t), [[0, 0, -1, 0]])
+
+
+@pytest.mark.parametrize("loss", FLOATING, ids=repr)
+def test_whole_number_and_bool_targets_are_floats_exactly(x64, loss):
+    rng = np.random.default_rng(2)
+    y = outputs_for(loss, (6, 3), rng)
+    on = rng.integers(0, 2, (6, 3)) if loss not in ROWS else np.eye(3)[rng.integers(0, 3, 6)]
+    kinds = [jnp.asarray(on, kind) for kind in (jnp.int32, jnp.uint8, jnp.bool)]
+    found, truth = fast_jit(lambda y, kinds: ([ours(loss, y, t) for t in kinds], ours(loss, y, kinds[0].astype(y.dtype))))(y, kinds)
+    for one in found:
+        for got, true in zip(one, truth, strict=True):
+            assert got.dtype == jnp.float64
+            np.testing.assert_array_equal(got, true)
+
+
+def test_labels_of_every_whole_number_dtype_are_the_same_labels(x64):
+    y, labels = batches(LABELS)[0]
+    kinds = [labels.astype(kind) for kind in (jnp.int8, jnp.uint8, jnp.int32, jnp.int64)]
+    found = fast_jit(lambda y, kinds: [(*ours(LABELS, y, t), LABELS.correct(y, t)) for t in kinds])(y, kinds)
+    for one in found[1:]:
+        jax.tree.map(np.testing.assert_array_equal, one, found[0])
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=repr)
+def test_the_dtype_is_kept_and_nothing_is_weakly_typed(x64, loss):
+    y, t = batches(loss)[1]
+    found = fast_jit(lambda y, t: {dtype: ours(loss, y.astype(dtype), cast(t, dtype)) for dtype in DTYPES})(y, t)
+    for dtype, parts in found.items():
+        for got, true in zip(parts, found["float64"], strict=True):
+            assert got.dtype == dtype
+            assert not got.weak_type
+            assert error(wide(got), wide(true)) <= 5e-2
+
+
+@pytest.mark.parametrize("loss", [loss for loss in LOSSES if loss.name != "binary_cross_entropy"], ids=repr)
+def test_outputs_of_ten_thousand_have_the_right_finite_value_and_gradient(x64, loss):
+    rows = np.array([[1e4, -1e4, 0.0], [-1e4, 1e4, 0.0], [1e4, 1e4, 1e4], [-1e4, -1e4, -1e4], [1e4, -1e4, -1e4]])
+    t = targets_for(loss, rows.shape, np.random.default_rng(3))
+    shorts = ("bfloat16", "float32")
+
+    @fast_jit
+    def check(y, t):
+        batch = {dtype: (y.astype(dtype), cast(t, dtype)) for dtype in shorts}
+        return {dtype: (ours(loss, *batch[dtype]), theirs(loss, *cast(batch[dtype], jnp.float64))) for dtype in shorts}
+
+    for dtype, (manual, truth) in check(jnp.asarray(rows), t).items():
+        for got, true in zip(manual, truth, strict=True):
+            tolerance = {"bfloat16": 2e-2, "float32": 1e-5}[dtype]
+            np.testing.assert_allclose(wide(got)[0], true, rtol=tolerance, atol=tolerance, err_msg=dtype)
+
+
+@pytest.mark.parametrize("loss", ON_LOGITS, ids=repr)
+def test_rows_of_equal_logits_have_the_loss_of_not_knowing(x64, loss):
+    if loss.name == "sigmoid_binary_cross_entropy":
+        levels, t, value, grad = (0.0,), jnp.array([[1.0, 0.0, 0.5]]), 3 * np.log(2), np.array([[-0.5, 0.5, 0.0]])
+    else:
+        levels, value, grad = (0.0, 1e4, -1e4), np.log(3), np.array([[1 / 3, 1 / 3 - 1, 1 / 3]])
+        t = jnp.array([1]) if loss is LABELS else jnp.array([[0.0, 1.0, 0.0]])
+    found = fast_jit(
+        lambda t: {dtype: [ours(loss, jnp.full((1, 3), level, dtype), cast(t, dtype)) for level in levels] for dtype in DTYPES}
+    )(t)
+    for dtype in DTYPES:
+        for v, g in found[dtype]:
+            tolerance = {"bfloat16": 2e-2, "float16": 2e-3, "float32": 1e-6, "float64": 1e-12}[dtype]
+            np.testing.assert_allclose(wide(v)[0], [value], rtol=tolerance)
+            np.testing.assert_allclose(wide(g)[0], grad, atol=tolerance)
+
+
+def test_binary_cross_entropy_of_certain_answers_is_zero_where_right_and_infinite_where_wrong():
+    certain = jnp.array([[0.0], [1.0]])
+    value, grad = ours(losses.binary_cross_entropy, certain, certain)
+    np.testing.assert_array_equal(value, [0, 0])
+    np.testing.assert_array_equal(grad, [[1], [-1]])
+    value, grad = ours(losses.binary_cross_entropy, certain, 1 - certain)
+    np.testing.assert_array_equal(value, [np.inf, np.inf])
+    np.testing.assert_array_equal(grad, [[-np.inf], [np.inf]])
+
+
+def test_huber_loss_takes_a_delta(x64):
+    y, t = 3 * batches(losses.huber_loss)[0][0], batches(losses.huber_loss)[0][1]
+    y = y.at[0, :2].set(t[0, :2] + jnp.array([0.5, -2.0]))  # just where the two pieces meet
+
+    @fast_jit
+    def both(y, t):
+        def optaxs(y, delta):
+            return optax.losses.huber_loss(y, t, delta=delta).sum(1)
+
+        return [
+            (ours(losses.huber_loss(delta=d), y, t), (optaxs(y, d), jax.grad(lambda y, d=d: optaxs(y, d).sum())(y)))
+            for d in (0.5, 1.0, 2.0)
+        ]
+
+    found = both(y, t)
+    for manual, automatic in found:
+        assert error(wide(manual), wide(automatic)) <= 1e-12
+    assert not np.allclose(found[0][0][0], found[1][0][0])
+    assert losses.huber_loss(delta=2.0).name == "huber_loss"
+
+
+CORRECT = {
+    "hinge_loss": ([[2.0], [-0.1], [0.3]], [[1.0], [1.0], [-1.0]], [True, False, False]),
+    "sigmoid_binary_cross_entropy": ([[2.0, -1.0], [2.0, 1.0], [0.0, 0.0]], [[1.0, 0.0], [1.0, 0.0], [0.0, 0.0]], [True, False, True]),
+    "binary_cross_entropy": ([[0.7, 0.2], [0.7, 0.8], [0.4, 0.4]], [[1.0, 0.0], [1.0, 0.0], [0.0, 0.0]], [True, False, True]),
+    "softmax_cross_entropy": ([[1.0, 3.0], [1.0, 3.0], [2.0, -1.0]], [[0.1, 0.9], [1.0, 0.0], [0.6, 0.4]], [True, False, True]),
+    "softmax_cross_entropy_with_integer_labels": ([[1.0, 3.0], [1.0, 3.0], [2.0, -1.0]], [1, 0, 0], [True, False, True]),
+    "kl_divergence": ([[-2.0, -0.1], [-2.0, -0.1], [-0.3, -1.0]], [[0.1, 0.9], [1.0, 0.0], [0.6, 0.4]], [True, False, True]),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=repr)
+def test_an_answer_is_correct_where_all_its_outputs_are(loss):
+    if loss.correct is None:
+        assert loss.name in ("l2_loss", "squared_error", "huber_loss", "log_cosh")  # regression
+        return
+    y, t, expected = (jnp.asarray(a) for a in CORRECT[loss.name])
+    np.testing.assert_array_equal(loss.correct(y, t), expected)
+    positions = loss.correct(jnp.stack([y, y[::-1]], 1), jnp.stack([t, t[::-1]], 1))  # [batch, 2, ...]
+    np.testing.assert_array_equal(positions, expected & expected[::-1])
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=repr)
+def test_a_loss_is_called_by_its_own_name(loss):
+    assert losses.get(loss.name) is losses.get(loss) is loss is getattr(losses, loss.name)
+    assert sum(other.name == loss.name for other in LOSSES) == 1
+
+
+def value_and_gradients(loss):
+    """Manual and automatic gradient of a small net under a loss."""
+    net = fnn.mlp((3, 4, 2), "tanh")
+    x = jnp.asarray(np.random.default_rng(4).normal(size=(5, 3)))
+
+    @fast_jit
+    def both(x):
+        params, t = net.init(jax.random.key(0)), x[:, :2]
+        return fnn.value_and_grad(net, loss)(params, x, t), jax.value_and_grad(fnn.mean_loss(net, loss))(params, x, t)
+
+    return both(x)
+
+
+def power(y, t, p):
+    return jnp.abs(y - t) ** p
+
+
+def power_gradient(y, t, p):
+    return p * jnp.sign(y - t) * jnp.abs(y - t) ** (p - 1)
+
+
+def test_a_users_own_loss_of_elements_is_a_loss_like_any_other(x64):
+    fourth = losses.loss("power", power, power_gradient, losses.REAL, p=3)(p=4)
+    assert fourth.name == "power"
+    assert fourth.correct is None
+    y, t = batches(losses.l2_loss)[1]
+    np.testing.assert_allclose(fourth.value(y, t), ((y - t) ** 4).sum((1, 2)), rtol=1e-12)
+    np.testing.assert_allclose(fourth.grad(y, t), 4 * (y - t) ** 3, rtol=1e-12)
+    manual, automatic = value_and_gradients(fourth)
+    assert error(wide(manual), wide(automatic)) <= 1e-12
+
+
+def test_a_bare_loss_needs_a_value_and_a_gradient_alone(x64):
+    bare = fnn.Loss("bare", lambda y, t: (power(y, t, 3)).sum(-1), functools.partial(power_gradient, p=3))
+    assert bare.check(jnp.ones((2, 1)), jnp.ones((2, 1))) is None
+    manual, automatic = value_and_gradients(bare)
+    assert error(wide(manual), wide(automatic)) <= 1e-12
