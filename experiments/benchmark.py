@@ -43,7 +43,7 @@ class Config:
     """Time spent on each function of a row."""
     compilations: int = 7
     """Compilations of each function, for the compile time."""
-    epochs: int = 20
+    epochs: int = 100
     """Epochs per run of a training loop."""
     seed: int = 0
     """Of the data and of the random order."""
@@ -78,14 +78,15 @@ class Result(NamedTuple):
 
 def interleaved(functions: dict[str, Callable[[], Any]], seconds: float, rng: random.Random) -> dict[str, float]:
     """The median time of every function in seconds; calls in random order, about `seconds` for each."""
-    for f in functions.values():
+    once = {}
+    for name, f in functions.items():
         jax.block_until_ready(f())
-    start = time.perf_counter()
-    jax.block_until_ready(next(iter(functions.values()))())
-    once = time.perf_counter() - start
-    calls = max(1, int(0.002 / once))  # short functions are called several times a reading
+        start = time.perf_counter()
+        jax.block_until_ready(f())
+        once[name] = time.perf_counter() - start
+    calls = max(1, int(0.002 / max(once.values())))  # short functions are called several times a reading
     times: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(max(3, int(seconds / (once * calls)))):
+    for _ in range(max(3, int(seconds / (calls * statistics.mean(once.values()))))):
         for name in rng.sample(list(functions), len(functions)):
             start = time.perf_counter()
             out = [functions[name]() for _ in range(calls)]

@@ -236,6 +236,7 @@ def _three_checks(name: str, f: Callable[..., Array], point: Any, cotangent: Arr
     flat, unravel = ravel_pytree(point)
     ours = np.asarray(ravel_pytree(pulled)[0])
 
+    @jax.jit
     def scalar(z: Array) -> Array:  # <f(z), c>
         return (f(*unravel(z)) * cotangent).sum()
 

@@ -17,7 +17,7 @@ from jax import lax
 from fnn import _check
 from fnn._types import Array, Key, Params, Rule
 from fnn.backprop import weighted_mean
-from fnn.data import check_data, padded, shuffled_batches, take
+from fnn.data import check_data, padded, take
 
 
 class TrainState(NamedTuple):
@@ -152,12 +152,13 @@ def _step_function(rule: Rule, optimizer: optax.GradientTransformation) -> Calla
 
 
 def run_arrays(
-    rule: Rule, optimizer: Any, state: TrainState, data: Any, e: int, seed: Any, batch_size: int
+    rule: Rule, optimizer: Any, state: TrainState, data: Any, e: int, draw: Callable[[int], tuple[Any, Any]]
 ) -> tuple[TrainState, Array, Array]:
-    """One epoch over arrays; where it does not stay finite, the same epoch step by step to find where."""
+    """One epoch over arrays in the order `draw(e)`; where it does not stay finite, the same epoch step by step to find where."""
     x, targets, weights = data
-    rows, present = shuffled_batches(seed, x.shape[0], batch_size)
+    rows, present = draw(e)
     after, losses, mean, finite = _epoch_function(rule, optimizer)(state, (rows, present), *data)
+    draw(e + 1)  # while the device is at work; `draw` remembers it for the next epoch
     if bool(finite):
         return after, losses, mean
     batches = (batch_of((rows[i], None if present is None else present[i]), weights) for i in range(len(rows)))
@@ -165,9 +166,7 @@ def run_arrays(
     return after, losses, mean  # step by step it stays finite: rounding differs; a later epoch decides
 
 
-def run_iterable(
-    rule: Rule, optimizer: Any, state: TrainState, data: Any, e: int, seed: Any, batch_size: int
-) -> tuple[TrainState, Array, Array]:
+def run_iterable(rule: Rule, optimizer: Any, state: TrainState, data: Any, e: int, batch_size: int) -> tuple[TrainState, Array, Array]:
     """One epoch over an iterable of batches, each checked as it enters."""
     batches = data(e) if callable(data) else data
     if not isinstance(batches, Iterable):

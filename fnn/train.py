@@ -102,10 +102,10 @@ def fit(
     step_losses: list[Array] = []
     epoch_losses: list[Array] = []
     metrics: list[dict[str, float]] = []
-    run = run_arrays if isinstance(data, tuple) else run_iterable
-    for e, seed in enumerate(epoch_seeds(key, epochs)):
+    run = _epoch_runner(data, key, epochs, batch_size)
+    for e in range(epochs):
         try:
-            state, losses, mean = run(rule, optimizer, state, data, e, seed, batch_size)
+            state, losses, mean = run(rule, optimizer, state, data, e)
         except NonFiniteStep as stop:
             before = sum(len(losses) for losses in step_losses)
             history = _history(epoch_losses, [*step_losses, jnp.stack(stop.losses)], metrics)
@@ -160,7 +160,7 @@ def fit_many(
     x, targets, weights = check_data(rule, jax.eval_shape(init_params, keys[0]), data, batch_size=batch_size)
     first, one_epoch = _many_functions(rule, make, init_params)
     state, fit_keys = first(keys, rates)
-    seeds = [epoch_seeds(key, epochs) for key in fit_keys]
+    seeds = [epoch_seeds(key, epochs + 1) for key in fit_keys]  # as `fit` draws them
     step_losses: list[Array] = []
     epoch_losses: list[Array] = []
     for e in range(epochs):
@@ -241,6 +241,19 @@ def _sums_function(rule: Rule) -> Callable[..., dict[str, Array]]:
         return found
 
     return jax.jit(sums)
+
+
+def _epoch_runner(data: Any, key: Key, epochs: int, batch_size: int) -> Callable[..., tuple[TrainState, Array, Array]]:
+    """`(rule, optimizer, state, data, epoch) -> (state, losses, mean)` for arrays, or for an iterable."""
+    if not isinstance(data, tuple):
+        return functools.partial(run_iterable, batch_size=batch_size)
+    seeds = epoch_seeds(key, epochs + 1)
+
+    @functools.lru_cache(maxsize=2)
+    def draw(e: int) -> tuple[Any, Any]:
+        return shuffled_batches(seeds[e], data[0].shape[0], batch_size)
+
+    return functools.partial(run_arrays, draw=draw)
 
 
 def _history(epoch_losses: list[Array], step_losses: list[Array], metrics: list[dict[str, float]]) -> History:
