@@ -53,6 +53,9 @@ def elementwise(name: str, fn: Callable[..., Array], derivative: Callable[..., A
     Array([12.], dtype=float32)
     """
 
+    _check.is_function("fn", fn, "(x, **settings) -> y")
+    _check.is_function("derivative", derivative, "(x, y, **settings) -> dy/dx")
+
     def forward(params: Any, x: Array) -> tuple[Array, tuple[Array, Array]]:
         _check.is_float("x", x)
         no_params(name, params)
@@ -88,10 +91,11 @@ def _where(condition: Array, x: Array) -> Array:
 
 
 def _gelu_tanh_derivative(x: Array, y: Array) -> Array:
-    # y = x Phi~(x), Phi~ = (1 + tanh u)/2, u = sqrt(2/pi) (x + 0.044715 x^3); y' = Phi~ + x (1 - tanh^2 u) u'/2
-    c, x = 0.7978845608028654, at_least_float32(x)  # sqrt(2/pi); x^3 overflows in float16
-    t = jnp.tanh(c * (x + 0.044715 * x**3))
-    return 0.5 * (1 + t) + 0.5 * x * (1 - t) * (1 + t) * c * (1 + 3 * 0.044715 * x**2)
+    # y = x s(2u), s the sigmoid, u = c (x + 0.044715 x^3), c = sqrt(2/pi); y' = s(2u) + 2 x s(2u) s(-2u) u'
+    wide, c = at_least_float32(x), 0.7978845608028654
+    u, slope = c * (wide + 0.044715 * wide**3), c * (1 + 3 * 0.044715 * wide**2)
+    s = lax.logistic(2 * u)
+    return s + 2 * wide * s * lax.logistic(-2 * u) * slope
 
 
 def _gelu_erf_derivative(x: Array, y: Array) -> Array:

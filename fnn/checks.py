@@ -186,6 +186,7 @@ def check_layer(layer: Layer, x: Any, *, key: Key, params: Params = None) -> Che
     if not isinstance(layer, Layer):
         raise TypeError(f"`layer` must be a Layer, got {layer!r}.")
     _check.is_array("x", x)
+    _check.is_key("key", key)
     with jax.enable_x64(True):
         params = _as_float64(layer.init(key) if params is None else params)
         x = _as_float64(x)
@@ -221,6 +222,7 @@ def check_loss(loss: Loss, outputs: Any, targets: Any, *, key: Key) -> CheckRepo
         raise TypeError(f"`loss` must be a Loss, got {loss!r}.")
     _check.is_float("outputs", outputs)
     _check.is_array("targets", targets)
+    _check.is_key("key", key)
     with jax.enable_x64(True):
         outputs, targets = _as_float64(outputs), _as_float64(targets)
         values = loss.value(outputs, targets)
