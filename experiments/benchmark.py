@@ -4,7 +4,7 @@
 
 Every figure is a ratio of medians, of runs interleaved in random order in one process. `noise` is jax.grad against a second
 compilation of itself: differences smaller than that mean nothing. Below 1 is faster (or smaller) than jax.grad. PyTorch and
-scikit-learn get a row each where they are installed. Takes about four minutes on 2 cores.
+scikit-learn get a row each where they are installed. Takes about two minutes on 2 cores.
 """
 
 from __future__ import annotations
