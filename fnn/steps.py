@@ -80,7 +80,7 @@ def epoch(rule: Rule, optimizer: optax.GradientTransformation) -> Callable[..., 
     >>> net, optimizer = fnn.mlp((3, 2)), optax.sgd(0.1)
     >>> rule = fnn.rules.backprop(net, fnn.losses.l2_loss)
     >>> state = init(rule, optimizer, net.init(jax.random.key(0)), jax.random.key(1))
-    >>> batches = shuffled_batches(2, 5, 2)
+    >>> batches = fnn.data.shuffled_batches(2, 5, 2)
     >>> state, losses, mean = jax.jit(epoch(rule, optimizer))(state, batches, jnp.ones((5, 3)), jnp.ones((5, 2)))
     >>> losses.shape
     (3,)
