@@ -188,17 +188,7 @@ squared_norm = Reducer("squared_norm", lambda f: f.squared_norm(), lambda r: r.s
 second_moment = Reducer("second_moment", lambda f: f.second_moment())
 
 
-def _keep_stacked(result: Any) -> Any:
-    return Stacked(result)
-
-
-@dataclass(frozen=True)
-class _Keep(Reducer):
-    def __call__(self, factor: Any) -> Any:
-        return factor
-
-
-keep = _Keep("keep", lambda f: f, _keep_stacked)
+keep = Reducer("keep", lambda f: f, Stacked)
 """Keeps the factors themselves: `Stacked` under `repeat`."""
 
 REDUCERS = (total, materialise, squared_norm, second_moment)

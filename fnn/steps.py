@@ -162,8 +162,8 @@ def run_arrays(
     if bool(finite):
         return after, losses, mean
     batches = (batch_of((rows[i], None if present is None else present[i]), weights) for i in range(len(rows)))
-    _careful_steps(rule, optimizer, state, ((take(x, rows), take(targets, rows), w) for rows, w in batches))
-    return after, losses, mean  # step by step it stays finite: rounding differs; a later epoch decides
+    again = _careful_steps(rule, optimizer, state, ((take(x, rows), take(targets, rows), w) for rows, w in batches))
+    return _joined(*again)  # rounding differs step by step: then this one, which stayed finite, counts
 
 
 def run_iterable(rule: Rule, optimizer: Any, state: TrainState, data: Any, e: int, batch_size: int) -> tuple[TrainState, Array, Array]:
@@ -176,6 +176,11 @@ def run_iterable(rule: Rule, optimizer: Any, state: TrainState, data: Any, e: in
         raise ValueError(
             f"`data` gave no batch in epoch {e}. A generator can be gone through only once: pass a list, or a function of the epoch."
         )
+    return _joined(state, losses, counts)
+
+
+def _joined(state: TrainState, losses: list[Array], counts: list[Array]) -> tuple[TrainState, Array, Array]:
+    """The state, the losses of the steps, and their mean over examples."""
     return state, jnp.stack(losses), weighted_mean(jnp.stack(losses), jnp.stack(counts))
 
 
