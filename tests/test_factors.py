@@ -1,5 +1,6 @@
 """Factors, reducers and per-example statistics: all the answers are those of the per-example gradients written out."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -203,9 +204,9 @@ def test_kept_factors_of_repeat_are_stacked_and_answer_as_backward_does(x64, dep
 
 
 def test_keep_returns_what_it_is_given():
-    factor = PerExample(jnp.ones((2, 3)))
-    assert keep(factor) is factor
-    assert keep(Stacked(factor)).factor is factor
+    factor = PerExample(jnp.arange(6.0).reshape(2, 3))
+    for given in (factor, Stacked(factor)):
+        chex.assert_trees_all_equal(keep(given), given)
 
 
 def test_sum_positions_leaves_a_batch_of_features(x64):
