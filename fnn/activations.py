@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from fnn import _check
@@ -68,9 +69,11 @@ def elementwise(name: str, fn: Callable[..., Array], derivative: Callable[..., A
         return (), dy * derivative(x, y, **settings).astype(dy.dtype)
 
     def with_parameters(**new: Any) -> Elementwise:
-        for setting in new:
+        for setting, number in new.items():
             _check.one_of(f"setting of {name}", setting, settings)
-        changed = {**settings, **new}
+            if not (np.ndim(number) == 0 and np.asarray(number).dtype.kind in "bif" and np.isfinite(number)):
+                raise ValueError(f"`{setting}` of {name} must be a finite number, got {number!r}.")
+        changed = {**settings, **{setting: np.asarray(number).item() for setting, number in new.items()}}  # Python's: they promote nothing
         label = f"{name.split('(')[0]}({', '.join(f'{k}={v}' for k, v in changed.items())})" if new else name
         return elementwise(label, fn, derivative, **changed)
 

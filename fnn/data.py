@@ -14,7 +14,7 @@ from fnn._types import Array, Key, Params, Rule
 
 
 def check_data(
-    rule: Rule, params: Params, data: Any, *, batch_size: int | None = None, name: str = "data"
+    rule: Rule, params: Params, data: Any, *, batch_size: int | None = None, name: str = "data", whole: bool = True
 ) -> tuple[Array, Array, Array | None]:
     """Checks data where they enter, values included, and puts them on the device.
 
@@ -24,6 +24,7 @@ def check_data(
         data: `(x, targets)` or `(x, targets, weights)`, arrays `[examples, ...]`.
         batch_size: at most the number of examples, if given.
         name: what errors call the tuple.
+        whole: False for one batch out of many, whose weights may all be 0.
 
     Returns:
         `(x, targets, weights)`; weights None where there are none.
@@ -42,13 +43,15 @@ def check_data(
     _check_params(params)
     rows = _check_arrays(data, name)
     x, targets = jnp.asarray(data[0]), jnp.asarray(data[1])
+    if jnp.issubdtype(x.dtype, jnp.integer) and not np.array_equal(np.asarray(x), np.asarray(data[0])):
+        raise ValueError(f"`x` has whole numbers beyond {x.dtype}, which is what JAX keeps of {data[0].dtype} here. Make them smaller.")
     weights = jnp.asarray(data[2]) if len(data) == 3 else None
     if batch_size is not None and batch_size > rows:
         raise ValueError(f"`batch_size` is {batch_size} but `{name}` has only {rows} examples. Pass at most {rows}.")
     if weights is not None:
-        _check_weights(weights, rows)
+        _check_weights(weights, rows, whole)
     outputs = jax.eval_shape(rule.predict, params, jax.ShapeDtypeStruct(x.shape, x.dtype))
-    rule.loss.check(outputs, targets)
+    rule.loss.check(outputs, data[1])  # as given: JAX may keep fewer bits
     return x, targets, weights
 
 
@@ -152,12 +155,12 @@ def _check_arrays(data: Any, name: str) -> int:
     return rows
 
 
-def _check_weights(weights: Any, examples: int) -> None:
+def _check_weights(weights: Any, examples: int, whole: bool) -> None:
     if weights.shape != (examples,):
         raise ValueError(f"`weights` has shape {tuple(weights.shape)}, expected ({examples},): one per example.")
     w = np.asarray(weights)
     if (w < 0).any():
         row = int(w.argmin())
         raise ValueError(f"`weights` must be at least 0, got {w[row]} in row {row}.")
-    if not (w > 0).any():
+    if whole and not (w > 0).any():
         raise ValueError("`weights` must not be all 0: no example would count.")

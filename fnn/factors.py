@@ -42,8 +42,8 @@ class Factor:
         return _sum_of_squares(self.materialise())
 
     def second_moment(self) -> Array:
-        """The sum over the batch of the elementwise squares of the per-example gradients, in the parameter's shape."""
-        return (self.materialise() ** 2).sum(0)
+        """The sum over the batch of the elementwise squares of the per-example gradients, in the parameter's shape, float32 at least."""
+        return (at_least_float32(self.materialise()) ** 2).sum(0)
 
 
 @dataclass_transform(frozen_default=True)
@@ -98,8 +98,8 @@ class Outer(Factor):
 
     def second_moment(self) -> Array:  # [in, out]
         if _batched(self.a).ndim == 2:
-            return Outer(self.a**2, self.dz**2).total()
-        return (self.materialise() ** 2).sum(0)
+            return Outer(at_least_float32(self.a) ** 2, at_least_float32(self.dz) ** 2).total()
+        return super().second_moment()
 
 
 @_factor

@@ -159,7 +159,9 @@ def embedding(size: int, features: int, *, init: Initializer = normal(1.0)) -> L
         if not jnp.issubdtype(x.dtype, jnp.integer):
             raise TypeError(f"{name}: `x` must hold whole numbers, got {x.dtype}. Convert it: `x.astype(jnp.int32)`.")
         _check_params(name, Embedding, params, (shape,))
-        return jnp.take(params.w, x, axis=0, mode="fill"), jnp.asarray(x)
+        index = jnp.asarray(x).astype(jnp.int32)
+        index = jnp.where(index < 0, jnp.full_like(index, size), index)  # else JAX would count it from the end
+        return jnp.take(params.w, index, axis=0, mode="fill"), index
 
     def backward(params: Embedding, x: Array, dy: Array, reduce: Any = total) -> tuple[Embedding, Any]:
         index = jnp.atleast_1d(x)

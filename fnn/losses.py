@@ -71,7 +71,7 @@ def loss(name: str, value: Callable[..., Array], grad: Callable[..., Array], tar
         for setting, number in new.items():
             _check.one_of(f"setting of {name}", setting, settings)
             _check.positive(setting, number)
-        return loss(name, value, grad, targets, **{**settings, **new})
+        return loss(name, value, grad, targets, **{**settings, **{k: np.asarray(v).item() for k, v in new.items()}})
 
     return Loss(name, per_example, gradient, check, correct if targets.correct else None, with_parameters)
 
@@ -162,7 +162,7 @@ UNIT = Targets(False, _in_unit_interval, lambda z, t: (z > 0) == (t > 0.5))  # f
 PROBABILITY = Targets(False, _in_unit_interval, lambda p, t: (p > 0.5) == (t > 0.5))
 SIGNS = Targets(False, _plus_or_minus_one, lambda y, t: (y > 0) == (t > 0))
 DISTRIBUTION = Targets(False, _rows_sum_to_one, _same_argmax)
-LABELS = Targets(True, _labels_in_range, lambda z, t: z.argmax(-1).astype(t.dtype) == t)
+LABELS = Targets(True, _labels_in_range, lambda z, t: z.argmax(-1).astype(jnp.int32) == t.astype(jnp.int32))
 
 
 def _huber(y: Array, t: Array, delta: float) -> Array:

@@ -95,13 +95,14 @@ def collapse(params: Params) -> Dense:
     """The one dense layer that a net of dense layers without activations amounts to: `w = w_1 w_2 ... w_n`, b accumulated.
 
     Args:
-        params: params of a `serial`, `mlp` or `repeat` whose only parameters are `Dense`, in order.
+        params: params of a net whose only parameters are `Dense`, in order: `mlp`, `serial`, `repeat` of one dense layer.
 
     Returns:
         `Dense(w=[in, out], b=[out])` such that `x @ w + b` is the net's output where every activation is the identity.
 
     Raises:
-        ValueError: no dense layer, other parameters than dense ones, or sizes that do not chain.
+        ValueError: no dense layer, other parameters than dense ones, sizes that do not chain, or stacked layers whose
+            order the params do not tell (a `repeat` of several dense layers).
 
     Source: lectures 002, 003 (linear collapse): W_n ... W_1 x + b is one matrix.
 
@@ -126,10 +127,18 @@ def collapse(params: Params) -> Dense:
 def _dense_layers(params: Params) -> list[Dense]:
     """The dense layers of a tree in order; those that `repeat` stacked one by one."""
     found: list[Dense] = []
+    before: tuple[int, ...] = ()  # the axes of layers of the Dense before
     for node in jax.tree.leaves(params, is_leaf=lambda p: isinstance(p, Dense)):
         if not isinstance(node, Dense):
             came = f"an array of shape {node.shape}" if hasattr(node, "shape") else repr(node)
             raise ValueError(f"`params` hold {came} outside a Dense layer: only dense layers collapse.")
-        stacked = node.w.ndim == 3
-        found += [jax.tree.map(lambda leaf, i=i: leaf[i], node) for i in range(len(node.w))] if stacked else [node]
+        stacked = node.w.shape[:-2]
+        if stacked and before and stacked[0] == before[0]:
+            raise ValueError(
+                f"`params` hold two Dense layers in a row with a leading axis of {stacked[0]}: params do not tell their order "
+                "(several layers in one `repeat`, several `repeat`s, or many nets?). Collapse each layer's, or each net's, by itself."
+            )
+        before = stacked
+        flat = jax.tree.map(lambda leaf, k=len(stacked): leaf.reshape(-1, *leaf.shape[k:]), node)
+        found += [jax.tree.map(lambda leaf, i=i: leaf[i], flat) for i in range(len(flat.w))] if stacked else [node]
     return found

@@ -189,7 +189,7 @@ def _checked_batches(rule: Rule, params: Params, batches: Iterable[Any], e: int,
     for i, batch in enumerate(batches):
         place = f"batch {i} of epoch {e}"
         with _check.inside(place):
-            whole = padded(check_data(rule, params, batch, name=place), batch_size)
+            whole = padded(check_data(rule, params, batch, name=place, whole=False), batch_size)
         yield whole
 
 

@@ -1,8 +1,8 @@
 """Training: `fit`, `fit_many` (many nets at once) and `evaluate`.
 
 Data flows one way: key -> init -> params -> forward -> loss.grad -> backward -> grads -> optax -> params. Data are a tuple
-`(x, targets)` or `(x, targets, weights)` of arrays `[examples, ...]`, which stay on the device and are shuffled there, or an
-iterable of such tuples, one a batch, where they do not fit. The steps themselves are in `fnn.steps`.
+`(x, targets)` or `(x, targets, weights)` of arrays `[examples, ...]`, which stay on the device (the order of each epoch is drawn
+on the host), or an iterable of such tuples, one a batch, where they do not fit. The steps themselves are in `fnn.steps`.
 """
 
 from __future__ import annotations
@@ -77,13 +77,14 @@ def fit(
         batch_size: examples per step, at most all; the last batch may have fewer, none is dropped.
         key: from `jax.random.key`; for the rule's state and the shuffles.
         validation: data as above (arrays), measured after every epoch by `evaluate`.
-        callback: `(epoch, metrics) -> stop`, called after every epoch, counted from 0; training stops where it returns True.
+        callback: `(epoch, metrics) -> stop`, called after every epoch, counted from 0; training stops where it returns something true.
 
     Returns:
         `(params, history)`.
 
     Raises:
-        TypeError, ValueError: an argument or the data cannot be meant; before any training.
+        TypeError, ValueError: an argument or the data cannot be meant; before any training, but for the batches of an
+            iterable, which are checked as they come.
         NonFiniteError: a loss or an update became NaN or infinite; carries the last finite parameters.
 
     >>> import fnn
@@ -115,7 +116,7 @@ def fit(
         if validation is not None:
             metrics.append(evaluate(rule, state.params, validation, checked=True))
         validated = {f"validation_{name}": number for name, number in metrics[-1].items()} if metrics else {}
-        if callback is not None and callback(e, {"loss": float(mean)} | validated) is True:
+        if callback is not None and bool(callback(e, {"loss": float(mean)} | validated)):
             break
     return state.params, _history(epoch_losses, step_losses, metrics)
 

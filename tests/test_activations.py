@@ -223,3 +223,11 @@ def test_numpy_arrays_and_any_number_of_axes_are_taken():
         assert isinstance(y, jax.Array)
         np.testing.assert_array_equal(y, np.maximum(x, 0))
         np.testing.assert_array_equal(dx, x > 0)
+
+
+def test_a_setting_of_numpy_promotes_nothing():
+    y, x = fnn.activations.elu(alpha=np.float64(2)).apply((), jnp.ones(2, jnp.bfloat16)), jnp.array(np.nan)
+    assert y.dtype == jnp.bfloat16
+    for bad in (np.nan, "x", x, jnp.ones(2)):
+        with pytest.raises(ValueError, match="`alpha` of elu must be a finite number"):
+            fnn.activations.elu(alpha=bad)

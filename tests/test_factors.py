@@ -248,3 +248,11 @@ def test_the_reducers_have_names_of_their_own():
     assert [r.name for r in (*REDUCERS, keep)] == ["total", "materialise", "squared_norm", "second_moment", "keep"]
     assert total in REDUCERS
     assert materialise in REDUCERS
+
+
+def test_second_moment_does_not_underflow_in_float16():
+    for factor in (
+        Outer(jnp.ones((4, 2), jnp.float16), jnp.full((4, 3), 1e-4, jnp.float16)),
+        PerExample(jnp.full((4, 3), 1e-4, jnp.float16)),
+    ):
+        np.testing.assert_allclose(factor.second_moment(), 4e-8, rtol=1e-2)

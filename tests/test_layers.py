@@ -407,3 +407,31 @@ def test_a_linear_net_collapses_to_one_dense_layer(x64, net):
     one = fnn.collapse(params)
     assert (one.w.shape, one.b.shape) == ((4, 2), (2,))
     np.testing.assert_allclose(fnn.dense(4, 2).apply(one, x), net.apply(params, x), rtol=1e-12, atol=1e-12)
+
+
+def test_a_nested_repeat_of_dense_layers_collapses_in_order(x64):
+    net = fnn.repeat(fnn.repeat(fnn.dense(3, 3, bias_init=jax.nn.initializers.normal()), 2), 3)
+    params, x = net.init(jax.random.key(0)), jnp.arange(6.0).reshape(2, 3)
+    one = fnn.collapse(params)
+    np.testing.assert_allclose(fnn.dense(3, 3).apply(one, x), net.apply(params, x), rtol=1e-12)
+
+
+def test_collapse_refuses_stacked_layers_whose_order_params_do_not_tell(x64):
+    block = fnn.serial(fnn.dense(3, 3), fnn.dense(3, 3))
+    for net in (fnn.repeat(block, 2), fnn.serial(fnn.repeat(fnn.dense(3, 3), 2), fnn.repeat(fnn.dense(3, 3), 2))):
+        with pytest.raises(ValueError, match="do not tell their order"):
+            fnn.collapse(net.init(jax.random.key(0)))
+    apart = fnn.serial(fnn.repeat(fnn.dense(3, 3), 2), fnn.repeat(fnn.dense(3, 3), 4))
+    params, x = apart.init(jax.random.key(0)), jnp.arange(6.0).reshape(2, 3)
+    np.testing.assert_allclose(fnn.dense(3, 3).apply(fnn.collapse(params), x), apart.apply(params, x), rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.int32])
+def test_a_negative_embedding_index_is_no_row(dtype):
+    net = fnn.embedding(200, 2)
+    params, x = net.init(jax.random.key(0)), jnp.array([-1, 3], dtype)
+    y, residuals = net.forward(params, x)
+    assert jnp.isnan(y[0]).all()
+    assert (y[1] == params.w[3]).all()
+    grads, _ = net.backward(params, residuals, jnp.ones_like(y))
+    assert (grads.w[-1] == 0).all()

@@ -251,3 +251,13 @@ def test_a_bare_loss_needs_a_value_and_a_gradient_alone(x64):
     assert bare.check(jnp.ones((2, 1)), jnp.ones((2, 1))) is None
     manual, automatic = value_and_gradients(bare)
     assert error(wide(manual), wide(automatic)) <= 1e-12
+
+
+def test_a_narrow_label_is_not_mistaken_for_a_wide_one():
+    outputs = jax.nn.one_hot(jnp.array([257]), 300)
+    assert not losses.softmax_cross_entropy_with_integer_labels.correct(outputs, jnp.array([1], jnp.uint8))[0]
+
+
+def test_a_setting_of_numpy_promotes_nothing():
+    y = jnp.ones((2, 1), jnp.bfloat16)
+    assert losses.huber_loss(delta=np.float64(2)).value(y, y).dtype == jnp.bfloat16

@@ -182,3 +182,24 @@ def test_fit_keeps_bfloat16():
     trained, history = fnn.fit(RULE, optax.adam(0.05), params, (jnp.asarray(x, jnp.bfloat16), t), epochs=8, batch_size=6, key=KEY)
     assert {leaf.dtype for leaf in jax.tree.leaves(trained)} == {jnp.dtype(jnp.bfloat16)}
     assert history.loss[-1] < 0.6 * history.loss[0]
+
+
+@pytest.mark.parametrize("true", [True, np.bool_(True), jnp.bool_(True)])
+def test_any_true_stops(true):
+    _, history = fnn.fit(RULE, optax.sgd(0.1), PARAMS, blobs(), epochs=3, batch_size=8, key=KEY, callback=lambda e, m: true)
+    assert history.loss.shape == (1,)
+
+
+def test_labels_are_checked_before_they_lose_bits():
+    x, t = blobs()
+    with pytest.raises(ValueError, match="labels in 0"):
+        fnn.fit(RULE, optax.sgd(0.1), PARAMS, (x, t.astype(np.int64) + 2**32), epochs=1, batch_size=8, key=KEY)
+
+
+def test_a_batch_without_weight_is_legal_in_an_iterable():
+    x, t = blobs(8)
+    batches = [(x[:4], t[:4], np.ones(4, np.float32)), (x[4:], t[4:], np.zeros(4, np.float32))]
+    params, history = fnn.fit(RULE, optax.sgd(0.1), PARAMS, batches, epochs=1, batch_size=4, key=KEY)
+    alone, _ = fnn.fit(RULE, optax.sgd(0.1), PARAMS, batches[:1], epochs=1, batch_size=4, key=KEY)
+    chex.assert_trees_all_close(params, alone, rtol=1e-6)
+    assert history.step_loss[1] == 0
