@@ -16,6 +16,7 @@ from fnn.backprop import with_manual_vjp as with_manual_vjp
 from fnn.checks import check_layer as check_layer
 from fnn.checks import check_loss as check_loss
 from fnn.checks import compare_gradients as compare_gradients
+from fnn.combinators import iterate as iterate
 from fnn.combinators import repeat as repeat
 from fnn.combinators import residual as residual
 from fnn.combinators import serial as serial

@@ -61,8 +61,9 @@ def factors(net: Layer, loss: Loss) -> Callable[..., tuple[Array, Any]]:
         loss: any loss that takes its outputs.
 
     Returns:
-        A pure function `(params, x, targets) -> (values [batch], factors)`: a tree like `params` with a factor for every
-        array. The factors are those of each example's own loss; no 1/batch is in them.
+        A pure function `(params, x, targets, *, reduce=keep) -> (values [batch], factors)`: a tree like `params` with a
+        factor for every array. The factors are those of each example's own loss; no 1/batch is in them. With another
+        reducer of `fnn.factors` its results stand in their place, taken within the backward pass.
 
     >>> from fnn import losses, mlp
     >>> net = mlp((3, 2))
@@ -73,9 +74,9 @@ def factors(net: Layer, loss: Loss) -> Callable[..., tuple[Array, Any]]:
     """
     check_net_and_loss(net, loss)
 
-    def source(params: Params, x: ArrayLike, targets: ArrayLike) -> tuple[Array, Any]:
+    def source(params: Params, x: ArrayLike, targets: ArrayLike, *, reduce: Any = keep) -> tuple[Array, Any]:
         outputs, residuals, values = _forward(net, loss, params, x, targets)
-        return values, net.backward(params, residuals, _output_gradient(loss, outputs, targets), keep)[0]
+        return values, net.backward(params, residuals, _output_gradient(loss, outputs, targets), reduce)[0]
 
     return source
 

@@ -10,7 +10,7 @@ import pytest
 import fnn
 
 ROOT = Path(__file__).parents[1]
-ORDER = ["_types", "_check", "factors", "activations", "layers", "combinators", "nets", "losses", "backprop", "per_example", "checks"]
+ORDER = ["_types", "_check", "_sums", "factors", "activations", "layers", "combinators", "nets", "losses", "backprop", "per_example", "checks"]
 ORDER += ["data", "steps", "rules", "train", "__init__"]
 FILES = sorted((ROOT / "fnn").rglob("*.py"))
 

@@ -1,0 +1,118 @@
+"""Sums over the features of each example, and over examples, that neither overflow nor keep more than they must."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from fnn._types import Array, at_least_float32
+
+
+def sum_of_squares(a: Array) -> Array:
+    """`[batch, ...]` to `[batch]`, accumulated in float32 at least."""
+    a = at_least_float32(a)
+    return (a * a).sum(tuple(range(1, a.ndim)))
+
+
+def safe_norm(square: Callable[..., Array], *arrays: Array) -> Array:
+    """`sqrt(square(*arrays))`, also where the square leaves the range of the dtype: every array is first divided by its row's size.
+
+    Args:
+        square: `(*arrays) -> [batch]`, quadratic in each array: `square(s a) = s^2 square(a)`.
+        *arrays: `[batch, ...]`.
+
+    Returns:
+        `[batch]`, float32 at least. A row with NaN or Inf gives NaN or Inf.
+
+    Source: Blue (1978), doi:10.1145/355769.355771 (scaled sums of squares).
+
+    >>> safe_norm(sum_of_squares, jnp.array([[3e25, 4e25], [0.0, 0.0]])) / 1e25
+    Array([5., 0.], dtype=float32)
+    """
+
+    def block(arrays: tuple[Array, ...]) -> Array:
+        wide = [at_least_float32(a) for a in arrays]
+        scales = [_scale(jnp.abs(a).max()) for a in wide]
+        norm = jnp.sqrt(
+            jnp.maximum(square(*((a * jnp.broadcast_to(1 / s, a.shape))[None] for a, s in zip(wide, scales, strict=True)))[0], 0)
+        )
+        for s in scales:
+            norm = norm * s
+        return norm
+
+    return lax.map(block, arrays, batch_size=32)  # a divided array is a copy
+
+
+def quick_square(a: Array) -> tuple[Array, Array]:
+    """The sum of squares of every row as it comes, and how much of it underflow may have cost: `[batch]`, `[batch]`."""
+    square = sum_of_squares(a)
+    return square, jnp.full_like(square, a[0].size * float(jnp.finfo(square.dtype).tiny))
+
+
+def mended(good: Array, value: Any, mend: Callable[[Any], Any]) -> Any:
+    """`value`, or `mend(value)` where it is not `good`; costs next to nothing where it is.
+
+    A loop of at most one turn and not a `lax.cond`: XLA's CPU runs what stands inside a branch on its own, without overlap,
+    and copies what a branch passes through. The price is that reverse-mode differentiation stops here.
+    """
+    return lax.while_loop(lambda c: ~c[0], lambda c: (jnp.array(True), mend(c[1])), (good, value))[1]
+
+
+def joined_norms(norms: Array) -> Array:
+    """The norm of the whole from the norms of its parts, `[parts, batch]` to `[batch]`, without overflow.
+
+    >>> joined_norms(jnp.array([[3e30], [4e30]])) / 1e30
+    Array([5.], dtype=float32)
+    """
+    scale = _scale(norms.max(0))
+    return scale * jnp.sqrt(((norms / jnp.broadcast_to(scale[None], norms.shape)) ** 2).sum(0))
+
+
+def per_row(row: Array, like: Array) -> Array:
+    """`[batch]` spread over `[batch, ...]`, in so many words: rank promotion may be "raise"."""
+    return jnp.broadcast_to(row.reshape(-1, *(1,) * (like.ndim - 1)), like.shape)
+
+
+def times_row(a: Array, weights: Array, present: Array | None = None) -> Array:
+    """`[batch, ...]` times `[batch]`, in the dtype of `a`; 0 where an example is not present, whatever it holds."""
+    product = a * per_row(weights.astype(a.dtype), a)
+    return product if present is None else jnp.where(per_row(present, a), product, jnp.zeros_like(a))
+
+
+def sum_blocks(f: Callable[[Any, int], Any], batch: int, block: int) -> Any:
+    """The sum of `f(start, size)` over blocks of a batch, one after the other: memory for one block.
+
+    Args:
+        f: `(start, size) -> tree` of arrays; `size` is static.
+        batch: how many examples.
+        block: how many at a time.
+
+    >>> int(sum_blocks(lambda start, size: lax.dynamic_slice(jnp.arange(10), (start,), (size,)).sum(), 10, 4))
+    45
+    """
+    whole, rest = divmod(batch, block)
+    total = f(whole * block, rest) if rest else jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(lambda: f(0, block)))
+    if not whole:
+        return total
+    return lax.fori_loop(0, whole, lambda i, total: jax.tree.map(jnp.add, total, f(i * block, block)), total)
+
+
+def centred(a: Array, share: Array) -> tuple[Array, Array]:
+    """The mean of the rows by their shares (which add up to 1), and the rows less it: `[features]`, `[batch, features]`.
+
+    The mean of what is left is taken off once more, so that its rounding does not show.
+    """
+    mean = share @ a
+    rest = a - jnp.broadcast_to(mean, a.shape)
+    left = share @ rest
+    return mean + left, rest - jnp.broadcast_to(left, a.shape)
+
+
+def _scale(size: Array) -> Array:
+    """What rows are divided by: a size of theirs, or 1 where that is 0 or not finite."""
+    tiny = jnp.full_like(size, jnp.finfo(size.dtype).tiny)
+    return jnp.where((size > 0) & jnp.isfinite(size), jnp.maximum(size, tiny), jnp.ones_like(size))
