@@ -68,7 +68,7 @@ def norms(source: Source) -> Callable[..., Array]:
 
         square, lost = sum_pairs(quickly(params, *batch)[1])
         # where these do not hold, another pass, a few examples at a time, so that nothing is kept for it
-        return lax.cond(is_quick(square, lost), lambda: jnp.sqrt(square), lambda: lax.map(one, batch, batch_size=8))
+        return lax.cond(is_quick(square, lost), lambda: jnp.sqrt(square), lambda: lax.map(one, batch, batch_size=4))
 
     return per_example_norms
 
