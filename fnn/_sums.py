@@ -22,8 +22,8 @@ def safe_norm(square: Callable[..., Array], *arrays: Array) -> Array:
     """`sqrt(square(*arrays))`, also where the square leaves the range of the dtype: every array is first divided by its row's size.
 
     Args:
-        square: `(*arrays) -> [batch]`, quadratic in each array: `square(s a) = s^2 square(a)`.
-        *arrays: `[batch, ...]`.
+        square: `(*arrays) -> [batch]`, quadratic in each array of floating-point numbers: `square(s a) = s^2 square(a)`.
+        *arrays: `[batch, ...]`; whole numbers are handed on as they are.
 
     Returns:
         `[batch]`, float32 at least. A row with NaN or Inf gives NaN or Inf.
@@ -34,15 +34,15 @@ def safe_norm(square: Callable[..., Array], *arrays: Array) -> Array:
     Array([5., 0.], dtype=float32)
     """
 
-    def block(arrays: tuple[Array, ...]) -> Array:
-        wide = [at_least_float32(a) for a in arrays]
-        scales = [_scale(jnp.abs(a).max()) for a in wide]
-        norm = jnp.sqrt(
-            jnp.maximum(square(*((a * jnp.broadcast_to(1 / s, a.shape))[None] for a, s in zip(wide, scales, strict=True)))[0], 0)
-        )
-        for s in scales:
-            norm = norm * s
-        return norm
+    def block(example: tuple[Array, ...]) -> Array:
+        norm, scaled = None, []
+        for a in example:
+            if jnp.issubdtype(a.dtype, jnp.floating):
+                a = at_least_float32(a)
+                scale = _scale(jnp.abs(a).max())
+                a, norm = a * jnp.broadcast_to(1 / scale, a.shape), scale if norm is None else norm * scale
+            scaled.append(a[None])
+        return jnp.sqrt(jnp.maximum(square(*scaled)[0], 0)) * norm
 
     return lax.map(block, arrays, batch_size=32)  # a divided array is a copy
 

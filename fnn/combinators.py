@@ -154,7 +154,12 @@ def iterate(layer: Layer, n: int) -> Layer:
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
             (dx, grads), _ = lax.scan(add, (dy, zeros), residuals, length=n, reverse=True)
             return grads, dx
-        dx, kept = lax.scan(lambda dy, r: use(dy, r, keep)[::-1], dy, residuals, length=n, reverse=True)
+
+        def keeping(dy: Array, r: Any) -> tuple[Array, Any]:
+            kept, dx = use(dy, r, keep)
+            return dx, kept
+
+        dx, kept = lax.scan(keeping, dy, residuals, length=n, reverse=True)
         return jax.tree.map(lambda f: reduce(f.merged()), kept, is_leaf=is_factor), dx
 
     return Layer(name, layer.init, forward, backward, (layer,))

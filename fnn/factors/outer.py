@@ -66,7 +66,7 @@ class Outer(Factor):
         a, dz = batched(self.a), batched(self.dz)
         if a.ndim == 2:
             return safe_norm(sum_of_squares, a) * safe_norm(sum_of_squares, dz)
-        if _through_gram(*a.shape[1:], dz.shape[2]):
+        if _through_gram(a.shape[1], a.shape[2], dz.shape[2]):
             return safe_norm(_gram_square, a, dz)
         return safe_norm(lambda a, dz: sum_of_squares(Outer(a, dz).materialise()), a, dz)
 
@@ -82,7 +82,7 @@ class Outer(Factor):
         a, dz, b, db = (at_least_float32(batched(v)) for v in (self.a, self.dz, other.a, other.dz))
         if a.ndim == 2:
             return (a @ b.T) * (dz @ db.T)
-        if _through_gram(*a.shape[1:], dz.shape[2]):
+        if _through_gram(a.shape[1], a.shape[2], dz.shape[2]):
             return (jnp.einsum("xti,ysi->xyts", a, b) * jnp.einsum("xto,yso->xyts", dz, db)).sum((2, 3))
         return super().inner(other)
 

@@ -49,8 +49,8 @@ class Scatter(Factor):
         if index.shape[1] == 1:  # one row an example: no two can meet
             return safe_norm(sum_of_squares, dy)
         if self._through_gram():  # the positions that meet in a row
-            return safe_norm(lambda dy: (jnp.einsum("btf,bsf->bts", dy, dy) * _equal(index, index, dy.dtype)).sum((1, 2)), dy)
-        return safe_norm(lambda dy: sum_of_squares(Scatter(index, dy, self.size).materialise()), dy)
+            return safe_norm(lambda i, dy: (jnp.einsum("btf,bsf->bts", dy, dy) * _equal(i, dy.dtype)).sum((1, 2)), index, dy)
+        return safe_norm(lambda i, dy: sum_of_squares(Scatter(i, dy, self.size).materialise()), index, dy)
 
     def quick_square(self) -> tuple[Array, Array]:
         return quick_square(self.dy) if self.index[0].size == 1 else super().quick_square()
@@ -85,6 +85,6 @@ class Scatter(Factor):
         return math.prod(self.index.shape[1:]) ** 2 <= self.size
 
 
-def _equal(index: Array, other: Array, dtype: Any) -> Array:
+def _equal(index: Array, dtype: Any) -> Array:
     """`[batch, positions, positions]`: 1 where two positions have the same row."""
-    return (index[:, :, None] == other[:, None, :]).astype(dtype)
+    return (index[:, :, None] == index[:, None, :]).astype(dtype)

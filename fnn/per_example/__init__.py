@@ -6,6 +6,7 @@ is the other way to the same numbers: `jax.vmap` of a gradient function over exa
 memory and serves as the check.
 """
 
+from fnn.per_example.accumulate import accumulate as accumulate
 from fnn.per_example.each import TopExamples as TopExamples
 from fnn.per_example.each import by_vmap as by_vmap
 from fnn.per_example.each import gradients as gradients
@@ -14,6 +15,9 @@ from fnn.per_example.each import inner_products as inner_products
 from fnn.per_example.each import norms as norms
 from fnn.per_example.each import norms_of as norms_of
 from fnn.per_example.each import top_examples as top_examples
+from fnn.per_example.inspection import Explanation as Explanation
+from fnn.per_example.inspection import check_source as check_source
+from fnn.per_example.inspection import explain as explain
 from fnn.per_example.moments import Moments as Moments
 from fnn.per_example.moments import NoiseScale as NoiseScale
 from fnn.per_example.moments import moments as moments

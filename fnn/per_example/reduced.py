@@ -13,6 +13,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from fnn import _check
 from fnn._sums import joined_norms, mended
@@ -207,7 +208,7 @@ def total_weight(reduction: Reduction) -> Array:
 
 def check_max_norm(name: str, value: Any) -> None:
     """Raises unless `value` is a number above 0, infinity included; what is traced is not looked at."""
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         return
     if isinstance(value, bool) or not isinstance(value, (int, float, np.number, np.ndarray, jax.Array)) or np.shape(value) != ():
         raise TypeError(f"`{name}` must be a number above 0, got {value!r:.80} ({type(value).__name__}).")
