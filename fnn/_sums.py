@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -35,14 +36,14 @@ def safe_norm(square: Callable[..., Array], *arrays: Array) -> Array:
     """
 
     def block(example: tuple[Array, ...]) -> Array:
-        norm, scaled = None, []
+        scales, divided = [], []
         for a in example:
             if jnp.issubdtype(a.dtype, jnp.floating):
                 a = at_least_float32(a)
-                scale = _scale(jnp.abs(a).max())
-                a, norm = a * jnp.broadcast_to(1 / scale, a.shape), scale if norm is None else norm * scale
-            scaled.append(a[None])
-        return jnp.sqrt(jnp.maximum(square(*scaled)[0], 0)) * norm
+                scales.append(_scale(jnp.abs(a).max()))
+                a = a * jnp.broadcast_to(1 / scales[-1], a.shape)
+            divided.append(a[None])
+        return math.prod(scales, start=jnp.sqrt(jnp.maximum(square(*divided)[0], 0)))
 
     return lax.map(block, arrays, batch_size=32)  # a divided array is a copy
 

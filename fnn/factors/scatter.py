@@ -56,7 +56,7 @@ class Scatter(Factor):
         return quick_square(self.dy) if self.index[0].size == 1 else super().quick_square()
 
     def inner(self, other: Any) -> Array:
-        if not self._through_gram():
+        if not self._through_gram(other):
             return super().inner(other)
         (index, dy), (j, db) = self._positions(), other._positions()
         meet = (index[:, None, :, None] == j[None, :, None, :]).astype(at_least_float32(dy).dtype)
@@ -81,8 +81,9 @@ class Scatter(Factor):
     def _positions(self) -> tuple[Array, Array]:  # [batch, positions], [batch, positions, features]
         return self.index.reshape(self.index.shape[0], -1), self.dy.reshape(self.index.shape[0], -1, self.dy.shape[-1])
 
-    def _through_gram(self) -> bool:
-        return math.prod(self.index.shape[1:]) ** 2 <= self.size
+    def _through_gram(self, other: Any = None) -> bool:
+        other = self if other is None else other
+        return math.prod(self.index.shape[1:]) * math.prod(other.index.shape[1:]) <= self.size
 
 
 def _equal(index: Array, dtype: Any) -> Array:
