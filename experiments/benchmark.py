@@ -1,20 +1,20 @@
-"""What do hand-written gradients cost beside jax.grad, and an epoch of fit beside other loops?
+"""What do hand-written gradients and per-example statistics cost beside jax.grad, and an epoch of fit beside other loops?
 
     python -m experiments benchmark
 
 Every figure is a ratio of medians, of runs interleaved in random order in one process. `noise` is jax.grad against a second
-compilation of itself: differences smaller than that mean nothing. Below 1 is faster (or smaller) than jax.grad. PyTorch and
-scikit-learn get a row each where they are installed. Takes about two minutes on 2 cores.
+compilation of itself: differences smaller than that mean nothing. Below 1 is faster (or smaller) than jax.grad. PyTorch,
+scikit-learn, jax-privacy, Opacus and BackPACK get rows where they are installed. Takes about five minutes on 2 cores.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import random
 import statistics
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,11 +26,13 @@ import numpy as np
 import optax
 
 import fnn
+from experiments import _rivals
 from experiments._data import load
 from experiments._run import figure, folder, print_table, progress, save_metrics
 
 NETS = {"784-512-512-10": (784, 512, 512, 10), "784-128-10": (784, 128, 10), "64-32-10": (64, 32, 10), "5x256": (256,) * 6}
 LOSS = fnn.losses.softmax_cross_entropy_with_integer_labels
+STATISTICS = ("norms", "clipped", "moments", "gram")
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,12 @@ class Config:
 
     batches: tuple[int, ...] = (32, 128, 1024)
     """Batch sizes for every net."""
+    gram_batch: int = 128
+    """Greatest batch whose Gram matrix is taken: it is batch x batch."""
+    memory_batches: tuple[int, ...] = (128, 1024, 8192)
+    """Batch sizes for the temporary memory, which is compiled for and not run."""
+    rival_batch: int = 128
+    """Batch size at which other libraries clip, for the first net."""
     seconds: float = 2.0
     """Time spent on each function of a row."""
     compilations: int = 7
@@ -51,26 +59,51 @@ class Config:
     """Run folder; runs/benchmark if not given."""
 
 
-TINY = Config(batches=(8,), seconds=0.01, compilations=1, epochs=1)
+TINY = Config(batches=(8,), memory_batches=(8,), rival_batch=8, seconds=0.01, compilations=1, epochs=1)
 
 
 class Row(NamedTuple):
-    """One net at one batch size; ratios to jax.grad's."""
+    """One net at one batch size; ratios to jax.grad's, nan where not measured."""
 
     net: str
     batch: int
     microseconds: float  # jax.grad's median
     time: float  # manual gradient
     noise: float  # jax.grad, compiled once more
-    norms: float  # per-example norms
     memory: float  # temporary bytes of the manual gradient
     compiling: float  # tracing and compiling of the manual gradient
+    norms: float  # per-example statistics
+    clipped: float
+    moments: float
+    gram: float
+
+
+class Memory(NamedTuple):
+    """Temporary bytes of one net at one batch size; ratios to jax.grad's."""
+
+    net: str
+    batch: int
+    megabytes: float  # jax.grad's
+    norms: float
+    clipped: float
+
+
+class Rival(NamedTuple):
+    """Another library's way to what `clipped_gradient` gives."""
+
+    library: str
+    way: str
+    milliseconds: float
+    to_plain: float  # over the library's own plain gradient
+    to_fnn: float  # over fnn's clipped gradient
 
 
 class Result(NamedTuple):
     """What was measured."""
 
     rows: list[Row]
+    memory: list[Memory]
+    rivals: list[Rival]
     epoch_milliseconds: dict[str, float]  # 64-32-10 on digits at batch 32, medians
     repeat_compile: float  # repeat(layer, 100) over repeat(layer, 4)
     import_seconds: dict[str, float]  # medians
@@ -95,41 +128,80 @@ def interleaved(functions: dict[str, Callable[[], Any]], seconds: float, rng: ra
     return {name: statistics.median(t) for name, t in times.items()}
 
 
-def measure_net(name: str, batch: int, config: Config, rng: random.Random) -> Row:
-    """One row of the table."""
-    sizes = NETS[name]
-    net = fnn.mlp(sizes)
-    keys = jax.random.split(fnn.key(config.seed), 3)
-    args = (
-        jax.jit(net.init)(keys[0]),
-        jax.random.normal(keys[1], (batch, sizes[0])),
-        jax.random.randint(keys[2], (batch,), 0, sizes[-1]),
-    )
-    automatic = jax.value_and_grad(fnn.mean_loss(net, LOSS))
-    functions = {
+def arguments(name: str, batch: int, seed: int) -> tuple[Any, Any, Any]:
+    """Params, inputs and labels for a net of `NETS`."""
+    sizes, keys = NETS[name], jax.random.split(fnn.key(seed), 3)
+    x, t = jax.random.normal(keys[1], (batch, sizes[0])), jax.random.randint(keys[2], (batch,), 0, sizes[-1])
+    return jax.jit(fnn.mlp(sizes).init)(keys[0]), x, t
+
+
+def functions_of(name: str) -> dict[str, Callable[..., Any]]:
+    """What is compared with `automatic`, for a net of `NETS`."""
+    net = fnn.mlp(NETS[name])
+    automatic, source, statistics_of = jax.value_and_grad(fnn.mean_loss(net, LOSS)), fnn.factors(net, LOSS), fnn.per_example
+    return {
         "automatic": automatic,
         "again": automatic,
         "manual": fnn.value_and_grad(net, LOSS),
-        "norms": fnn.per_example.norms(fnn.factors(net, LOSS)),
+        "norms": statistics_of.norms(source),
+        "clipped": statistics_of.clipped_gradient(source, 1.0),
+        "moments": statistics_of.moments(source),
+        "gram": statistics_of.gram(source),
     }
+
+
+def measure_net(name: str, batch: int, config: Config, rng: random.Random) -> Row:
+    """One row of the table."""
+    functions, args = functions_of(name), arguments(name, batch, config.seed)
+    if batch > config.gram_batch:
+        del functions["gram"]
     compiled = {key: jax.jit(_fresh(f)).lower(*args).compile() for key, f in functions.items()}
     times = interleaved({key: (lambda f=f: f(*args)) for key, f in compiled.items()}, config.seconds, rng)
-    memory = {key: getattr(f.memory_analysis(), "temp_size_in_bytes", float("nan")) for key, f in compiled.items()}
+    ratios = {key: times[key] / times["automatic"] if key in times else float("nan") for key in ("manual", "again", *STATISTICS)}
+    memory = temporary_bytes(compiled["manual"]) / temporary_bytes(compiled["automatic"])
     compiling = compile_times({key: functions[key] for key in ("automatic", "manual")}, args, config.compilations, rng)
-    return Row(
-        name,
-        batch,
-        times["automatic"] * 1e6,
-        times["manual"] / times["automatic"],
-        times["again"] / times["automatic"],
-        times["norms"] / times["automatic"],
-        memory["manual"] / memory["automatic"],
-        compiling["manual"] / compiling["automatic"],
-    )
+    rest = (ratios[key] for key in STATISTICS)
+    microseconds = times["automatic"] * 1e6
+    return Row(name, batch, microseconds, ratios["manual"], ratios["again"], memory, compiling["manual"] / compiling["automatic"], *rest)
+
+
+def measure_memory(name: str, batch: int, config: Config) -> Memory:
+    """One row of the table of memory."""
+    functions, args = functions_of(name), arguments(name, batch, config.seed)
+    size = {key: temporary_bytes(jax.jit(_fresh(functions[key])).lower(*args).compile()) for key in ("automatic", "norms", "clipped")}
+    return Memory(name, batch, size["automatic"] / 1e6, size["norms"] / size["automatic"], size["clipped"] / size["automatic"])
+
+
+def temporary_bytes(compiled: Any) -> float:
+    """What a compiled function needs beside its arguments and results, by XLA's own analysis."""
+    return getattr(compiled.memory_analysis(), "temp_size_in_bytes", float("nan"))
+
+
+def measure_rivals(config: Config, rng: random.Random) -> list[Rival]:
+    """Clipped gradients of the first net in every library that is installed, in one interleaved run."""
+    name = next(iter(NETS))
+    params, x, t = arguments(name, config.rival_batch, config.seed)
+    functions, net = functions_of(name), fnn.mlp(NETS[name])
+    ours = {"plain gradient": functions["automatic"], "clipped_gradient": functions["clipped"]}
+    calls = {"fnn": {way: (lambda f=jax.jit(_fresh(f)): f(params, x, t)) for way, f in ours.items()}}
+    calls |= _rivals.per_example(net, NETS[name], params, x, t)
+    flat = {(library, way): call for library, ways in calls.items() for way, call in ways.items()}
+    named = {f"{library}: {way}": call for (library, way), call in flat.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # hooks of PyTorch's libraries
+        times = interleaved(named, 0.0, rng)
+        quick = {key: call for key, call in named.items() if times[key] < 20 * min(times.values())}  # the slow ones disturb the others
+        times |= interleaved(quick, config.seconds, rng)
+    rivals = []
+    for library, way in flat:
+        plain = times.get(f"{library}: plain gradient", times["fnn: plain gradient"])
+        milliseconds = times[f"{library}: {way}"]
+        rivals.append(Rival(library, way, 1e3 * milliseconds, milliseconds / plain, milliseconds / times["fnn: clipped_gradient"]))
+    return rivals
 
 
 def compile_times(functions: dict[str, Callable[..., Any]], args: Any, repetitions: int, rng: random.Random) -> dict[str, float]:
-    """The median time to trace and compile in seconds; JAX's caches are cleared before every reading."""
+    """The median time to trace and compile in seconds; JAX's caches in memory are cleared before every reading."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(repetitions):
         for name in rng.sample(list(functions), len(functions)):
@@ -145,10 +217,10 @@ def measure_epochs(config: Config, rng: random.Random) -> dict[str, float]:
     """Milliseconds per epoch of plain SGD, 64-32-10 on digits at batch 32, in every loop that is installed."""
     data = load("digits", seed=config.seed)
     x, t = data.x_train, data.t_train
-    loops = {"fnn.fit": _fit_loop(x, t, config), "Python loop, jitted step": _python_loop(x, t, config)}
-    if importlib.util.find_spec("torch"):
-        loops["PyTorch eager"] = _torch_loop(x, t, config)
-    loops["scikit-learn MLPClassifier"] = _sklearn_loop(x, t, config)
+    loops = {"fnn.fit": _fit_loop(x, t, config), "Python loop, jitted step": _rivals.python_loop(x, t, config.epochs, config.seed)}
+    if _rivals.installed("torch"):
+        loops["PyTorch eager"] = _rivals.torch_loop(x, t, config.epochs)
+    loops["scikit-learn MLPClassifier"] = _rivals.sklearn_loop(x, t, config.epochs, config.seed)
     return {name: 1e3 * s / config.epochs for name, s in interleaved(loops, config.seconds, rng).items()}
 
 
@@ -171,29 +243,45 @@ def measure_import(config: Config, rng: random.Random) -> dict[str, float]:
     for _ in range(config.compilations):
         for name in rng.sample(list(commands), len(commands)):
             start = time.perf_counter()
-            subprocess.run([sys.executable, "-c", commands[name]], check=True)
+            subprocess.run([sys.executable, "-c", commands[name]], check=True, cwd=Path(fnn.__file__).parents[1])
             times[name].append(time.perf_counter() - start)
     return {name: statistics.median(t) for name, t in times.items()}
 
 
 def run(config: Config, advance: Callable[[str], None] = lambda text: None) -> Result:
-    """Measures everything. `advance(text)` is called after every row."""
+    """Measures everything. `advance(text)` is called after every part, `parts(config)` times."""
     rng = random.Random(config.seed)
-    rows = []
-    for name in NETS:
-        for batch in config.batches:
-            rows.append(measure_net(name, batch, config, rng))
-            advance(f"{name} at {batch}")
-    return Result(rows, measure_epochs(config, rng), measure_repeat(config, rng), measure_import(config, rng))
+
+    def done(text: str, value: Any) -> Any:
+        advance(text)
+        return value
+
+    rows = [done(f"{name} at {batch}", measure_net(name, batch, config, rng)) for name in NETS for batch in config.batches]
+    memory = [done(f"memory at {batch}", measure_memory(name, batch, config)) for name in NETS for batch in config.memory_batches]
+    return Result(
+        rows,
+        memory,
+        done("other libraries", measure_rivals(config, rng)),
+        done("epochs", measure_epochs(config, rng)),
+        done("repeat", measure_repeat(config, rng)),
+        done("import", measure_import(config, rng)),
+    )
+
+
+def parts(config: Config) -> int:
+    """How many parts `run` has."""
+    return len(NETS) * (len(config.batches) + len(config.memory_batches)) + 4
 
 
 def main(config: Config) -> None:
-    with progress(len(NETS) * len(config.batches), "benchmark") as advance:
+    with progress(parts(config), "benchmark") as advance:
         result = run(config, advance)
-    columns = ("net", "batch", "jax.grad (µs)", "manual", "noise", "norms", "memory", "trace and compile")
-    cells = [(r.net, r.batch, f"{r.microseconds:.0f}", *(f"{v:.3f}" for v in r[3:])) for r in result.rows]
-    means = [f"{geometric_mean([float(row[i]) for row in result.rows]):.3f}" for i in range(3, 8)]
-    print_table("Ratios to jax.grad", columns, [*cells, ("geometric mean", "", "", *means)])
+    _print_rows("Time of jax.grad, and ratios to it", result.rows, ("microseconds", "time", "noise", "memory", "compiling"))
+    _print_rows("Per-example statistics: ratios of time", result.rows, STATISTICS)
+    _print_rows("Temporary memory of jax.grad (MB), and ratios to it", result.memory, ("megabytes", "norms", "clipped"))
+    rivals = [(r.library, r.way, f"{r.milliseconds:.2f}", f"{r.to_plain:.2f}", f"{r.to_fnn:.2f}") for r in result.rivals]
+    title = f"Clipped gradients elsewhere, {next(iter(NETS))} at batch {config.rival_batch}"
+    print_table(title, ("library", "way", "ms", "to its plain gradient", "to fnn's clipped"), rivals)
     ours = result.epoch_milliseconds["fnn.fit"]
     epochs = [(name, f"{ms:.2f}", f"{ms / ours:.1f}") for name, ms in result.epoch_milliseconds.items()]
     print_table("An epoch of SGD, 64-32-10 on digits at batch 32", ("loop", "ms", "ratio to fit"), epochs)
@@ -205,23 +293,39 @@ def main(config: Config) -> None:
     print(f"picture and metrics in {path}")
 
 
-def geometric_mean(ratios: list[float]) -> float:
-    """The geometric mean of numbers above 0.
+def _print_rows(title: str, rows: list[Any], columns: tuple[str, ...]) -> None:
+    """Net, batch and some columns; below, the geometric mean of every ratio."""
+    absolute = {"microseconds": ".0f", "megabytes": ".2f"}
+    cells = [(r.net, r.batch, *(_number(getattr(r, c), absolute.get(c, ".3f")) for c in columns)) for r in rows]
+    means = ["" if c in absolute else _number(geometric_mean([getattr(r, c) for r in rows]), ".3f") for c in columns]
+    print_table(title, ("net", "batch", *columns), [*cells, ("geometric mean", "", *means)])
 
-    >>> round(geometric_mean([0.5, 2.0]), 6)
+
+def _number(value: float, form: str) -> str:
+    return "-" if np.isnan(value) else f"{value:{form}}"
+
+
+def geometric_mean(ratios: list[float]) -> float:
+    """The geometric mean of numbers above 0; nan are left out.
+
+    >>> round(geometric_mean([0.5, 2.0, float("nan")]), 6)
     1.0
     """
-    return float(np.exp(np.mean(np.log(ratios))))
+    return float(np.exp(np.nanmean(np.log(ratios))))
 
 
 def draw(path: Path, result: Result) -> None:
     """Time ratios of every row."""
-    mean = geometric_mean([row.time for row in result.rows])
-    with figure(path, f"Hand-written gradients take {mean:.2f} times as long as jax.grad (geometric mean)", size=(8, 4.5)) as (_, axes):
-        labels = [f"{row.net}, {row.batch}" for row in result.rows]
-        for name, marker in (("time", "o"), ("noise", "x"), ("norms", "s")):
-            label = {"time": "manual gradient", "noise": "jax.grad compiled again", "norms": "per-example norms"}[name]
-            axes.plot([getattr(row, name) for row in result.rows], labels, marker, label=label)
+    mean = {name: geometric_mean([getattr(row, name) for row in result.rows]) for name in ("time", "clipped")}
+    title = (
+        f"A hand-written gradient takes {mean['time']:.2f} times as long as jax.grad, one with every example clipped {mean['clipped']:.2f}"
+    )
+    labels = {"time": "manual gradient", "noise": "jax.grad compiled again", "norms": "per-example norms", "clipped": "clipped gradient"}
+    labels |= {"moments": "mean and variance", "gram": "Gram matrix"}
+    with figure(path, title, size=(8, 5)) as (_, axes):
+        names = [f"{row.net}, {row.batch}" for row in result.rows]
+        for (name, label), marker in zip(labels.items(), "oxsD^v", strict=True):
+            axes.plot([getattr(row, name) for row in result.rows], names, marker, label=label)
         axes.axvline(1, color="black", linewidth=1)
         axes.set(xlabel="time over that of jax.grad", ylabel="net, batch size", xlim=(0, None))
         axes.invert_yaxis()
@@ -238,48 +342,3 @@ def _fit_loop(x: np.ndarray, t: np.ndarray, config: Config) -> Callable[[], Any]
     rule, params = fnn.rules.backprop(net, LOSS), jax.jit(net.init)(fnn.key(config.seed))
     data = jnp.asarray(x), jnp.asarray(t)
     return lambda: fnn.fit(rule, optimizer, params, data, epochs=config.epochs, batch_size=32, key=fnn.key(config.seed))
-
-
-def _python_loop(x: np.ndarray, t: np.ndarray, config: Config) -> Callable[[], Any]:
-    net, rng = fnn.mlp((64, 32, 10)), np.random.default_rng(config.seed)
-    gradient, params = fnn.value_and_grad(net, LOSS), jax.jit(net.init)(fnn.key(config.seed))
-    step = jax.jit(lambda p, x, t: jax.tree.map(lambda w, g: w - 0.1 * g, p, gradient(p, x, t)[1]))
-
-    def loop() -> Any:
-        p = params
-        for _ in range(config.epochs):
-            order = rng.permutation(len(x))
-            for i in range(0, len(x), 32):
-                p = step(p, x[order[i : i + 32]], t[order[i : i + 32]])
-        return p
-
-    return loop
-
-
-def _torch_loop(x: np.ndarray, t: np.ndarray, config: Config) -> Callable[[], Any]:
-    import torch  # pyright: ignore[reportMissingImports]
-
-    net = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 10))
-    optimizer, loss = torch.optim.SGD(net.parameters(), 0.1), torch.nn.CrossEntropyLoss()
-    inputs, labels = torch.from_numpy(x), torch.from_numpy(t.astype(np.int64))
-
-    def loop() -> None:
-        for _ in range(config.epochs):
-            for rows in torch.randperm(len(inputs)).split(32):
-                optimizer.zero_grad()
-                loss(net(inputs[rows]), labels[rows]).backward()
-                optimizer.step()
-
-    return loop
-
-
-def _sklearn_loop(x: np.ndarray, t: np.ndarray, config: Config) -> Callable[[], Any]:
-    from sklearn.neural_network import MLPClassifier
-
-    def loop() -> None:
-        settings: dict[str, Any] = {"batch_size": 32}
-        net = MLPClassifier((32,), solver="sgd", learning_rate_init=0.1, momentum=0.0, alpha=0.0, random_state=config.seed, **settings)
-        for _ in range(config.epochs):
-            net.partial_fit(x, t, classes=np.arange(10))
-
-    return loop
