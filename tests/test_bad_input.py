@@ -18,6 +18,7 @@ import pytest
 
 import fnn
 from fnn import activations, losses, per_example, rules
+from fnn.factors import PerExample
 from fnn.layers import Dense, Norm
 from fnn.steps import init as train_state
 
@@ -74,6 +75,14 @@ def fit(data: Any = (X, T), rule: Any = RULE, optimizer: Any = optax.sgd(0.1), p
 def many(data: Any = (X, T), optimizer: Any = optax.sgd, init: Any = NET.init, keys: Any = None, **settings: Any) -> Any:
     keys = jax.random.split(KEY, 3) if keys is None else keys
     return fnn.fit_many(RULE, optimizer, init, data, keys=keys, **{"epochs": 1, "batch_size": 2, "learning_rates": RATES} | settings)
+
+
+SOURCE = fnn.factors(NET, losses.l2_loss)
+STATISTICS = ("gradients", "norms", "gram", "weighted_gradient", "moments", "signal_to_noise", "noise_scale")
+
+
+def clipped(max_norm: Any = 1.0, x: Any = X, t: Any = T, w: Any = None, **settings: Any) -> Any:
+    return per_example.clipped_gradient(SOURCE, max_norm, **settings)(PARAMS, x, t, weights=w)
 
 
 def in_float64(call: Callable[[], Any]) -> Any:
@@ -301,6 +310,49 @@ SHAPES = (
         "`params` hold no parameter",
         "no gradient",
     ),
+    *(
+        case(f"{name} of an empty batch", lambda f=getattr(per_example, name): f(SOURCE)(PARAMS, X[:0], T[:0]), ValueError, "empty batch")
+        for name in STATISTICS
+    ),
+    case(
+        "a statistic of a user's source, empty",
+        lambda: per_example.norms(lambda p, x: (x.sum(1), {"b": PerExample(x)}))({"b": ONES}, X[:0]),
+        ValueError,
+        "`source` was given an empty batch",
+    ),
+    case("clipped gradient of an empty batch", lambda: clipped(x=X[:0], t=T[:0]), ValueError, "`x` is an empty batch"),
+    case(
+        "weights in a column, clipped",
+        lambda: clipped(w=ONES[:, None]),
+        ValueError,
+        "`weights` has shape (4, 1)",
+        "(4,)",
+        "one per example",
+    ),
+    case("noise scale of one example", lambda: per_example.noise_scale(SOURCE)(PARAMS, X[:1], T[:1]), ValueError, "at least 2 examples"),
+    case("top 5 of 4", lambda: per_example.top_examples(SOURCE, 5)(PARAMS, X, T), ValueError, "`k` is 5", "only 4 examples", "at most 4"),
+    case(
+        "a batch that is no tuple",
+        lambda: per_example.inner_products(SOURCE)(PARAMS, X, (X, T)),
+        TypeError,
+        "`batch_a` must be a tuple",
+        "(x, targets)",
+    ),
+    case(
+        "microbatches of other lengths",
+        lambda: per_example.accumulate(per_example.moments(SOURCE), 2)(PARAMS, X, T[:3]),
+        ValueError,
+        "one length",
+        "[3, 4] rows",
+    ),
+    case(
+        "microbatches without a reduction",
+        lambda: per_example.accumulate(fnn.value_and_grad(NET, losses.l2_loss), 2)(PARAMS, X, T),
+        ValueError,
+        "returns tuple, which does not state its reduction",
+        '"mean"',
+        '"examples"',
+    ),
     case(
         "factors of x 1-D", lambda: fnn.factors(NET, losses.l2_loss)(PARAMS, X[0], X[:3, :2]), ValueError, "`x` has shape (3,)", "`x[None]`"
     ),
@@ -340,6 +392,29 @@ SHAPES = (
 
 # Construction, and arguments that are of the wrong kind altogether.
 KINDS = (
+    # per-example statistics
+    *(
+        case(f"max_norm={number!r}", lambda number=number: clipped(number), error, "`max_norm` must be", "above 0", f"got {number!r}")
+        for number, error in ((0, ValueError), (-1.0, ValueError), (float("nan"), ValueError), (True, TypeError), ("1", TypeError))
+    ),
+    case("max_norm a vector", lambda: clipped(ONES), TypeError, "`max_norm` must be a number above 0", "array([1."),
+    case("max_norm and scale", lambda: clipped(1.0, scale=lambda n: n), TypeError, "Give one of `max_norm`", "`scale`"),
+    case("neither max_norm nor scale", lambda: clipped(None), TypeError, "Give one of `max_norm`", "`scale`"),
+    case("reduction max", lambda: clipped(reduction="max"), ValueError, "Unknown reduction 'max'", "mean, sum"),
+    *(
+        case(f"{name} of no source", lambda f=getattr(per_example, name): f(3), TypeError, "`source` must be a function", "got 3")
+        for name in (*STATISTICS, "inner_products")
+    ),
+    case("a net for a source", lambda: per_example.norms(NET), TypeError, "`source` must be a function", "`fnn.factors(net, loss)`"),
+    *positive_whole("k", lambda number: per_example.top_examples(SOURCE, number), "k of top_examples"),
+    *positive_whole("microbatch_size", lambda number: per_example.accumulate(clipped, number)),
+    case(
+        "reduction of accumulate",
+        lambda: per_example.accumulate(clipped, 2, reduction="men"),
+        ValueError,
+        "Unknown reduction 'men'",
+        "'mean'",
+    ),
     *positive_whole("sizes[1]", lambda n: fnn.mlp((3, n, 2))),
     *positive_whole("in_features", lambda n: fnn.dense(n, 2), "dense in_features"),
     *positive_whole("out_features", lambda n: fnn.dense(3, n), "dense out_features"),
@@ -859,6 +934,17 @@ def test_a_nan_is_found_without_debug_nans():
     net = fnn.mlp((3, 4, 2), bad)
     with pytest.raises(fnn.NonFiniteError, match=r"step 0 .* leaf grads\[0\]\[0\].w"):
         fit(rule=rules.backprop(net, losses.l2_loss))
+
+
+def test_a_batch_of_padding_alone_has_a_zero_gradient():
+    zeros = np.zeros(4, np.float32)
+    for reduction in ("mean", "sum"):
+        found = clipped(w=zeros, reduction=reduction)
+        assert all((leaf == 0).all() for leaf in jax.tree.leaves(found.gradient))
+        assert int(found.reduction.examples) == 0
+    mean, variance = per_example.moments(SOURCE)(PARAMS, X, T, weights=zeros)
+    assert all((leaf == 0).all() for leaf in jax.tree.leaves((mean, variance)))
+    assert all((leaf == 0).all() for leaf in jax.tree.leaves(per_example.signal_to_noise(SOURCE)(PARAMS, X, T, weights=zeros)))
 
 
 def test_good_input_of_every_kind_passes():

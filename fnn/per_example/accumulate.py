@@ -109,13 +109,14 @@ def _apart(result: Any, weight: Array, reduction: str | None) -> tuple[Any, _Sta
 def _merged(a: _State, b: _State) -> _State:
     """Two states as one. Source: Chan, Golub, LeVeque (1983), doi:10.2307/2683386 (pairwise variance)."""
     weight = a.weight + b.weight
-    share = b.weight / jnp.where(weight != 0, weight, jnp.ones_like(weight))
+    whole = jnp.where(weight != 0, weight, jnp.ones_like(weight))
 
     def mean(m: Array, n: Array) -> Array:
-        return m + (n - m) * share.astype(m.dtype)
+        return m + (n - m) * (b.weight.astype(m.dtype) / whole.astype(m.dtype))
 
     def variance(v: Array, w: Array, m: Array, n: Array) -> Array:
-        return mean(v, w) + ((n - m) ** 2).astype(v.dtype) * (share * (1 - share)).astype(v.dtype)
+        shares = (a.weight.astype(v.dtype) / whole.astype(v.dtype)) * (b.weight.astype(v.dtype) / whole.astype(v.dtype))
+        return mean(v, w) + ((n - m) ** 2).astype(v.dtype) * shares
 
     return _State(
         weight,

@@ -13,7 +13,7 @@ from jax import lax
 from fnn import _check
 from fnn._sums import joined_norms, mended, safe_norm, sum_of_squares
 from fnn._types import Array, ArrayLike, Params
-from fnn.factors import Reducer, is_factor, materialise, norm, quick_square
+from fnn.factors import Reducer, is_factor, keep, materialise, norm, quick_square
 
 Source = Callable[..., tuple[Array, Any]]
 
@@ -34,7 +34,7 @@ def gradients(source: Source) -> Callable[..., Params]:
     >>> f(net.init(jax.random.key(0)), jnp.ones((5, 3)), jnp.zeros((5, 2)))[-1].w.shape
     (5, 3, 2)
     """
-    reduced = reduced_by(source, materialise)
+    reduced = asked(source, materialise)
 
     def per_example_gradients(params: Params, *batch: ArrayLike) -> Params:
         return reduced(params, *batch)[1]
@@ -60,7 +60,7 @@ def norms(source: Source) -> Callable[..., Array]:
     >>> f(net.init(jax.random.key(0)), jnp.ones((5, 3)), jnp.zeros((5, 2))).shape
     (5,)
     """
-    quickly, exactly = reduced_by(source, quick_square), reduced_by(source, norm)
+    quickly, exactly = asked(source, quick_square), asked(source, norm)
 
     def per_example_norms(params: Params, *batch: ArrayLike) -> Array:
         def one(example: tuple[ArrayLike, ...]) -> Array:
@@ -135,13 +135,13 @@ def inner_products(source: Source) -> Callable[..., Array]:
     >>> f(net.init(jax.random.key(0)), batch, (jnp.ones((4, 3)), jnp.ones((4, 2)))).shape
     (5, 4)
     """
-    is_source(source)
+    factors_of = asked(source)
 
     def products(params: Params, batch_a: tuple[ArrayLike, ...], batch_b: tuple[ArrayLike, ...]) -> Array:
         for name, batch in (("batch_a", batch_a), ("batch_b", batch_b)):
             if not isinstance(batch, tuple):
                 raise TypeError(f"`{name}` must be a tuple such as (x, targets), got {type(batch).__name__}.")
-        return _inner(source(params, *batch_a)[1], source(params, *batch_b)[1])
+        return _inner(factors_of(params, *batch_a)[1], factors_of(params, *batch_b)[1])
 
     return products
 
@@ -164,10 +164,10 @@ def gram(source: Source) -> Callable[..., Array]:
     >>> f(net.init(jax.random.key(0)), jnp.ones((5, 3)), jnp.zeros((5, 2))).shape
     (5, 5)
     """
-    is_source(source)
+    factors_of = asked(source)
 
     def products(params: Params, *batch: ArrayLike) -> Array:
-        factors = source(params, *batch)[1]
+        factors = factors_of(params, *batch)[1]
         return _inner(factors, factors)
 
     return products
@@ -212,17 +212,18 @@ def is_source(source: Any) -> None:
     _check.is_function("source", source, "(params, *batch) -> (values, factors), such as `fnn.factors(net, loss)`")
 
 
-def reduced_by(source: Source, reducer: Reducer) -> Callable[..., tuple[Array, Any]]:
+def asked(source: Source, reducer: Reducer = keep) -> Callable[..., tuple[Array, Any]]:
     """`(params, *batch) -> (values, tree of results)`; reduced within the backward pass where the source takes `reduce`."""
     is_source(source)
-    if not isinstance(source, jax.stages.Wrapped) and "reduce" in inspect.signature(source).parameters:
-        return lambda params, *batch: source(params, *batch, reduce=reducer)
+    within = not isinstance(source, jax.stages.Wrapped) and "reduce" in inspect.signature(source).parameters
 
-    def afterwards(params: Params, *batch: ArrayLike) -> tuple[Array, Any]:
-        values, factors = source(params, *batch)
-        return values, reducer.tree(factors)
+    def answer(params: Params, *batch: ArrayLike) -> tuple[Array, Any]:
+        values, found = source(params, *batch, reduce=reducer) if within else source(params, *batch)
+        if not getattr(values, "shape", (1,))[0]:
+            raise ValueError("`source` was given an empty batch: a statistic of no example is undefined.")
+        return values, found if within else reducer.tree(found)
 
-    return afterwards
+    return answer
 
 
 def leaves_of(tree: Any) -> list[Any]:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from fnn._sums import mended
 from fnn._types import Array, ArrayLike, Params
 from fnn.factors import is_factor
-from fnn.per_example.each import Source, is_source, whole_norms
+from fnn.per_example.each import Source, asked, whole_norms
 from fnn.per_example.reduced import Reduction, count, total_weight, weighted_total
 
 
@@ -78,10 +78,10 @@ def moments(source: Source) -> Callable[..., Moments]:
     >>> variance[-1].b
     Array([0., 0.], dtype=float32)
     """
-    is_source(source)
+    factors_of = asked(source)
 
     def mean_and_variance(params: Params, *batch: ArrayLike, weights: ArrayLike | None = None) -> Moments:
-        factors = source(params, *batch)[1]
+        factors = factors_of(params, *batch)[1]
         norms = whole_norms(factors)
         counted = count("mean", norms, weights)
         share = counted.weights / total_weight(counted)
@@ -156,10 +156,10 @@ def noise_scale(source: Source) -> Callable[..., NoiseScale]:
     >>> abs(float(f(net.init(jax.random.key(0)), jnp.ones((4, 3)), jnp.zeros((4, 2))).noise_scale)) < 1e-5  # all alike: no noise
     True
     """
-    is_source(source)
+    factors_of = asked(source)
 
     def estimate(params: Params, *batch: ArrayLike, weights: ArrayLike | None = None) -> NoiseScale:
-        factors = source(params, *batch)[1]
+        factors = factors_of(params, *batch)[1]
         norms = whole_norms(factors)
         if norms.shape[0] < 2:
             raise ValueError("The noise scale needs at least 2 examples, got a batch of 1: one gradient does not scatter.")

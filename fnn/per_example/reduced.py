@@ -19,7 +19,7 @@ from fnn import _check
 from fnn._sums import joined_norms, mended
 from fnn._types import Array, ArrayLike, Params
 from fnn.factors import Stacked, is_factor
-from fnn.per_example.each import Source, is_source, whole_norms
+from fnn.per_example.each import Source, asked, is_source, whole_norms
 
 Kind = Literal["mean", "sum"]
 
@@ -136,15 +136,15 @@ def weighted_gradient(source: Source, *, reduction: Kind = "sum") -> Callable[..
     >>> f(net.init(jax.random.key(0)), jnp.ones((2, 3)), jnp.zeros((2, 2)), weights=jnp.array([1.0, -1.0])).gradient[-1].b
     Array([0., 0.], dtype=float32)
     """
-    is_source(source)
     return _weighted(source, None, False, reduction)
 
 
 def _weighted(source: Source, by: Callable[[Array], Array] | None, per_layer: bool, kind: Kind) -> Callable[..., Gradient]:
     _check.one_of("reduction", kind, ("mean", "sum"))
+    factors_of = asked(source)
 
     def reduced(params: Params, *batch: ArrayLike, weights: ArrayLike | None = None) -> Gradient:
-        values, factors = source(params, *batch)
+        values, factors = factors_of(params, *batch)
         norms = whole_norms(factors)
         counted = count(kind, norms, weights)
         share = counted.weights / total_weight(counted) if kind == "mean" else counted.weights
