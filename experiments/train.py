@@ -105,7 +105,8 @@ class Result(NamedTuple):
 
 def check(config: Config) -> None:
     """Raises a TypeError or ValueError that names the first flag that cannot be meant; before any data are read."""
-    names = {"activation": [layer.name for layer in activations.ACTIVATIONS], "dataset": _data.LOADERS, "rule": RULES}
+    activations.get(config.activation)
+    names = {"dataset": _data.LOADERS, "rule": RULES}
     for kind, choices in {**names, "optimizer": OPTIMIZERS, "schedule": SCHEDULES, "dtype": DTYPES}.items():
         _check.one_of(kind, getattr(config, kind), choices)
     for i, size in enumerate(config.sizes):
@@ -152,10 +153,10 @@ def run(config: Config, on_epoch: OnEpoch | None = None) -> Result:
 def main(config: Config) -> None:
     """Prints the table, saves `learning_curves.png` and `metrics.json`."""
     check(config)
-    folder = _run.folder("train", config.out)
     with _run.progress(len(config.seeds) * config.epochs, f"{config.dataset}, {config.rule}") as advance:
         result = run(config, lambda epoch, metrics: advance(f"loss {metrics['loss']:.4f}"))
     title = f"{result.dataset}: {config.rule}, {config.optimizer}, {result.parameters:,} parameters, {config.epochs} epochs"
+    folder = _run.folder("train", config.out)
     _run.print_table(title, ("seed", "train loss", "test loss", "test accuracy"), _rows(result))
     draw(result, config, folder / "learning_curves.png")
     print(f"Saved {_run.save_metrics(folder, config, result)} and {folder / 'learning_curves.png'}")
