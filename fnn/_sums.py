@@ -43,7 +43,7 @@ def safe_norm(square: Callable[..., Array], *arrays: Array) -> Array:
                 scales.append(_scale(jnp.abs(a).max()))
                 a = a * jnp.broadcast_to(1 / scales[-1], a.shape)
             divided.append(a[None])
-        return math.prod(scales, start=jnp.sqrt(jnp.maximum(square(*divided)[0], 0)))
+        return jnp.sqrt(jnp.maximum(square(*divided)[0], 0)) * math.prod(scales)
 
     return lax.map(block, arrays, batch_size=32)  # a divided array is a copy
 
@@ -63,6 +63,11 @@ def mended(good: Array, value: Any, mend: Callable[[Any], Any]) -> Any:
     return lax.while_loop(lambda c: ~c[0], lambda c: (jnp.array(True), mend(c[1])), (good, value))[1]
 
 
+def unless_cancelled(square: Array, size: Array, otherwise: Callable[[], Array]) -> Array:
+    """Squared norms `[batch]` that are sums of terms of that size, or `otherwise()` where the terms cancel beyond three digits."""
+    return mended((square >= float(jnp.finfo(square.dtype).eps) * 1e3 * size).all(), square, lambda _: otherwise())
+
+
 def joined_norms(norms: Array) -> Array:
     """The norm of the whole from the norms of its parts, `[parts, batch]` to `[batch]`, without overflow.
 
@@ -80,7 +85,8 @@ def per_row(row: Array, like: Array) -> Array:
 
 def times_row(a: Array, weights: Array, present: Array | None = None) -> Array:
     """`[batch, ...]` times `[batch]`, in the dtype of `a`; 0 where an example is not present, whatever it holds."""
-    product = a * per_row(weights.astype(a.dtype), a)
+    wide = at_least_float32(a)  # a weight of 1e-7 is hardly a number of float16
+    product = (wide * per_row(weights.astype(wide.dtype), wide)).astype(a.dtype)
     return product if present is None else jnp.where(per_row(present, a), product, jnp.zeros_like(a))
 
 
@@ -114,6 +120,6 @@ def centred(a: Array, share: Array) -> tuple[Array, Array]:
 
 
 def _scale(size: Array) -> Array:
-    """What rows are divided by: a size of theirs, or 1 where that is 0 or not finite."""
-    tiny = jnp.full_like(size, jnp.finfo(size.dtype).tiny)
-    return jnp.where((size > 0) & jnp.isfinite(size), jnp.maximum(size, tiny), jnp.ones_like(size))
+    """What rows are divided by: a size of theirs, or 1 where that is 0 or not finite; not so large that XLA flushes its inverse to 0."""
+    tiny = float(jnp.finfo(size.dtype).tiny)
+    return jnp.where((size > 0) & jnp.isfinite(size), jnp.clip(size, tiny, 1 / tiny), jnp.ones_like(size))

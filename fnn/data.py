@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -11,6 +11,8 @@ import numpy as np
 
 from fnn import _check
 from fnn._types import Array, Key, Params, Rule
+
+Sampler = Callable[[Any, int, int], tuple[Any, Any]]  # (seed, examples, batch_size) -> (rows, present), as `shuffled_batches`
 
 
 def check_data(
@@ -79,6 +81,56 @@ def shuffled_batches(seed: Any, examples: int, batch_size: int) -> tuple[np.ndar
         return order.reshape(-1, batch_size), None
     rows = np.append(order, np.zeros(missing, np.int32)).reshape(-1, batch_size)
     return rows, (np.arange(rows.size) < examples).astype(np.float32).reshape(rows.shape)
+
+
+def poisson_batches(seed: Any, examples: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """One epoch of Poisson samples: every step takes every example independently with probability q = batch_size / examples.
+
+    What differential privacy is accounted for (`fnn.rules.private_sgd`). The number n of examples in a step is Binomial(examples, q),
+    its mean `batch_size`; with a variance v = batch_size (1 - q), Bernstein's inequality bounds its tail,
+
+        P(n >= batch_size + t) <= exp(-t^2 / (2 (v + t / 3))),    which is 1e-12 at  t = l / 3 + sqrt(l^2 / 9 + 2 l v),  l = ln 1e12
+
+    so that steps are filled up to `min(examples, floor(batch_size + t))` rows. In the event, of probability below 1e-12 a step, that
+    there are more, the surplus is left out; a guarantee's delta grows by at most 1 + e^epsilon times that probability.
+
+    Args:
+        seed: what `np.random.default_rng` takes.
+        examples: how many there are.
+        batch_size: the *expected* number of examples in a step, at most `examples`.
+
+    Returns:
+        `(rows [steps, size], present [steps, size])`: distinct row numbers and 1, then row 0 and 0 for what fills up.
+        `steps = ceil(examples / batch_size)`; the size depends on `examples` and `batch_size` alone.
+
+    Raises:
+        ValueError: `batch_size` is larger than `examples`.
+
+    >>> rows, present = poisson_batches(0, 1000, 100)
+    >>> rows.shape, int(present[0].sum())
+    ((10, 180), 92)
+    """
+    if batch_size > examples:
+        raise ValueError(f"`batch_size` is {batch_size} but there are only {examples} examples. Pass at most {examples}.")
+    rng, q, tail = np.random.default_rng(seed), batch_size / examples, np.log(1e12)
+    surplus = tail / 3 + np.sqrt(tail**2 / 9 + 2 * tail * batch_size * (1 - q))
+    shape = -(-examples // batch_size), min(examples, int(batch_size + surplus))
+    counts = np.minimum(rng.binomial(examples, q, shape[0]), shape[1])
+    rows = np.zeros(shape, np.int32)
+    for step, count in enumerate(counts):
+        rows[step, :count] = rng.choice(examples, count, replace=False, shuffle=False)
+    return rows, (np.arange(shape[1])[None] < counts[:, None]).astype(np.float32)
+
+
+def drawn(sampler: Sampler, seed: Any, examples: int, batch_size: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """What `sampler` returns, its row numbers checked: a row that is not there would be read without a word."""
+    rows, present = sampler(seed, examples, batch_size)
+    if np.ndim(rows) != 2 or (present is not None and np.shape(present) != np.shape(rows)):
+        came = f"{np.shape(rows)} and {None if present is None else np.shape(present)}"
+        raise ValueError(f"`sampler` must return rows [steps, size] and present of that shape, or None; got {came}.")
+    if np.size(rows) and (np.min(rows) < 0 or np.max(rows) >= examples):
+        raise ValueError(f"`sampler` must return rows in 0 ... {examples - 1}, got {np.min(rows)} ... {np.max(rows)}.")
+    return rows, present
 
 
 def epoch_seeds(key: Key, epochs: int) -> np.ndarray:

@@ -18,7 +18,7 @@ import optax
 
 from fnn import _check
 from fnn._types import Array, ArrayLike, Key, Params, Rule, at_least_float32
-from fnn.data import check_batches, check_data, check_rule, epoch_seeds, padded, shuffled_batches
+from fnn.data import Sampler, check_batches, check_data, check_rule, drawn, epoch_seeds, padded, shuffled_batches
 from fnn.steps import NonFiniteStep, TrainState, epoch, init, run_arrays, run_iterable
 
 Callback = Callable[[int, dict[str, float]], Any]
@@ -63,6 +63,7 @@ def fit(
     key: Key,
     validation: Any = None,
     callback: Callback | None = None,
+    sampler: Sampler = shuffled_batches,
 ) -> tuple[Params, History]:
     """Trains a net.
 
@@ -78,6 +79,7 @@ def fit(
         key: from `jax.random.key`; for the rule's state and the shuffles.
         validation: data as above (arrays), measured after every epoch by `evaluate`.
         callback: `(epoch, metrics) -> stop`, called after every epoch, counted from 0; training stops where it returns something true.
+        sampler: `(seed, examples, batch_size) -> (rows, present)`, an epoch's batches of arrays; `fnn.data.poisson_batches` is another.
 
     Returns:
         `(params, history)`.
@@ -103,7 +105,7 @@ def fit(
     step_losses: list[Array] = []
     epoch_losses: list[Array] = []
     metrics: list[dict[str, float]] = []
-    run = _epoch_runner(data, key, epochs, batch_size)
+    run = _epoch_runner(data, key, epochs, batch_size, sampler)
     for e in range(epochs):
         try:
             state, losses, mean = run(rule, optimizer, state, data, e)
@@ -244,15 +246,18 @@ def _sums_function(rule: Rule) -> Callable[..., dict[str, Array]]:
     return jax.jit(sums)
 
 
-def _epoch_runner(data: Any, key: Key, epochs: int, batch_size: int) -> Callable[..., tuple[TrainState, Array, Array]]:
+def _epoch_runner(data: Any, key: Key, epochs: int, batch_size: int, sampler: Any) -> Callable[..., tuple[TrainState, Array, Array]]:
     """`(rule, optimizer, state, data, epoch) -> (state, losses, mean)` for arrays, or for an iterable."""
+    _check.is_function("sampler", sampler, "(seed, examples, batch_size) -> (rows, present), such as `fnn.data.poisson_batches`")
     if not isinstance(data, tuple):
+        if sampler is not shuffled_batches:
+            raise ValueError("`sampler` draws from arrays, but `data` is an iterable, with batches of its own. Pass arrays, or no sampler.")
         return functools.partial(run_iterable, batch_size=batch_size)
     seeds = epoch_seeds(key, epochs + 1)
 
     @functools.lru_cache(maxsize=2)
     def draw(e: int) -> tuple[Any, Any]:
-        return shuffled_batches(seeds[e], data[0].shape[0], batch_size)
+        return drawn(sampler, seeds[e], data[0].shape[0], batch_size)
 
     return functools.partial(run_arrays, draw=draw)
 

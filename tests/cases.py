@@ -14,8 +14,8 @@ from fnn import losses
 from fnn._types import Layer, Loss
 from fnn.activations import ACTIVATIONS
 
-TOLERANCE = {"float64": 1e-12, "float32": 1e-6, "bfloat16": 2e-2}  # norm-wise relative error; the issue's bounds
-SHAPES = ("serial", "residual", "repeat", "norm", "positions", "embedding")
+TOLERANCE = {"float64": 1e-12, "float32": 1e-6, "bfloat16": 2e-2}  # norm-wise relative error: rounding, with room for a deep net
+SHAPES = ("serial", "residual", "repeat", "norm", "positions", "embedding", "tied")
 
 
 def fast_jit(f: Any) -> Any:
@@ -60,13 +60,16 @@ def case(number: int) -> Case:
     shape = SHAPES[number // 3 % len(SHAPES)]
     batch, depth = int(rng.integers(1, 33)), int(rng.integers(1, 7))
     widths = [int(w) for w in rng.integers(1, 49, depth + 1)]
+    if shape == "norm":  # a layer_norm of one feature lets no gradient through
+        widths[-1] = max(widths[-1], 2)
     net = _net(shape, widths, activation, rng)
     if loss.name == "binary_cross_entropy":  # its outputs are probabilities, here away from 0 and 1, where it is infinite
         net = fnn.serial(net, fnn.activations.soft_sign, fnn.activations.sigmoid)
     if loss.name == "kl_divergence":  # its outputs are logarithms of probabilities
         net = fnn.serial(net, fnn.activations.log_sigmoid)
     params = _params(net, rng)
-    x = _short(rng.normal(size=(batch, *((2,) if shape == "positions" else ()), widths[0])))
+    positions = 2 if shape == "positions" else 3 if shape == "tied" and number % 2 else None
+    x = _short(rng.normal(size=(batch, *(() if positions is None else (positions,)), widths[0])))
     if shape == "embedding":
         x = jnp.asarray(rng.integers(0, 7, (batch, 3)), jnp.int32)
     outputs = jax.eval_shape(net.apply, params, x)
@@ -120,7 +123,18 @@ def _net(shape: str, widths: list[int], activation: Layer, rng: np.random.Genera
         )
     if shape == "norm":
         return fnn.serial(plain, fnn.layer_norm(w), fnn.dense(w, w + 1, bias_init=None), fnn.rms_norm(w + 1), activation)
+    if shape == "tied":
+        return fnn.serial(plain, _tied(w, activation, rng), fnn.dense(w, w))
     return fnn.serial(fnn.embedding(7, first), plain)
+
+
+def _tied(width: int, activation: Layer, rng: np.random.Generator) -> Layer:
+    """One to four uses of the same block, by itself, in each layer of a `repeat`, or each use a `repeat` of its own."""
+    block = fnn.residual(fnn.serial(fnn.dense(width, width), activation, fnn.rms_norm(width)))
+    n, nesting = int(rng.integers(1, 5)), rng.integers(3)
+    if nesting == 1:
+        return fnn.repeat(fnn.iterate(block, n), 2)
+    return fnn.iterate(fnn.repeat(block, 2) if nesting == 2 else block, n)
 
 
 def _params(net: Layer, rng: np.random.Generator) -> Any:

@@ -1,5 +1,7 @@
 """Layers, combinators and whole nets: one property, every layer."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ from cases import cast, error, fast_jit, wide
 
 import fnn
 from fnn.activations import gelu, identity, relu, softmax, step, tanh
-from fnn.factors import REDUCERS
+from fnn.factors import REDUCERS, keep, materialise
 from fnn.layers import Dense, Embedding, Norm
 
 BLOCK = fnn.serial(fnn.dense(4, 4), tanh)
@@ -29,6 +31,13 @@ LAYERS = {  # all take and give [..., 4] or [..., 3], the embedding whole number
     "repeat once": fnn.repeat(BLOCK, 1),
     "repeat in repeat": fnn.repeat(fnn.repeat(fnn.residual(BLOCK), 2), 3),
     "repeat of no parameters": fnn.repeat(tanh, 2),
+    "iterate": fnn.iterate(BLOCK, 3),
+    "iterate once": fnn.iterate(BLOCK, 1),
+    "iterate of residual and norm": fnn.iterate(fnn.residual(fnn.serial(fnn.rms_norm(4), fnn.dense(4, 4))), 2),
+    "iterate in repeat": fnn.repeat(fnn.iterate(fnn.residual(BLOCK), 2), 3),
+    "repeat in iterate": fnn.iterate(fnn.repeat(fnn.residual(BLOCK), 2), 3),
+    "iterate in iterate": fnn.iterate(fnn.iterate(fnn.residual(BLOCK), 2), 2),
+    "iterate of no parameters": fnn.iterate(tanh, 2),
     "mlp": fnn.mlp((4, 5, 5, 3), gelu),
 }
 SHAPES = {0: (), 1: (6,), 2: (2, 3)}
@@ -163,6 +172,7 @@ def put_together(reducer, layers):
     return {
         "total": np.stack,
         "second_moment": np.stack,
+        "norm": lambda results: np.sqrt(np.sum(np.square(results), 0)),
         "squared_norm": lambda results: np.sum(results, 0),
         "materialise": lambda results: np.stack(results, 1),  # the batch stays in front
     }[reducer.name]([np.asarray(result) for result in layers])
@@ -199,12 +209,87 @@ def test_repeat_is_the_serial_written_out_under_every_reducer(x64, inner, n, sha
                 np.testing.assert_allclose(leaf, expected, rtol=1e-12, atol=1e-12, err_msg=reduce.name, strict=True)
 
 
-def test_a_hundred_layers_lower_to_the_program_of_four():
+ITERATED = {
+    "block": (BLOCK, 3),
+    "once": (BLOCK, 1),
+    "residual, norm, dense": (fnn.residual(fnn.serial(fnn.layer_norm(4), fnn.dense(4, 4))), 2),
+    "repeat": (fnn.repeat(BLOCK, 2), 3),
+    "repeat of repeat": (fnn.repeat(fnn.repeat(BLOCK, 2), 2), 2),
+    "iterate": (fnn.iterate(BLOCK, 2), 2),
+}
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (6, 3, 4), (1, 4), (4,)])
+@pytest.mark.parametrize("name", ITERATED)
+def test_iterate_is_the_serial_of_copies_and_its_gradient_their_sum(x64, name, shape):
+    """Every reducer's result is that of the per-example gradients summed over the copies, cross terms included."""
+    inner, n = ITERATED[name]
+    tied, flat = fnn.iterate(inner, n), fnn.serial(*[inner] * n)
+    x = jnp.asarray(np.random.default_rng(2).normal(size=shape))
+
+    @fast_jit
+    def both(params, x):
+        (y, residuals), (flat_y, flat_residuals) = tied.forward(params, x), flat.forward((params,) * n, x)
+        per_copy, flat_dx = flat.backward((params,) * n, flat_residuals, jnp.cos(flat_y), materialise)
+        results = [tied.backward(params, residuals, jnp.cos(y), reduce) for reduce in (*REDUCERS, keep)]
+        results[-1] = materialise.tree(results[-1][0]), results[-1][1]  # what is kept, written out
+        return y, results, flat_y, jax.tree.map(lambda *copies: sum(copies), *per_copy), flat_dx
+
+    y, results, flat_y, gradients, flat_dx = both(params_of(inner), x)
+    np.testing.assert_allclose(y, flat_y, rtol=1e-12, atol=1e-12)
+    for reduce, (grads, dx) in zip((*REDUCERS, materialise), results, strict=True):
+        np.testing.assert_allclose(dx, flat_dx, rtol=1e-12, atol=1e-12)
+        for ours, g in zip(jax.tree.leaves(grads), jax.tree.leaves(gradients), strict=True):
+            np.testing.assert_allclose(ours, summed_up(reduce, np.asarray(g)), rtol=1e-12, atol=1e-12, err_msg=reduce.name, strict=True)
+
+
+def summed_up(reducer, g):
+    """A reducer's result from the per-example gradients `[batch, ...]`."""
+    squares = (g**2).reshape(len(g), -1).sum(1)
+    return {"total": g.sum(0), "materialise": g, "norm": np.sqrt(squares), "squared_norm": squares, "second_moment": (g**2).sum(0)}[
+        reducer.name
+    ]
+
+
+def test_iterate_keeps_one_sum_for_a_total_and_uses_as_positions_for_factors():
+    net, x = fnn.iterate(fnn.dense(4, 4), 3), jnp.ones((5, 2, 4))
+    params = net.init(jax.random.key(0))
+    _, residuals = net.forward(params, x)
+    assert params.w.shape == (4, 4)
+    factors = net.backward(params, residuals, x, keep)[0]
+    assert factors.w.a.shape == factors.w.dz.shape == (5, 3, 2, 4)
+    assert factors.b.gradient.shape == (5, 4)
+    outputs = [v.aval.shape for eqn in jax.make_jaxpr(net.backward)(params, residuals, x).eqns for v in eqn.outvars]
+    assert (3, 4, 4) not in outputs
+
+
+@pytest.mark.parametrize("combinator", [fnn.repeat, fnn.iterate])
+@pytest.mark.parametrize("inner", [fnn.dense(4, 3), fnn.serial(fnn.dense(4, 8), tanh, fnn.dense(8, 3))], ids=repr)
+def test_what_repeats_must_keep_the_shape(combinator, inner):
+    net = combinator(inner, 2)
+    with pytest.raises(
+        ValueError, match=rf"^{combinator.__name__}\({re.escape(inner.name)}, 2\): .* must keep the shape, but maps \(6, 4\) .* to \(6, 3\)"
+    ):
+        net.apply(net.init(jax.random.key(0)), jnp.ones((6, 4)))
+
+
+@pytest.mark.parametrize("n", [0, -1, 2.0, True, "3", None])
+def test_iterate_takes_a_whole_number_of_uses(n):
+    with pytest.raises((TypeError, ValueError), match="`n` must be a whole number"):
+        fnn.iterate(BLOCK, n)
+    with pytest.raises(TypeError, match=r"`layer` must be a Layer, got 'tanh'. .*fnn.activations.get"):
+        fnn.iterate("tanh", 3)
+
+
+@pytest.mark.parametrize("combinator", [fnn.repeat, fnn.iterate])
+@pytest.mark.parametrize("reduce", REDUCERS, ids=lambda r: r.name)
+def test_a_hundred_layers_lower_to_the_program_of_four(combinator, reduce):
     def size(n):
-        net = fnn.serial(fnn.dense(4, 8), fnn.repeat(fnn.residual(fnn.serial(fnn.dense(8, 8), gelu)), n), fnn.dense(8, 2))
+        net = fnn.serial(fnn.dense(4, 8), combinator(fnn.residual(fnn.serial(fnn.dense(8, 8), gelu)), n), fnn.dense(8, 2))
         params = jax.eval_shape(net.init, jax.random.key(0))
         batch = jax.ShapeDtypeStruct((5, 4), jnp.float32), jax.ShapeDtypeStruct((5, 2), jnp.float32)
-        return len(jax.jit(fnn.value_and_grad(net, fnn.losses.l2_loss)).lower(params, *batch).as_text())
+        source = fnn.factors(net, fnn.losses.l2_loss)
+        return len(jax.jit(lambda *batch: source(*batch, reduce=reduce)).lower(params, *batch).as_text())
 
     assert abs(size(100) / size(4) - 1) <= 0.05
 

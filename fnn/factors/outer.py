@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fnn._sums import centred, per_row, quick_square, safe_norm, sum_of_squares, times_row
+from fnn._sums import centred, mended, per_row, quick_square, safe_norm, sum_of_squares, times_row, unless_cancelled
 from fnn._types import Array, at_least_float32
 from fnn.factors.base import Factor, Method, factor
 from fnn.factors.shapes import batched, rows_of, uses_as_positions
@@ -59,6 +59,9 @@ class Outer(Factor):
             return a[:, :, None] * dz[:, None, :]
         return jnp.einsum("bti,bto->bio", a, dz)
 
+    def rows(self, start: Any, size: int) -> Outer:
+        return Outer(*(lax.dynamic_slice_in_dim(batched(v), start, size) for v in (self.a, self.dz)))
+
     def merged(self) -> Outer:
         return Outer(uses_as_positions(self.a, 1), uses_as_positions(self.dz, 1))
 
@@ -87,21 +90,21 @@ class Outer(Factor):
         return super().inner(other)
 
     def moments(self, share: Array) -> tuple[Array, Array]:
-        # With a = m + u, dz = n + v (m, n the means): E[a dz^T] = m n^T + C, C = E[u v^T], and a dz^T less that is
-        # m v^T + u n^T + (u v^T - C), whose mean square is
-        #   m^2 E[v^2] + E[u^2] n^2 + E[u^2 v^2] - C^2 + 2 m n C + 2 m E[u v^2] + 2 n E[u^2 v]
+        """As of any factor. E[g^2] - E[g]^2 where that does not cancel; where it does, centred, and last with each gradient written out."""
         a, dz = batched(self.a), batched(self.dz)
         if a.ndim == 3:
             return super().moments(share)
-        (m, u), (n, v) = centred(a, share), centred(dz, share)
-        uu, vv = u * u, v * v
-        left, right = jnp.concatenate([u, uu], 1), jnp.concatenate([v, vv], 1)
-        products = left.T @ (right * per_row(share, right))  # one product is faster than four
-        (c, uvv), (uuv, uuvv) = (jnp.split(part, [v.shape[1]], 1) for part in jnp.split(products, [u.shape[1]]))
-        m, n = jnp.broadcast_to(m[:, None], c.shape), jnp.broadcast_to(n[None, :], c.shape)
-        vu, vn = jnp.broadcast_to((share @ uu)[:, None], c.shape), jnp.broadcast_to((share @ vv)[None, :], c.shape)
-        variance = m * m * vn + vu * n * n + uuvv - c * c + 2 * (m * n * c + m * uvv + n * uuv)
-        return m * n + c, jnp.maximum(variance, 0)
+        mean, square = _product(a, dz * per_row(share, dz)), _product(a * a, dz * dz * per_row(share, dz))
+        variance = square - mean * mean
+        good = _holds(variance, square)
+
+        def centred_then(_: Any) -> tuple[Array, Array]:
+            other_mean, other, size = _centred_moments(a, dz, share)
+            better = jnp.where(size < square, other, variance)
+            held = (good | _holds(other, size)).all()
+            return mended(held, (other_mean, jnp.maximum(better, 0)), lambda _: super(Outer, self).moments(share))
+
+        return mended(good.all(), (mean, jnp.maximum(variance, 0)), centred_then)
 
     def second_moment(self) -> Array:  # [in, out]
         if batched(self.a).ndim == 2:
@@ -116,7 +119,7 @@ class Outer(Factor):
         if a.ndim == 2:
             found["norm"] = Method("|a| |dz|", 2 * (a.size + dz.size), both)
             found["gram"] = Method("(a a^T) * (dz dz^T)", 2 * batch * (a.size + dz.size), both + 3 * item * batch**2)
-            found["moments"] = Method("4 products of centred factors", 8 * each, 9 * both + 12 * item * inputs * outputs)
+            found["moments"] = Method("E[g^2] - E[g]^2, or centred", 4 * each, 5 * both + 4 * item * inputs * outputs)
             return found
         by_matrix = 2 * (t + 1) * each, both + 2 * item * each
         by_gram = 2 * t * (a.size + dz.size) + 2 * batch * t * t, both + 4 * item * batch * t * t
@@ -140,6 +143,29 @@ def _product(a: Array, dz: Array) -> Array:
     return a.T @ dz
 
 
+def _centred_moments(a: Array, dz: Array, share: Array) -> tuple[Array, Array, Array]:
+    """Mean and variance of `a dz^T` from centred factors, and the size of the terms that the variance is the sum of.
+
+    With a = m + u, dz = n + v (m, n the means): E[a dz^T] = m n^T + C, C = E[u v^T], and a dz^T less that is
+    m v^T + u n^T + (u v^T - C), whose mean square is
+        m^2 E[v^2] + E[u^2] n^2 + E[u^2 v^2] - C^2 + 2 m n C + 2 m E[u v^2] + 2 n E[u^2 v]
+    """
+    (m, u), (n, v) = centred(a, share), centred(dz, share)
+    uu, vv = u * u, v * v
+    left, right = jnp.concatenate([u, uu], 1), jnp.concatenate([v, vv], 1)
+    products = left.T @ (right * per_row(share, right))  # one product is faster than four
+    (c, uvv), (uuv, uuvv) = (jnp.split(part, [v.shape[1]], 1) for part in jnp.split(products, [u.shape[1]]))
+    m, n = jnp.broadcast_to(m[:, None], c.shape), jnp.broadcast_to(n[None, :], c.shape)
+    vu, vn = jnp.broadcast_to((share @ uu)[:, None], c.shape), jnp.broadcast_to((share @ vv)[None, :], c.shape)
+    terms = m * m * vn, vu * n * n, uuvv, -c * c, 2 * m * n * c, 2 * m * uvv, 2 * n * uuv
+    return m * n + c, sum(terms[1:], terms[0]), sum((jnp.abs(t) for t in terms[1:]), jnp.abs(terms[0]))
+
+
+def _holds(variance: Array, size: Array) -> Array:
+    """Whether a variance that is a sum of terms of that size has five digits left; never where it is not a number."""
+    return variance >= float(jnp.finfo(variance.dtype).eps) * 1e5 * size
+
+
 def _through_gram(positions: int, inputs: int, outputs: int) -> bool:
     """Whether a norm goes through two T x T matrices, of T (in + out) multiplications a position, and not through [in, out].
 
@@ -155,5 +181,7 @@ def _pairs_through_gram(positions: int, others: int, inputs: int, outputs: int) 
 
 
 def _gram_square(a: Array, dz: Array) -> Array:
-    """<A A^T, G G^T> for `[batch, positions, features]`: the squared norm of every example, never [in, out]."""
-    return (jnp.einsum("bti,bsi->bts", a, a) * jnp.einsum("bto,bso->bts", dz, dz)).sum((1, 2))
+    """<A A^T, G G^T> for `[batch, positions, features]`: the squared norm of every example, never [in, out]; but where positions cancel."""
+    square = (jnp.einsum("bti,bsi->bts", a, a) * jnp.einsum("bto,bso->bts", dz, dz)).sum((1, 2))
+    size = ((a * a).sum(2) * (dz * dz).sum(2)).sum(1)
+    return unless_cancelled(square, size, lambda: sum_of_squares(Outer(a, dz).materialise()))

@@ -20,7 +20,7 @@ class Reducer:
     Attributes:
         name: for tables.
         reduce: `(factor) -> result`.
-        stack: `(results stacked on a leading axis of layers) -> result for the stacked parameter`.
+        stack: `(array [layers, ...]) -> array`, applied to every array of the results stacked on a leading axis of layers.
         linear: the result for a sum of gradients is the sum of their results.
     """
 
@@ -42,7 +42,7 @@ total = Reducer("total", lambda f: f.total(), linear=True)
 materialise = Reducer("materialise", lambda f: f.materialise(), lambda r: jnp.moveaxis(r, 0, 1), linear=True)
 norm = Reducer("norm", lambda f: f.norm(), joined_norms)
 squared_norm = Reducer("squared_norm", lambda f: f.norm() ** 2, lambda r: r.sum(0))
-quick_square = Reducer("quick_square", lambda f: f.quick_square(), lambda pair: (pair[0].sum(0), pair[1].sum(0)))
+quick_square = Reducer("quick_square", lambda f: f.quick_square(), lambda r: r.sum(0))
 second_moment = Reducer("second_moment", lambda f: f.second_moment())
 keep = Reducer("keep", lambda f: f, Stacked)
 """Keeps the factors themselves: `Stacked` under `repeat`."""

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fnn._sums import quick_square, safe_norm, sum_of_squares, times_row
+from fnn._sums import quick_square, safe_norm, sum_of_squares, times_row, unless_cancelled
 from fnn._types import Array, at_least_float32
 from fnn.factors.base import Factor, Method, factor
 from fnn.factors.shapes import rows_of, uses_as_positions
@@ -26,7 +26,7 @@ class Scatter(Factor):
            [1.]], dtype=float32)
     """
 
-    index: Array  # [batch, ...] of whole numbers
+    index: Array  # [batch, ...] of whole numbers in 0 ... size - 1
     dy: Array  # [batch, ..., features]
     size: int = field(metadata={"static": True})  # rows of the table
 
@@ -49,8 +49,8 @@ class Scatter(Factor):
         if index.shape[1] == 1:  # one row an example: no two can meet
             return safe_norm(sum_of_squares, dy)
         if self._through_gram():  # the positions that meet in a row
-            return safe_norm(lambda i, dy: (jnp.einsum("btf,bsf->bts", dy, dy) * _equal(i, dy.dtype)).sum((1, 2)), index, dy)
-        return safe_norm(lambda i, dy: sum_of_squares(Scatter(i, dy, self.size).materialise()), index, dy)
+            return safe_norm(self._gram_square, index, dy)
+        return safe_norm(self._square, index, dy)
 
     def quick_square(self) -> tuple[Array, Array]:
         return quick_square(self.dy) if self.index[0].size == 1 else super().quick_square()
@@ -77,6 +77,13 @@ class Scatter(Factor):
             found["gram"] = Method("Gram of equal rows", 2 * batch * t * dy.size, item * (dy.size + 3 * batch**2 * t * t))
         found["moments"] = Method("materialised, in blocks", found["moments"].flops, found["moments"].bytes)
         return found
+
+    def _square(self, index: Array, dy: Array) -> Array:
+        return sum_of_squares(Scatter(index, dy, self.size).materialise())
+
+    def _gram_square(self, index: Array, dy: Array) -> Array:
+        square = (jnp.einsum("btf,bsf->bts", dy, dy) * _equal(index, dy.dtype)).sum((1, 2))
+        return unless_cancelled(square, sum_of_squares(dy), lambda: self._square(index, dy))
 
     def _positions(self) -> tuple[Array, Array]:  # [batch, positions], [batch, positions, features]
         return self.index.reshape(self.index.shape[0], -1), self.dy.reshape(self.index.shape[0], -1, self.dy.shape[-1])

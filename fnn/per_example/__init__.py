@@ -20,6 +20,7 @@ from fnn.per_example.inspection import check_source as check_source
 from fnn.per_example.inspection import explain as explain
 from fnn.per_example.moments import Moments as Moments
 from fnn.per_example.moments import NoiseScale as NoiseScale
+from fnn.per_example.moments import SignalToNoise as SignalToNoise
 from fnn.per_example.moments import moments as moments
 from fnn.per_example.moments import noise_scale as noise_scale
 from fnn.per_example.moments import signal_to_noise as signal_to_noise

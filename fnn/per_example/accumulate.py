@@ -48,6 +48,8 @@ def accumulate(
 
     def accumulated(params: Params, *batch: Any, weights: Any = None) -> Any:
         data = (batch, weights)
+        for leaf in jax.tree.leaves(data):
+            _check.is_array("batch", leaf)
         lengths = {leaf.shape[0] if leaf.ndim else 0 for leaf in jax.tree.leaves(data)}
         if len(lengths) != 1 or not min(lengths):
             raise ValueError(f"The arrays of a batch must have one length of at least 1, got {sorted(lengths)} rows.")
@@ -56,7 +58,7 @@ def accumulate(
         def part(start: Any, size: int) -> tuple[Any, _State]:
             cut, w = jax.tree.map(lambda a: lax.dynamic_slice_in_dim(jnp.asarray(a), start, size), data)
             result = fn(params, *cut, **({} if w is None else {"weights": w}))
-            return _apart(result, jnp.full((), size, jnp.float32) if w is None else w.sum(), reduction)
+            return _apart(result, jnp.full((), size, jnp.float32) if w is None else _as_float(w).sum(), reduction)
 
         def turn(state: _State, i: Array) -> tuple[_State, Any]:
             each, new = part(i * microbatch_size, microbatch_size)
@@ -79,67 +81,74 @@ class _State(NamedTuple):
     """What microbatches come to; `()` for what a result has not."""
 
     weight: Array  # the sum of the weights
-    total: Any = ()
+    total: Any = ()  # what adds up: sums, and means times the sum of their weights
     mean: Any = ()
     variance: Any = ()
 
 
 def _apart(result: Any, weight: Array, reduction: str | None) -> tuple[Any, _State]:
     """A result as what it holds for every example, and what it holds for all of them together."""
-    if isinstance(result, (Gradient, Moments)):
-        stated = result.reduction
-        weight, each = stated.weights.sum(), (stated.weights, stated.non_finite)
-        if isinstance(result, Moments):
-            return each, _State(weight, mean=_wide(result.mean), variance=result.variance)
-        kept = {"total" if stated.kind == "sum" else "mean": _wide(result.gradient)}
-        return (*each, result.values, result.norms), _State(weight, **kept)
+    stated = getattr(result, "reduction", None)
+    if isinstance(result, Moments):
+        return (result.reduction.weights, result.reduction.non_finite), _State(
+            result.reduction.weights.sum(), mean=result.mean, variance=result.variance
+        )
+    if isinstance(result, Gradient):
+        each = (result.reduction.weights, result.reduction.non_finite, result.values, result.norms)
+        weight = result.reduction.weights.sum()
+        return each, _State(weight, _times(result.gradient, weight, result.reduction.kind))
+    if stated is not None:
+        raise ValueError(f"`fn` returns {type(result).__name__}, which microbatches cannot be joined to. Accumulate what it is made of.")
     if reduction is None:
         raise ValueError(
             f"`fn` returns {type(result).__name__}, which does not state its reduction: pass `reduction`, "
             '"mean" (as `fnn.value_and_grad`), "sum", or "examples" (arrays [batch, ...], as `norms`).'
         )
-    weight = at_least_float32(weight)
-    return (
-        (result, _State(weight))
-        if reduction == "examples"
-        else ((), _State(weight, **{{"sum": "total"}.get(reduction, reduction): _wide(result)}))
-    )
+    if reduction == "examples":
+        return result, _State(weight)
+    return (), _State(weight, _times(result, weight, reduction))
 
 
 def _merged(a: _State, b: _State) -> _State:
     """Two states as one. Source: Chan, Golub, LeVeque (1983), doi:10.2307/2683386 (pairwise variance)."""
     weight = a.weight + b.weight
-    whole = jnp.where(weight != 0, weight, jnp.ones_like(weight))
+    whole = _divisor(weight)
 
     def mean(m: Array, n: Array) -> Array:
         return m + (n - m) * (b.weight.astype(m.dtype) / whole.astype(m.dtype))
 
     def variance(v: Array, w: Array, m: Array, n: Array) -> Array:
-        shares = (a.weight.astype(v.dtype) / whole.astype(v.dtype)) * (b.weight.astype(v.dtype) / whole.astype(v.dtype))
-        return mean(v, w) + ((n - m) ** 2).astype(v.dtype) * shares
+        return mean(v, w) + (n - m) ** 2 * ((a.weight / whole) * (b.weight / whole)).astype(v.dtype)
 
-    return _State(
-        weight,
-        jax.tree.map(jnp.add, a.total, b.total),
-        jax.tree.map(mean, a.mean, b.mean),
-        jax.tree.map(variance, a.variance, b.variance, a.mean, b.mean) if a.variance != () else (),
-    )
+    means = jax.tree.map(mean, a.mean, b.mean)
+    return _State(weight, jax.tree.map(jnp.add, a.total, b.total), means, jax.tree.map(variance, a.variance, b.variance, a.mean, b.mean))
 
 
 def _whole(like: Any, each: Any, state: _State, reduction: str | None) -> Any:
     """The result for all microbatches, in the dtypes that one for the whole batch has."""
-    if not isinstance(like, (Gradient, Moments)):
-        return each if reduction == "examples" else _as(state.total if reduction == "sum" else state.mean, like)
-    counted = Reduction(like.reduction.kind, each[0], each[1])
     if isinstance(like, Moments):
-        return Moments(_as(state.mean, like.mean), _as(state.variance, like.variance), counted)
-    gradient = state.total if like.reduction.kind == "sum" else state.mean
-    return Gradient(each[2], _as(gradient, like.gradient), each[3], counted)
+        return Moments(state.mean, state.variance, Reduction("mean", *each))
+    if isinstance(like, Gradient):
+        kind = like.reduction.kind
+        return Gradient(each[2], _over(state.total, state.weight, kind, like.gradient), each[3], Reduction(kind, *each[:2]))
+    return each if reduction == "examples" else _over(state.total, state.weight, reduction, like)
 
 
-def _wide(tree: Any) -> Any:
-    return jax.tree.map(at_least_float32, tree)
+def _times(tree: Any, weight: Array, kind: str) -> Any:
+    """A tree of sums from means or sums, in float32 at least."""
+    wide = jax.tree.map(lambda a: at_least_float32(a) if jnp.issubdtype(a.dtype, jnp.floating) else a, tree)
+    return wide if kind == "sum" else jax.tree.map(lambda a: a * _divisor(weight).astype(a.dtype), wide)
 
 
-def _as(tree: Any, like: Any) -> Any:
-    return jax.tree.map(lambda a, b: a.astype(b.dtype), tree, like)
+def _over(tree: Any, weight: Array, kind: str | None, like: Any) -> Any:
+    """A tree of means or sums, in the dtypes of `like`, from sums."""
+    means = tree if kind == "sum" else jax.tree.map(lambda a: a / _divisor(weight).astype(a.dtype), tree)
+    return jax.tree.map(lambda a, b: a.astype(b.dtype), means, like)
+
+
+def _as_float(weights: Array) -> Array:
+    return at_least_float32(weights) if jnp.issubdtype(weights.dtype, jnp.floating) else weights.astype(jnp.float32)
+
+
+def _divisor(weight: Array) -> Array:
+    return jnp.where(weight != 0, weight, jnp.ones_like(weight))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -64,11 +65,12 @@ def norms(source: Source) -> Callable[..., Array]:
 
     def per_example_norms(params: Params, *batch: ArrayLike) -> Array:
         def one(example: tuple[ArrayLike, ...]) -> Array:
-            return joined_norms(jnp.stack(jax.tree.leaves(exactly(params, *(leaf[None] for leaf in example))[1])))[0]
+            return joined_norms(jnp.stack(jax.tree.leaves(exactly(params, *jax.tree.map(lambda leaf: leaf[None], example))[1])))[0]
 
         square, lost = sum_pairs(quickly(params, *batch)[1])
         # where these do not hold, another pass, a few examples at a time, so that nothing is kept for it
-        return lax.cond(is_quick(square, lost), lambda: jnp.sqrt(square), lambda: lax.map(one, batch, batch_size=4))
+        few = max(2, square.shape[0] // 64)
+        return lax.cond(is_quick(square, lost), lambda: jnp.sqrt(square), lambda: lax.map(one, batch, batch_size=few))
 
     return per_example_norms
 
@@ -193,7 +195,7 @@ def by_vmap(value_and_grad: Callable[..., tuple[Array, Params]]) -> Callable[...
     _check.is_function("value_and_grad", value_and_grad, "(params, *batch) -> (value, grads), such as `fnn.value_and_grad(net, loss)`")
 
     def for_each_example(params: Params, *batch: ArrayLike) -> tuple[Array, Params]:
-        return jax.vmap(lambda *example: value_and_grad(params, *(leaf[None] for leaf in example)))(*batch)
+        return jax.vmap(lambda *example: value_and_grad(params, *jax.tree.map(lambda leaf: leaf[None], example)))(*batch)
 
     return for_each_example
 
@@ -215,15 +217,27 @@ def is_source(source: Any) -> None:
 def asked(source: Source, reducer: Reducer = keep) -> Callable[..., tuple[Array, Any]]:
     """`(params, *batch) -> (values, tree of results)`; reduced within the backward pass where the source takes `reduce`."""
     is_source(source)
-    within = not isinstance(source, jax.stages.Wrapped) and "reduce" in inspect.signature(source).parameters
+    within = _takes_reduce(source)
 
     def answer(params: Params, *batch: ArrayLike) -> tuple[Array, Any]:
         values, found = source(params, *batch, reduce=reducer) if within else source(params, *batch)
-        if not getattr(values, "shape", (1,))[0]:
+        if jnp.ndim(values) != 1:
+            raise ValueError(f"`source` must return values [batch], one per example; got shape {jnp.shape(values)}.")
+        if not values.shape[0]:
             raise ValueError("`source` was given an empty batch: a statistic of no example is undefined.")
         return values, found if within else reducer.tree(found)
 
     return answer
+
+
+def _takes_reduce(source: Any) -> bool:
+    """Whether `source` itself has the keyword: what it wraps does not count, and a jitted function takes no reducer."""
+    innermost = source
+    while isinstance(innermost, functools.partial):
+        innermost = innermost.func
+    if isinstance(innermost, jax.stages.Wrapped):
+        return False
+    return "reduce" in inspect.signature(source, follow_wrapped=False).parameters
 
 
 def leaves_of(tree: Any) -> list[Any]:
@@ -249,8 +263,10 @@ def sum_pairs(pairs: Any) -> tuple[Array, Array]:
 
 
 def is_quick(square: Array, lost: Array) -> Array:
-    """Whether all quick squares hold: none has overflowed, none has lost more than rounding does."""
-    return ((square < jnp.inf) & (lost <= square * float(jnp.finfo(square.dtype).eps))).all()
+    """Whether all quick squares hold: none has overflowed; none has lost more than rounding does, of itself or of the largest."""
+    eps = float(jnp.finfo(square.dtype).eps)
+    largest = jnp.broadcast_to(square.max() * eps, square.shape)
+    return ((square < jnp.inf) & (lost <= eps * jnp.maximum(square, largest))).all()
 
 
 def exact_norms(factors: Any) -> Array:

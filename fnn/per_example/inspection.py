@@ -75,7 +75,8 @@ def check_source(source: Source, params: Params, *batch: Any) -> None:
     """Raises unless a source can be asked per-example questions: its factors fit `params`, and no example depends on the others.
 
     A loss over pairs, or a layer such as batch normalisation, couples the examples: then there is no gradient *of* an example, and
-    clipping it bounds nothing. A finite probe: losses and gradient norms in the batch are held against those in each half of it.
+    clipping it bounds nothing. A finite probe: losses and gradient norms in the batch are held against those in its first and its
+    last half, and in every other row.
 
     Args:
         source: `(params, *batch) -> (values, factors)`.
@@ -105,16 +106,12 @@ def check_source(source: Source, params: Params, *batch: Any) -> None:
         values, factors = source(params, *batch)
         return values, [f.norm() for f in jax.tree.leaves(factors, is_leaf=is_factor)]
 
-    half = count // 2
+    names = ["loss", *(f"gradient norm at params{jax.tree_util.keystr(path)}" for path, _ in jax.tree_util.tree_leaves_with_path(params))]
     together = answers(*batch)
-    for start in (0, count - half):
-        apart = answers(*jax.tree.map(lambda a, s=start: a[s : s + half], batch))
-        names = [
-            "loss",
-            *(f"gradient norm at params{jax.tree_util.keystr(path)}" for path, _ in jax.tree_util.tree_leaves_with_path(params)),
-        ]
+    for rows in (np.arange(count)[: count // 2], np.arange(count)[-(count // 2) :], np.arange(0, count, 2), np.arange(1, count, 2)):
+        apart = answers(*jax.tree.map(lambda a, rows=rows: jnp.asarray(a)[rows], batch))
         for name, whole, part in zip(names, jax.tree.leaves(together), jax.tree.leaves(apart), strict=True):
-            _check_same(name, np.asarray(whole)[start : start + half], np.asarray(part), start, float(jnp.finfo(whole.dtype).eps))
+            _check_same(name, np.asarray(whole)[rows], np.asarray(part), rows, float(jnp.finfo(whole.dtype).eps))
 
 
 def _check_factors(source: Source, params: Params, batch: Any, count: int) -> None:
@@ -137,13 +134,13 @@ def _check_factors(source: Source, params: Params, batch: Any, count: int) -> No
             )
 
 
-def _check_same(name: str, whole: np.ndarray, part: np.ndarray, first: int, eps: float) -> None:
+def _check_same(name: str, whole: np.ndarray, part: np.ndarray, rows: np.ndarray, eps: float) -> None:
     """Raises unless the answers for the same examples agree to far more than a coupling would leave."""
     whole, part = whole.astype(np.float64), part.astype(np.float64)
     size = np.abs(np.where(np.isfinite(whole), whole, 0)).max()
     same = (np.abs(whole - part) <= eps**0.5 * size) | (np.isnan(whole) & np.isnan(part)) | (whole == part)
     if not same.all():
         i = int(np.argmin(same))
-        came = f"the {name} of example {first + i} is {whole[i]:.6g} in the batch but {part[i]:.6g} in half of it"
+        came = f"the {name} of example {rows[i]} is {whole[i]:.6g} in the batch but {part[i]:.6g} in half of it"
         mend = "Batch normalisation? Use `layer_norm`. A loss over pairs? Make each pair an example."
         raise ValueError(f"`source` couples the examples: {came}. Per-example statistics mean nothing there. {mend}")

@@ -1,6 +1,6 @@
 """Mean, variance and noise of the gradients in a batch, without a gradient per example.
 
-The variance is centred before it is squared: E[(g - E[g])^2], not E[g^2] - E[g]^2, which cancels where the mean is large.
+Where E[g^2] - E[g]^2 cancels, as it does where the mean is large, the variance is centred before it is squared: E[(g - E[g])^2].
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class Moments:
     """Mean and variance of the gradients. Unpacks as `mean, variance`.
 
     Attributes:
-        mean: a tree like `params`.
-        variance: a tree like `params`, float32 at least, at least 0: the mean of the squared distances to the mean, by the
+        mean: a tree like `params`, float32 at least.
+        variance: the same, at least 0: the mean of the squared distances to the mean, by the
             weights (n / (n - 1) times it is the unbiased estimate).
         reduction: what they are of.
     """
@@ -91,23 +91,37 @@ def moments(source: Source) -> Callable[..., Moments]:
         def of(leaves: list[Any]) -> list[tuple[Array, Array]]:
             return [f.wide().moments(share) for f in leaves]
 
-        finite = jnp.isfinite(norms)
-        found = mended(finite.all(), of(leaves), lambda _: of([f.masked(finite) for f in leaves]))
+        present = counted.weights != 0
+        harmless = jnp.isfinite(norms) & (present | (norms < 1e6))  # what counts nothing must not overflow on the way
+        found = mended(harmless.all(), of(leaves), lambda _: of([f.masked(present) for f in leaves]))
         mean, variance = (jax.tree.unflatten(tree, [pair[i] for pair in found]) for i in (0, 1))
-        return Moments(jax.tree.map(lambda m, p: m.astype(p.dtype), mean, params), variance, counted)
+        return Moments(mean, variance, counted)
 
     return mean_and_variance
 
 
-def signal_to_noise(source: Source) -> Callable[..., Params]:
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SignalToNoise:
+    """Squared mean over variance.
+
+    Attributes:
+        ratio: a tree like `params`, float32 at least; 0 where the mean is 0, infinite where the variance alone is.
+        reduction: what it is of.
+    """
+
+    ratio: Params
+    reduction: Reduction
+
+
+def signal_to_noise(source: Source) -> Callable[..., SignalToNoise]:
     """Squared mean over variance of the gradients, entry by entry: where the examples agree.
 
     Args:
         source: `(params, *batch) -> (values, factors)`.
 
     Returns:
-        A function `(params, *batch, weights=None) -> tree` like `params`, float32 at least; 0 where the mean is 0, infinite
-        where the variance alone is.
+        A function `(params, *batch, weights=None) -> SignalToNoise`.
 
     Source: Liu, Bai, Jiang, Chen, Wang (2020), arXiv:2001.07384 (gradient signal to noise ratio).
 
@@ -115,20 +129,19 @@ def signal_to_noise(source: Source) -> Callable[..., Params]:
     >>> net = fnn.mlp((3, 2))
     >>> f = signal_to_noise(fnn.factors(net, fnn.losses.l2_loss))
     >>> params, x = jax.tree.map(jnp.zeros_like, net.init(jax.random.key(0))), jnp.ones((2, 3))
-    >>> f(params, x, jnp.array([[1.0, 0], [3, 0]]))[-1].b
+    >>> f(params, x, jnp.array([[1.0, 0], [3, 0]])).ratio[-1].b
     Array([4., 0.], dtype=float32)
     """
     both = moments(source)
 
     def ratio(mean: Array, variance: Array) -> Array:
-        square = mean.astype(variance.dtype) ** 2
         some = variance > 0
-        quotient = square / jnp.where(some, variance, jnp.ones_like(variance))
-        return jnp.where(some, quotient, jnp.where(square > 0, jnp.full_like(square, jnp.inf), square))
+        quotient = mean * mean / jnp.where(some, variance, jnp.ones_like(variance))
+        return jnp.where(some, quotient, jnp.where(mean != 0, jnp.full_like(mean, jnp.inf), jnp.zeros_like(mean)))
 
-    def signal(params: Params, *batch: ArrayLike, weights: ArrayLike | None = None) -> Params:
+    def signal(params: Params, *batch: ArrayLike, weights: ArrayLike | None = None) -> SignalToNoise:
         found = both(params, *batch, weights=weights)
-        return jax.tree.map(ratio, found.mean, found.variance)
+        return SignalToNoise(jax.tree.map(ratio, found.mean, found.variance), found.reduction)
 
     return signal
 
@@ -143,7 +156,8 @@ def noise_scale(source: Source) -> Callable[..., NoiseScale]:
         source: `(params, *batch) -> (values, factors)`.
 
     Returns:
-        A function `(params, *batch, weights=None) -> NoiseScale`. Of one example alone they are NaN.
+        A function `(params, *batch, weights=None) -> NoiseScale`. Where fewer than two examples count, or no gradient is other
+        than 0, the ratio is NaN.
 
     Raises:
         ValueError: a batch of one example.
@@ -165,7 +179,8 @@ def noise_scale(source: Source) -> Callable[..., NoiseScale]:
             raise ValueError("The noise scale needs at least 2 examples, got a batch of 1: one gradient does not scatter.")
         counted = count("mean", norms, weights)
         p = counted.weights / total_weight(counted)
-        mean = weighted_total(factors, jax.tree.map(lambda _: p, factors, is_leaf=is_factor), jnp.isfinite(norms))
+        wide = jax.tree.map(lambda f: f.wide(), factors, is_leaf=is_factor)
+        mean = weighted_total(wide, jax.tree.map(lambda _: p, factors, is_leaf=is_factor), jnp.isfinite(norms))
         n = jnp.where(p != 0, norms, jnp.zeros_like(norms))
         unit = jnp.where(n.max() > 0, n.max(), jnp.ones_like(n.max()))  # the ratio does not overflow where the squares do
         small = (p * (n / unit) ** 2).sum()

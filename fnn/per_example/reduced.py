@@ -36,7 +36,7 @@ class Reduction:
     @property
     def examples(self) -> Array:
         """How many examples counted."""
-        return (self.weights != 0).sum()
+        return (self.weights != 0).sum(-1)
 
     def __str__(self) -> str:
         batch, counted, broken = self.weights.shape[0], int(self.examples), int(self.non_finite.sum())
@@ -82,8 +82,8 @@ def clipped_gradient(
         source: `(params, *batch) -> (values, factors)`.
         max_norm: greatest norm of an example's gradient, above 0; infinite clips nothing. May be traced.
         per_layer: clip each layer's gradient by its own norm, each to `max_norm`. A layer is the arrays of one container,
-            such as `Dense(w, b)`; those that `repeat` stacks are layers of their own. The norm of the whole is then at
-            most `max_norm * sqrt(layers)`.
+            such as `Dense(w, b)` (bare arrays of one tuple are one layer); those that `repeat` stacks are layers of their own.
+            The norm of the whole is then at most `max_norm * sqrt(layers)`.
         scale: in the place of `max_norm`, a function `norms -> factors`, elementwise, that every gradient (or layer's) is
             multiplied by: `lambda n: 1 / (n + 0.01)` normalises.
         reduction: `"mean"`, by the weights of the examples that count, or `"sum"`.
@@ -113,7 +113,7 @@ def clipped_gradient(
     def by(norms: Array) -> Array:
         if scale is not None:
             return scale(norms)
-        bound = jnp.asarray(max_norm).astype(norms.dtype)
+        bound = jnp.maximum(jnp.asarray(max_norm).astype(norms.dtype), 0)  # a traced one is not looked at
         over = norms > bound
         return jnp.where(over, bound / jnp.where(over, norms, jnp.ones_like(norms)), jnp.ones_like(norms))
 
@@ -151,7 +151,7 @@ def _weighted(source: Source, by: Callable[[Array], Array] | None, per_layer: bo
         finite = jnp.isfinite(norms)
 
         def of(n: Array) -> Array:
-            share_of, spread = jnp.broadcast_to(share, n.shape), jnp.broadcast_to(finite, n.shape)
+            share_of, spread = jnp.broadcast_to(share, n.shape), jnp.broadcast_to(counted.weights != 0, n.shape)
             return share_of if by is None else share_of * by(jnp.where(spread, n, jnp.ones_like(n)))
 
         if per_layer:
@@ -166,13 +166,16 @@ def _weighted(source: Source, by: Callable[[Array], Array] | None, per_layer: bo
 
 def weighted_total(factors: Any, weights: Any, finite: Array) -> Params:
     """The weighted total of every factor, from a tree of weights `[batch]`; what is not `finite` counts nothing."""
-    scaled = jax.tree.map(lambda f, w: f.scaled(w, finite), factors, weights, is_leaf=is_factor)
+    # a share of a float16 gradient may be too small for float16
+    short = jax.tree.map(lambda f: any(a.dtype == jnp.float16 for a in jax.tree.leaves(f)), factors, is_leaf=is_factor)
+    scaled = jax.tree.map(lambda f, w, s: (f.wide() if s else f).scaled(w, finite), factors, weights, short, is_leaf=is_factor)
     plain = jax.tree.map(lambda f: f.total(), scaled, is_leaf=is_factor)
 
     def masked(plain: Params) -> Params:
         return jax.tree.map(lambda f, into: f.masked_total(finite, into), scaled, plain, is_leaf=is_factor)
 
-    return mended(finite.all(), plain, masked)
+    totals = mended(finite.all(), plain, masked)
+    return jax.tree.map(lambda total, s: total.astype(jnp.float16) if s else total, totals, short)
 
 
 def layer_norms(factors: Any) -> Any:
