@@ -58,6 +58,15 @@ def is_function(name: str, value: Any, signature: str) -> None:
         raise TypeError(f"`{name}` must be a function {signature}, got {value!r:.80}.")
 
 
+def hashable(name: str, value: Any) -> None:
+    """Raises a TypeError unless `value` can be a key: compiled functions are kept by it."""
+    try:
+        hash(value)
+    except TypeError as error:
+        mend = "Make it of functions and numbers, no arrays or lists."
+        raise TypeError(f"`{name}` must be hashable, since compiled functions are kept by it: {error}. {mend}") from None
+
+
 def key(seed: int) -> jax.Array:
     """`jax.random.key(seed)` for 0 <= seed < 2**32; other seeds would silently repeat one of these.
 

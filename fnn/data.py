@@ -170,14 +170,19 @@ def check_rule(rule: Any) -> None:
         raise TypeError(f"`rule` must be a Rule, got {rule!r}. Make one: `fnn.rules.backprop(net, loss)`.")
 
 
-def check_batches(data: Any) -> None:
-    """Raises a TypeError unless `data` is an iterable of batches, or a function of the epoch that returns one."""
+def check_batches(data: Any, epochs: int) -> None:
+    """Raises unless `data` is an iterable of batches that lasts for all epochs, or a function of the epoch that returns one."""
     arrays = isinstance(data, list) and any(hasattr(part, "shape") for part in data)
     single = hasattr(data, "shape") or isinstance(data, (str, Mapping))
     if arrays or single or not (callable(data) or isinstance(data, Iterable)):
         came = f"a list of {len(data)} arrays. Pass `tuple(data)`" if arrays else type(data).__name__
         expected = "a tuple (x, targets) of arrays, an iterable of such tuples, or a function of the epoch that returns one"
         raise TypeError(f"`data` must be {expected}; got {came}.")
+    if epochs > 1 and not callable(data) and iter(data) is data:
+        raise ValueError(
+            f"`data` is {type(data).__name__}, which can be gone through only once, but `epochs` is {epochs}. "
+            "Pass a list, or a function of the epoch that returns one: `lambda epoch: ...`."
+        )
 
 
 def _check_params(params: Any) -> None:

@@ -100,7 +100,7 @@ def fit(
     _check_settings(rule, optimizer, epochs, batch_size, callback)
     _check.is_key("key", key)
     rule_key, key = jax.random.split(key)
-    data, validation = _check_both(rule, params, data, validation, batch_size)
+    data, validation = _check_both(rule, params, data, validation, batch_size, epochs)
     state = init(rule, optimizer, params, rule_key)
     step_losses: list[Array] = []
     epoch_losses: list[Array] = []
@@ -272,18 +272,20 @@ def _check_settings(rule: Any, optimizer: Any, epochs: Any, batch_size: Any, cal
     check_rule(rule)
     if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
         raise TypeError(f"`optimizer` must be an optax optimiser, got {optimizer!r}. Make one: `optax.sgd(0.1)`.")
+    for name, value in (("rule", rule), ("optimizer", optimizer)):
+        _check.hashable(name, value)
     _check.positive("epochs", epochs, whole=True)
     _check.positive("batch_size", batch_size, whole=True)
     if callback is not None:
         _check.is_function("callback", callback, "(epoch, metrics) -> stop")
 
 
-def _check_both(rule: Rule, params: Params, data: Any, validation: Any, batch_size: int) -> tuple[Any, Any]:
+def _check_both(rule: Rule, params: Params, data: Any, validation: Any, batch_size: int, epochs: int) -> tuple[Any, Any]:
     """The data and the validation data of `fit`, checked; an iterable's batches are checked as they come."""
     if isinstance(data, tuple):
         data = check_data(rule, params, data, batch_size=batch_size)
     else:
-        check_batches(data)
+        check_batches(data, epochs)
     if validation is not None:
         with _check.inside("`validation`"):
             validation = check_data(rule, params, validation, name="validation")

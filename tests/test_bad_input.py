@@ -77,6 +77,15 @@ def many(data: Any = (X, T), optimizer: Any = optax.sgd, init: Any = NET.init, k
     return fnn.fit_many(RULE, optimizer, init, data, keys=keys, **{"epochs": 1, "batch_size": 2, "learning_rates": RATES} | settings)
 
 
+class Unhashable:
+    """A function that cannot be a key."""
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __call__(self, params: Any) -> Any:
+        return ()
+
+
 SOURCE = fnn.factors(NET, losses.l2_loss)
 STATISTICS = ("gradients", "norms", "gram", "weighted_gradient", "moments", "signal_to_noise", "noise_scale")
 
@@ -547,6 +556,13 @@ KINDS = (
         "optimizer a name", lambda: fit(optimizer="sgd"), TypeError, "`optimizer` must be an optax optimiser, got 'sgd'", "`optax.sgd(0.1)`"
     ),
     case("optimizer not made", lambda: fit(optimizer=optax.sgd), TypeError, "`optimizer` must be an optax optimiser, got <function sgd"),
+    case(
+        "optimizer with a list",
+        lambda: fit(optimizer=optax.sgd(0.1)._replace(init=Unhashable())),
+        TypeError,
+        "`optimizer` must be hashable",
+        "no arrays or lists",
+    ),
     case("optimizer a rate", lambda: fit(optimizer=0.1), TypeError, "`optimizer` must be an optax optimiser, got 0.1"),
     case("callback a number", lambda: fit(callback=3), TypeError, "`callback` must be a function (epoch, metrics) -> stop, got 3"),
     # a list where an array belongs
@@ -724,7 +740,8 @@ DATA = (
         "a generator, twice",
         lambda: fit(iter([(X[:2], T[:2])]), epochs=2),
         ValueError,
-        "no batch in epoch 1",
+        "`data` is list_iterator",
+        "`epochs` is 2",
         "only once",
         "function of the epoch",
     ),
