@@ -99,7 +99,7 @@ def neighbours(source: Any, params: Any, x: Any, t: Any, max_norm: float) -> tup
 
         def move(weights: Any) -> Any:
             other = clipped_sum(params, x, t, weights=weights).gradient
-            return optax.global_norm(jax.tree.map(jnp.subtract, whole.gradient, other))
+            return optax.tree.norm(jax.tree.map(jnp.subtract, whole.gradient, other))
 
         return jax.lax.map(move, 1 - jnp.eye(len(x), dtype=x.dtype)), whole.norms
 
@@ -165,12 +165,12 @@ def draw(path: Path, result: Result) -> None:
     title = (
         f"The noise of DP-SGD is {result.std:.4f} times as large as promised; one example moves the sum by {most:.4f} clip norms at most"
     )
-    with figure(path, title, columns=2, size=(10, 4.2)) as (_, (left, right)):
+    with figure(path, title, columns=2, size=(10.6, 4.2)) as (_, (left, right)):
         z = np.linspace(-4.5, 4.5, 200)
         left.hist(result.noise, bins=np.linspace(-4.5, 4.5, 91), density=True, color=COLOURS[5], label="measured")
         left.plot(z, stats.norm.pdf(z), color=COLOURS[6], label="normal density")
-        left.set(xlabel="noise / (noise multiplier × clip norm)", ylabel="density", yscale="log", ylim=(1e-5, 1))
-        left.legend(loc="lower center")
+        left.set(xlabel="noise / (noise multiplier × clip norm)", ylabel="density", yscale="log", ylim=(1e-5, 10))
+        left.legend(loc="upper left")
         for (name, shares), colour in zip(result.shares.items(), (COLOURS[1], COLOURS[0]), strict=True):
             right.hist(shares, bins=np.arange(-0.01, 1.1, 0.02), color=colour, alpha=0.6, label=name)
         right.axvline(1, color="black", linestyle="--", linewidth=1, label="clip norm")
