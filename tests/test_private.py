@@ -1,6 +1,7 @@
 """Private SGD: no example counts for more than the clip norm, the noise is as large as promised, and epsilon is the published one."""
 
 import builtins
+import dataclasses
 import math
 
 import jax
@@ -13,6 +14,7 @@ from scipy import stats
 from test_train import KEY, LOSS, NET, PARAMS, blobs
 
 import fnn
+from experiments import privacy_audit
 from fnn.data import poisson_batches, shuffled_batches
 from fnn.rules import private_sgd
 
@@ -326,6 +328,22 @@ def test_coupled_examples_are_found():
     x, t = blobs(8)
     with pytest.raises(ValueError, match="couples the examples"):
         fnn.per_example.check_source(fnn.factors(net, LOSS), jax.jit(net.init)(KEY), x, t)
+
+
+def test_the_audit_finds_noise_that_is_too_small(monkeypatch, tmp_path):
+    def broken(net, loss, max_norm, noise_multiplier, **settings):
+        return private_sgd(net, loss, max_norm, 0.8 * noise_multiplier, **settings)
+
+    monkeypatch.setattr(fnn.rules, "private_sgd", broken)
+    with pytest.raises(ArithmeticError, match=r"audit failed: .*the noise's standard deviation is 0\.8"):
+        privacy_audit.main(dataclasses.replace(privacy_audit.TINY, out=tmp_path))
+
+
+def test_the_audit_finds_a_share_that_is_too_large(monkeypatch, tmp_path):
+    clipped_gradient = fnn.per_example.clipped_gradient
+    monkeypatch.setattr(fnn.per_example, "clipped_gradient", lambda source, bound, **kind: clipped_gradient(source, 1.01 * bound, **kind))
+    with pytest.raises(ArithmeticError, match=r"the largest share in float32 is 1\.01"):
+        privacy_audit.main(dataclasses.replace(privacy_audit.TINY, max_norm=0.5, out=tmp_path))
 
 
 def test_it_prints_its_name():
