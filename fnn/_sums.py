@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -63,9 +64,22 @@ def mended(good: Array, value: Any, mend: Callable[[Any], Any]) -> Any:
     return lax.while_loop(lambda c: ~c[0], lambda c: (jnp.array(True), mend(c[1])), (good, value))[1]
 
 
-def unless_cancelled(square: Array, size: Array, otherwise: Callable[[], Array]) -> Array:
-    """Squared norms `[batch]` that are sums of terms of that size, or `otherwise()` where the terms cancel beyond three digits."""
-    return mended((square >= float(jnp.finfo(square.dtype).eps) * 1e3 * size).all(), square, lambda _: otherwise())
+def unless_cancelled(square: Array, size: Array, otherwise: Callable[..., Array], *arrays: Array) -> Array:
+    """Squared norms `[batch]` that are sums of terms of that size, or `otherwise(*arrays)` where the terms cancel beyond three digits."""
+    good = (square >= float(jnp.finfo(square.dtype).eps) * 1e3 * size).all()
+    return _mended_by(otherwise, good, square, *arrays)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _mended_by(otherwise: Callable[..., Array], good: Array, value: Array, *arrays: Array) -> Array:
+    """`mended`, but where it is differentiated both are computed, so that reverse mode does not stop here."""
+    return mended(good, value, lambda _: otherwise(*arrays))
+
+
+@_mended_by.defjvp
+def _mended_by_jvp(otherwise: Callable[..., Array], primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
+    good, *rest = primals
+    return jax.jvp(lambda value, *arrays: jnp.where(good, value, otherwise(*arrays)), tuple(rest), tangents[1:])
 
 
 def joined_norms(norms: Array) -> Array:

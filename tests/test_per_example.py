@@ -14,11 +14,21 @@ from cases import SHAPES, case, cast, error, fast_jit, wide
 import fnn
 from fnn import losses, per_example
 from fnn.factors import Outer, PerExample, Scatter, Stacked, is_factor
-from fnn.per_example import clipped_gradient, gradients, gram, inner_products, moments, noise_scale, norms, signal_to_noise
-from fnn.per_example import top_examples, weighted_gradient
+from fnn.per_example import (
+    clipped_gradient,
+    gradients,
+    gram,
+    inner_products,
+    moments,
+    noise_scale,
+    norms,
+    signal_to_noise,
+    top_examples,
+    weighted_gradient,
+)
 
 NETS = range(105)
-PROPERTY_NETS = (1, 4, 8, 10, 13, 17, 20, 22, 26, 28, 32, 35, 37, 41)  # each shape of SHAPES twice
+PROPERTY_NETS = (1, 4, 8, 10, 13, 17, 20)  # each shape of SHAPES
 
 
 # The truth, from gradients [batch, ...] written out
@@ -70,7 +80,7 @@ def agree(ours, truth, size=None):
 def agree_with_noise_scale(found, g, share):
     """Against the two estimates as McCandlish et al. write them; both are differences of what `size` is the size of."""
     small, big, s = share @ (g**2).sum(1), ((share @ g) ** 2).sum(), (share**2).sum()
-    if s == 1:  # one example
+    if np.count_nonzero(share) < 2:
         assert np.isnan([found.trace, found.squared_gradient, found.noise_scale]).all()
         return
     trace, squared, size = (small - big) / (1 - s), (big - s * small) / (1 - s), small / (1 - s)
@@ -88,7 +98,7 @@ def agree_with_moments(found, ratio, tree, share):
     agree(found.mean, mean)
     agree(found.variance, variance, size)
     assert all((leaf >= 0).all() for leaf in wide(found.variance))
-    for r, m, v in zip(wide(ratio), mean, variance, strict=True):
+    for r, m, v in zip(wide(ratio), mean, variance, strict=True) if ratio else ():
         some = np.isfinite(r)
         assert (np.abs(r[some] * v[some] - m[some] ** 2) <= 1e-12 * size * (1 + r[some])).all()
         assert (v[~some] <= 1e-12 * size).all()
@@ -98,7 +108,7 @@ def agree_with_moments(found, ratio, tree, share):
 
 
 def settings_of(number):
-    """What is rotated over the nets: weights, and a second way of clipping: (per_layer, scale, reduction)."""
+    """What takes turns over the nets: weights, and a second way of clipping: (per_layer, scale, reduction)."""
     second = [(True, None, "mean"), (False, gentle, "sum"), (True, gentle, "mean"), (True, None, "sum")][number % 4]
     return number % 3 != 0, second
 
@@ -113,23 +123,27 @@ def test_every_statistic_is_that_of_vmap_grad(x64, number):
     signed, cut = rng.normal(size=batch), rng.permutation(batch)[: max(1, 2 * batch // 3)]
     first_kind = ("mean", "sum")[number % 2]
 
-    @(fast_jit if number % 10 else jax.jit)  # every tenth net as JAX compiles by default
+    @(fast_jit if (number + 1) % 22 else jax.jit)  # every 22nd net as JAX compiles by default, each of another shape
     def everything(params, x, t, weights, signed, bound):
         given = {"weights": weights} if weighted else {}
-        arguments = (params, x, t)
-        second = {"scale": own} if own else {"max_norm": bound}
+        arguments, second = (params, x, t), {"scale": own} if own else {"max_norm": bound}
+        values, factors = source(params, x, t)
+
+        def known(*_):  # the source again, traced once for those that ask it for its factors alone
+            return values, factors
+
         return {
             "truth": jax.vmap(lambda x, t: jax.value_and_grad(mean)(params, x[None], t[None]))(x, t),
             "gradients": gradients(source)(*arguments),
             "norms": norms(source)(*arguments),
-            "top": top_examples(source, (batch + 1) // 2)(*arguments),
-            "clipped": clipped_gradient(source, bound, reduction=first_kind)(*arguments, **given),
-            "otherwise": clipped_gradient(source, per_layer=per_layer, reduction=kind, **second)(*arguments, **given),
-            "weighted": weighted_gradient(source)(*arguments, weights=signed),
-            "moments": moments(source)(*arguments, **given),
-            "signal": signal_to_noise(source)(*arguments, **given),
-            "noise": noise_scale(source)(*arguments, **given) if batch > 1 else None,
-            "gram": gram(source)(*arguments),
+            "top": top_examples(source, (batch + 1) // 2)(*arguments) if number % 3 == 0 else None,
+            "clipped": clipped_gradient(known, bound, reduction=first_kind)(*arguments, **given),
+            "otherwise": clipped_gradient(known, per_layer=per_layer, reduction=kind, **second)(*arguments, **given),
+            "weighted": weighted_gradient(known)(*arguments, weights=signed),
+            "moments": moments(known)(*arguments, **given),
+            "signal": signal_to_noise(known)(*arguments, **given).ratio if number % 3 == 1 else None,
+            "noise": noise_scale(known)(*arguments, **given) if batch > 1 else None,
+            "gram": gram(known)(*arguments),
             "inner": inner_products(source)(params, (x, t), (x[cut], t[cut])),
         }
 
@@ -140,10 +154,11 @@ def test_every_statistic_is_that_of_vmap_grad(x64, number):
     n = np.linalg.norm(g, axis=1)
     agree(found["gradients"], tree)
     np.testing.assert_allclose(found["norms"], n, rtol=1e-12, atol=0)
-    largest = np.sort(n)[::-1][: (batch + 1) // 2]
-    np.testing.assert_allclose(found["top"].norms, largest, rtol=1e-12)
-    np.testing.assert_allclose(n[found["top"].examples], largest, rtol=1e-12)
-    assert len(set(found["top"].examples.tolist())) == len(largest)
+    if found["top"]:
+        largest = np.sort(n)[::-1][: (batch + 1) // 2]
+        np.testing.assert_allclose(found["top"].norms, largest, rtol=1e-12)
+        np.testing.assert_allclose(n[found["top"].examples], largest, rtol=1e-12)
+        assert len(set(found["top"].examples.tolist())) == len(largest)
 
     clipped, otherwise, signed_sum = found["clipped"], found["otherwise"], found["weighted"]
     by = {"mean": share, "sum": weights}
@@ -159,7 +174,7 @@ def test_every_statistic_is_that_of_vmap_grad(x64, number):
         np.testing.assert_array_equal(result.reduction.weights, w)
         assert not result.reduction.non_finite.any()
 
-    agree_with_moments(found["moments"], found["signal"].ratio, tree, share)
+    agree_with_moments(found["moments"], found["signal"], tree, share)
     if batch > 1:
         agree_with_noise_scale(found["noise"], g, share)
     matrix = np.asarray(found["gram"])
@@ -170,10 +185,487 @@ def test_every_statistic_is_that_of_vmap_grad(x64, number):
     assert spectrum[0] >= -1e-12 * spectrum[-1]
 
 
-def test_the_nets_cover_every_shape_activation_loss_and_setting():
-    count = len(NETS)
-    assert count >= 100
+def test_the_nets_cover_every_shape_activation_and_loss():
+    assert len(NETS) >= 100
     assert {n // 3 % len(SHAPES) for n in NETS} == set(range(len(SHAPES)))
     assert {n % len(fnn.activations.ACTIVATIONS) for n in NETS} == set(range(len(fnn.activations.ACTIVATIONS)))
     assert {n // 2 % len(losses.LOSSES) for n in NETS} == set(range(len(losses.LOSSES)))
-    assert sorted(n // 3 % len(SHAPES) for n in PROPERTY_NETS) == sorted(2 * list(range(len(SHAPES))))
+    assert sorted(n // 3 % len(SHAPES) for n in PROPERTY_NETS) == list(range(len(SHAPES)))
+
+
+# Properties
+
+
+@pytest.mark.parametrize("number", PROPERTY_NETS)
+def test_properties(x64, number):
+    """Of sums, clipping, order and copies: one program for a net, asked with other numbers."""
+    c = case(number)
+    batch, rng = len(c.x), np.random.default_rng(number)
+    source = fnn.factors(c.net, c.loss)
+    ones, batch_gradient = jnp.ones(batch), fnn.value_and_grad(c.net, c.loss)
+
+    @fast_jit
+    def ask(params, x, t, weights, bound):
+        return {
+            "norms": norms(source)(params, x, t),
+            "clipped": clipped_gradient(source, bound, reduction="sum")(params, x, t, weights=weights),
+            "sum": weighted_gradient(source)(params, x, t, weights=weights),
+            "moments": moments(source)(params, x, t, weights=weights),
+            "gram": gram(source)(params, x, t),
+            "gradient": batch_gradient(params, x, t)[1],
+            "vmapped": per_example.by_vmap(batch_gradient)(params, x, t),
+        }
+
+    found = ask(c.params, c.x, c.targets, ones, jnp.inf)
+    each = wide(found["vmapped"][1])
+    size = np.sqrt((np.asarray(found["norms"]) ** 2).sum() * batch)
+
+    # the per-example gradients add up to the gradient; without a bound, clipping is nothing
+    agree(found["sum"].gradient, [g.sum(0) for g in each])
+    agree(found["sum"].gradient, [batch * g for g in wide(found["gradient"])])
+    agree(found["clipped"].gradient, found["sum"].gradient)
+    agree(found["moments"].mean, found["gradient"])
+    agree(found["clipped"].values, found["vmapped"][0])
+    agree(found["norms"], per_example.norms_of(found["vmapped"][1]))
+
+    # in another order, the same in that order
+    order, weights, bound = rng.permutation(batch), rng.uniform(0, 2, batch), 0.3
+    there = ask(c.params, c.x, c.targets, weights, bound)
+    moved = ask(c.params, c.x[order], c.targets[order], weights[order], bound)
+    agree(moved["norms"], there["norms"][order])
+    agree(moved["gram"], there["gram"][order][:, order])
+    for name in ("clipped", "sum"):
+        agree(moved[name].gradient, there[name].gradient)
+        agree(moved[name].norms, there[name].norms[order])
+    agree(moved["moments"].mean, there["moments"].mean)
+    second = np.linalg.norm(np.concatenate([(g**2).mean(0).ravel() for g in each]))
+    agree(moved["moments"].variance, there["moments"].variance, second)
+
+    # copies of one example do not vary
+    copies = ask(c.params, *(jnp.repeat(a[:1], batch, 0) for a in (c.x, c.targets)), weights, bound)
+    own = np.linalg.norm(np.concatenate([g[0].ravel() for g in each]) ** 2)
+    agree(copies["moments"].variance, jax.tree.map(np.zeros_like, c.params), own)
+    agree(copies["moments"].mean, [g[0] for g in each])
+    agree(copies["gram"], np.full((batch, batch), float(found["norms"][0]) ** 2))
+
+    # a batch in two parts
+    first = (np.arange(batch) % 2 == 0).astype(float)
+    parts = [ask(c.params, c.x, c.targets, w, bound)["clipped"].gradient for w in (first, 1 - first)]
+    whole = ask(c.params, c.x, c.targets, ones, bound)["clipped"].gradient
+    agree(jax.tree.map(jnp.add, *parts), whole)
+
+    # batches that differ by one example differ by no more than the bound
+    for i in range(min(batch, 6)):
+        without = ask(c.params, c.x, c.targets, ones.at[i].set(0), bound)["clipped"]
+        apart = np.linalg.norm(np.concatenate([(a - b).ravel() for a, b in zip(wide(whole), wide(without.gradient), strict=True)]))
+        assert apart <= bound * (1 + 1e-12) + 1e-14 * size
+        assert apart >= min(bound, float(found["norms"][i])) * (1 - 1e-9) - 1e-14 * size
+
+
+NET = fnn.serial(
+    fnn.dense(5, 6),
+    fnn.activations.tanh,
+    fnn.repeat(fnn.residual(fnn.serial(fnn.layer_norm(6), fnn.dense(6, 6), fnn.activations.gelu)), 2),
+    fnn.iterate(fnn.residual(fnn.serial(fnn.dense(6, 6), fnn.activations.softplus)), 3),
+    fnn.rms_norm(6),
+    fnn.dense(6, 4),
+)
+SOURCE = fnn.factors(NET, losses.l2_loss)
+
+
+def net_case(*shape, seed=0, scale=0.7):
+    """Params of `NET` and a batch `[*shape, 5]`, `[*shape, 4]`, in float64 where that is on."""
+    rng = np.random.default_rng(seed)
+    params = jax.tree.map(lambda p: jnp.asarray(scale * rng.normal(size=p.shape)), jax.eval_shape(NET.init, jax.random.key(0)))
+    return params, jnp.asarray(rng.normal(size=(*shape, 5))), jnp.asarray(rng.normal(size=(*shape, 4)))
+
+
+def robust(source, bound=0.7):
+    """What leaves out what is not finite: `(params, x, t, weights) -> dict`."""
+
+    def ask(params, x, t, weights):
+        given = {"weights": weights}
+        return {
+            "clipped": clipped_gradient(source, bound)(params, x, t, **given),
+            "per layer": clipped_gradient(source, bound, per_layer=True, reduction="sum")(params, x, t, **given),
+            "weighted": weighted_gradient(source)(params, x, t, **given),
+            "moments": moments(source)(params, x, t, **given),
+            "noise": noise_scale(source)(params, x, t, **given),
+        }
+
+    return ask
+
+
+def numbers_of(found):
+    """What `robust` says of the batch as a whole, and not row by row."""
+    return {name: jax.tree.leaves(result)[: -len(jax.tree.leaves(result.reduction))] for name, result in found.items()} | {
+        name: result.gradient for name, result in found.items() if isinstance(result, per_example.Gradient)
+    }
+
+
+@pytest.fixture(scope="module")
+def ask_any():
+    with jax.enable_x64(True):
+        unit = clipped_gradient(SOURCE, scale=lambda n: 1 / n)
+
+        def ask(*batch, weights):
+            more = {"unit": unit(*batch, weights=weights), "signal": signal_to_noise(SOURCE)(*batch, weights=weights)}
+            return robust(SOURCE)(*batch, weights) | more
+
+        return fast_jit(ask)
+
+
+@hypothesis.settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@hypothesis.given(
+    weights=st.lists(st.sampled_from([0.0, 0.25, 1.0, 3.0]) | st.floats(0.125, 4.0, width=16), min_size=9, max_size=9),
+    broken=st.dictionaries(st.integers(0, 8), st.sampled_from(["x nan", "x inf", "t nan", "t -inf"]), max_size=5),
+)
+def test_any_examples_that_are_not_finite_count_nothing(ask_any, weights, broken):
+    """Whatever the weights: what stands in a broken row, or in one of weight 0, is as if it were not there."""
+    with jax.enable_x64(True):
+        params, x, t = jax.tree.map(np.array, net_case(9))
+        good, weights = np.array([i not in broken for i in range(9)]), np.asarray(weights)
+        hypothesis.assume(((weights != 0) & good).sum() >= 2)
+        tidy = ask_any(params, x, t, weights=weights * good)  # the same rows, whole, but of weight 0
+        for row, how in broken.items():
+            which, value = how.split()
+            (x if which == "x" else t)[row, 1] = float(value)
+        messy = ask_any(params, x, t, weights=weights)
+        for name, value in numbers_of(tidy).items():
+            agree(numbers_of(messy)[name], value)
+            np.testing.assert_array_equal(messy[name].reduction.weights, weights * good)
+            np.testing.assert_array_equal(messy[name].reduction.non_finite, ~good & (weights != 0))
+
+
+EMBEDDING = fnn.serial(fnn.embedding(7, 5), fnn.dense(5, 4), fnn.activations.tanh, fnn.dense(4, 3))
+BROKEN = {  # net, positions, what is put into row 4, and where
+    "nan in x": (NET, (), "x", np.nan),
+    "inf in x": (NET, (), "x", np.inf),
+    "nan in the targets": (NET, (), "t", np.nan),
+    "inf in the targets": (NET, (), "t", -np.inf),
+    "nan at a position": (NET, (3,), "x", np.nan),
+    "nan at many positions": (NET, (30,), "x", np.nan),
+    "overflow on the way": (fnn.mlp((5, 6, 6, 4), "relu"), (), "x", 1e25),
+    "overflow of a product": (fnn.mlp((5, 6, 4), "identity"), (2,), "x", 1e20),
+    "no such row of an embedding": (EMBEDDING, (3,), "x", 7),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [(name, "float64") for name in BROKEN] + [(name, "float32") for name in BROKEN if "over" in name]
+)
+def test_a_broken_example_leaves_the_batch_as_if_it_were_not_in_it(x64, name, dtype):
+    net, positions, where, value = BROKEN[name]
+    params, x, t = net_case(7, *positions)
+    params = jax.tree.map(lambda p: jnp.asarray(np.random.default_rng(1).normal(size=p.shape)), jax.eval_shape(net.init, jax.random.key(0)))
+    if net is EMBEDDING:
+        x, t = jnp.asarray(np.random.default_rng(2).integers(0, 7, (7, *positions))), t[..., :3]
+    params, x, t = cast((params, x, t), dtype)
+    if dtype == "float64" and "overflow" in name:
+        value = value**9
+    at = (4, *(1,) * (x.ndim - 1))
+    broken = (x.at[at].set(value), t) if where == "x" else (x, t.at[at].set(value))
+    rest, weights = np.array([0, 1, 2, 3, 5, 6]), np.array([1.0, 2.0, 0.0, 0.5, 1.5, 1.0, 3.0])
+    ask = fast_jit(robust(fnn.factors(net, losses.l2_loss)))
+    found, without = ask(params, *broken, weights), ask(params, x[rest], t[rest], weights[rest])
+    padded = ask(params, *broken, np.where(np.arange(7) == 4, 0, weights))
+    for key, truth in numbers_of(without).items():
+        for messy in (found, padded):
+            assert all(np.isfinite(leaf).all() for leaf in wide(numbers_of(messy)[key]))
+            assert error(wide(numbers_of(messy)[key]), wide(truth)) <= {"float64": 1e-12, "float32": 2e-6}[dtype], key
+        assert found[key].reduction.non_finite.tolist() == [i == 4 for i in range(7)]
+        assert not padded[key].reduction.non_finite.any()
+        np.testing.assert_array_equal(found[key].reduction.weights[rest], without[key].reduction.weights)
+    assert not np.isfinite(found["clipped"].norms[4])
+    np.testing.assert_allclose(found["clipped"].norms[rest], without["clipped"].norms, rtol=1e-6)
+
+
+def test_clipping_layer_by_layer_goes_by_the_layers_that_repeat_stacks(x64):
+    """The layers of a `repeat` are clipped like those of the same net written out as a `serial`; no layer exceeds the bound."""
+    block, n, bound = fnn.residual(fnn.serial(fnn.layer_norm(6), fnn.dense(6, 6), fnn.activations.gelu)), 3, 0.2
+    ends = fnn.dense(5, 6), fnn.dense(6, 4)
+    stacked, flat_net = fnn.serial(ends[0], fnn.repeat(block, n), ends[1]), fnn.serial(ends[0], *[block] * n, ends[1])
+    rng = np.random.default_rng(3)
+    params = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape)), jax.eval_shape(stacked.init, jax.random.key(0)))
+    written_out = (params[0], *(jax.tree.map(lambda a, i=i: a[i], params[1]) for i in range(n)), params[2])
+    batch = jnp.asarray(rng.normal(size=(1, 5))), jnp.asarray(rng.normal(size=(1, 4)))
+
+    @fast_jit
+    def both(params, written_out, x, t):
+        return [
+            clipped_gradient(fnn.factors(net, losses.l2_loss), bound, per_layer=True)(p, x, t).gradient
+            for net, p in ((stacked, params), (flat_net, written_out))
+        ]
+
+    together, apart = both(params, written_out, *batch)
+    agree((together[0], together[2]), (apart[0], apart[-1]))
+    agree(together[1], jax.tree.map(lambda *copies: np.stack(copies), *apart[1:-1]))
+    sizes = [np.linalg.norm(np.concatenate([a.ravel() for a in wide(part)])) for copy in apart for part in
+             ([copy] if isinstance(copy, fnn.layers.Dense) else copy[:2])]  # fmt: skip
+    assert len(sizes) == 2 + 2 * n
+    np.testing.assert_allclose(sizes, bound, rtol=1e-12)  # of one example: every layer is at its bound
+
+
+@pytest.mark.parametrize("positions", [1, 2, 3, 4, 5, 9, 20])
+def test_positions_on_both_sides_of_the_border_between_methods(x64, positions):
+    net, loss = fnn.serial(fnn.dense(8, 6), fnn.activations.tanh, fnn.dense(6, 5)), losses.squared_error
+    rng = np.random.default_rng(positions)
+    params = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape)), jax.eval_shape(net.init, jax.random.key(0)))
+    x, t = jnp.asarray(rng.normal(size=(4, positions, 8))), jnp.asarray(rng.normal(size=(4, positions, 5)))
+    source = fnn.factors(net, loss)
+    methods = [found["norm"].name for *_, found in per_example.explain(source, params, x, t).leaves][::2]
+    assert methods == ["Gram, <A A^T, G G^T>" if positions <= limit else "materialised" for limit in (4, 3)]
+
+    @fast_jit
+    def everything(params, x, t):
+        arguments = (params, x, t)
+        found = norms(source)(*arguments), gram(source)(*arguments), inner_products(source)(params, (x, t), (x[:3, :2], t[:3, :2]))
+        tree = jax.vmap(lambda x, t: jax.grad(fnn.mean_loss(net, loss))(params, x[None], t[None]))
+        return found, tree(x, t), tree(x[:3, :2], t[:3, :2])
+
+    (found, matrix, inner), tree, other = everything(params, x, t)
+    np.testing.assert_allclose(found, np.linalg.norm(flat(tree), axis=1), rtol=1e-12)
+    agree(matrix, flat(tree) @ flat(tree).T)
+    agree(inner, flat(tree) @ flat(other).T)
+
+
+@pytest.mark.parametrize("weight", [0.1, 0.3, 0.7, 1.9, 3.0, 49.0])
+def test_a_noise_scale_of_one_example_that_counts_is_not_a_number(weight):
+    """Whatever rounding makes of weight / weight."""
+    x = jnp.arange(6.0).reshape(2, 3)
+    for compiled in (jax.jit(noise_scale(rows_as_gradients)), noise_scale(rows_as_gradients)):
+        found = compiled(x[0], x, weights=jnp.array([0.0, weight]))
+        assert np.isnan([found.noise_scale, found.trace, found.squared_gradient]).all()
+
+
+def test_a_batch_of_one_example_has_no_variance_and_no_noise_scale(x64):
+    params, x, t = net_case(1)
+    found = moments(SOURCE)(params, x, t)
+    assert all((leaf <= 1e-24).all() for leaf in wide(found.variance))
+    with pytest.raises(ValueError, match="at least 2 examples"):
+        noise_scale(SOURCE)(params, x, t)
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0), (1.0, 2.0, 0.5)])
+def test_the_estimates_of_noise_are_unbiased(x64, weights):
+    """Over all ways to draw three examples of four, their mean is the covariance's trace and the squared gradient, exactly."""
+    each = np.random.default_rng(0).normal(size=(4, 5)) + 1
+    estimate = fast_jit(jax.vmap(lambda g: noise_scale(rows_as_gradients)(jnp.zeros(5), g, weights=jnp.asarray(weights))))
+    found = estimate(jnp.asarray([each[list(draw)] for draw in itertools.product(range(4), repeat=3)]))
+    np.testing.assert_allclose(found.trace.mean(), each.var(0).sum(), rtol=1e-12)
+    np.testing.assert_allclose(found.squared_gradient.mean(), (each.mean(0) ** 2).sum(), rtol=1e-12)
+
+
+# Sources
+
+
+def rows_as_gradients(params, x):
+    """A source whose gradients are its rows."""
+    return x.sum(1), PerExample(x)
+
+
+def linear_model(params, x, t, scale):
+    """No net in sight: |x w + b - t|^2 / 2 with a scale of every example's own."""
+    e = scale[:, None] * (x @ params["w"] + jnp.broadcast_to(params["b"], t.shape) - t)
+    return 0.5 * (e**2).sum(1) / scale, {"w": Outer(x, e), "b": PerExample(e)}
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, lambda f: lambda *arguments: f(*arguments)], ids=["plain", "jitted", "lambda"])
+def test_a_source_is_any_function_jitted_or_not(x64, wrap):
+    w, b, x, t, scale = (jnp.asarray(np.random.default_rng(0).normal(size=shape)) for shape in ((3, 2), (2,), (5, 3), (5, 2), (5,)))
+    params, batch = {"w": w, "b": b}, (x, t, scale**2 + 1)
+    source = wrap(linear_model)
+    tree = jax.vmap(jax.grad(lambda p, *one: linear_model(p, *(a[None] for a in one))[0][0]), (None, 0, 0, 0))(params, *batch)
+    g, share = flat(tree), np.full(5, 0.2)
+    agree(gradients(source)(params, *batch), tree)
+    agree(norms(source)(params, *batch), np.linalg.norm(g, axis=1))
+    agree(gram(source)(params, *batch), g @ g.T)
+    agree(clipped_gradient(source, 0.5)(params, *batch).gradient, together(tree, share * clip_to(0.5)(np.linalg.norm(g, axis=1))))
+    agree_with_moments(moments(source)(params, *batch), signal_to_noise(source)(params, *batch).ratio, tree, share)
+    agree_with_noise_scale(noise_scale(source)(params, *batch), g, share)
+    assert int(top_examples(source, 1)(params, *batch).examples[0]) == np.linalg.norm(g, axis=1).argmax()
+
+
+def test_a_jitted_net_source_gives_what_the_net_gives(x64):
+    params, x, t = net_case(6)
+    for statistic in (norms, gradients, gram, moments):
+        agree(fast_jit(statistic(jax.jit(SOURCE)))(params, x, t), fast_jit(statistic(SOURCE))(params, x, t))
+
+
+STATISTICS = {
+    "gradients": gradients(SOURCE),
+    "norms": norms(SOURCE),
+    "top_examples": top_examples(SOURCE, 2),
+    "gram": gram(SOURCE),
+    "inner_products": lambda params, x, t: inner_products(SOURCE)(params, (x, t), (x, t)),
+    "clipped_gradient": clipped_gradient(SOURCE, 1.0),
+    "clipped per layer": clipped_gradient(SOURCE, 1.0, per_layer=True),
+    "weighted_gradient": weighted_gradient(SOURCE),
+    "moments": moments(SOURCE),
+    "signal_to_noise": signal_to_noise(SOURCE),
+    "noise_scale": noise_scale(SOURCE),
+}
+
+
+@pytest.mark.parametrize("name", STATISTICS)
+def test_a_second_call_does_not_compile_again_and_nothing_is_weakly_typed(name):
+    params, x, t = cast(net_case(5), jnp.float32)
+    f = fast_jit(chex.assert_max_traces(n=1)(STATISTICS[name]))
+    first, second = f(params, x, t), f(params, 2 * x, t)
+    chex.clear_trace_counter()
+    assert not any(leaf.weak_type for leaf in jax.tree.leaves(first))
+    assert error(wide(first), wide(second)) > 1e-3
+
+
+def test_norms_are_differentiable_backwards_and_clipped_gradients_forwards(x64):
+    params, x, t = net_case(5)
+    direction = net_case(5, seed=8)[0]
+    mean = fnn.mean_loss(NET, losses.l2_loss)
+
+    def by_vmap(params):
+        return jax.vmap(lambda x, t: jax.grad(mean)(params, x[None], t[None]))(x, t)
+
+    def squares(params):
+        return sum((g**2).reshape(len(g), -1).sum(1) for g in jax.tree.leaves(by_vmap(params)))
+
+    def clipped(params):
+        factors = jnp.minimum(1, 3 / jnp.sqrt(squares(params))) / 5
+        return jax.tree.map(lambda g: jnp.tensordot(factors, g, 1), by_vmap(params))
+
+    @fast_jit
+    def both(params, direction):
+        backwards = [
+            jax.grad(lambda p, f=f: f(p).sum())(params) for f in (lambda p: norms(SOURCE)(p, x, t), lambda p: jnp.sqrt(squares(p)))
+        ]
+        ours = jax.jvp(lambda p: clipped_gradient(SOURCE, 3.0)(p, x, t).gradient, (params,), (direction,))
+        return backwards, (ours, jax.jvp(clipped, (params,), (direction,))), jnp.sqrt(squares(params))
+
+    backwards, forwards, sizes = both(params, direction)
+    assert (sizes < 3).any()
+    assert (sizes > 3).any()
+    agree(*backwards)
+    for ours, truth in zip(*forwards, strict=True):
+        agree(ours, truth)
+
+
+# Numerics
+
+
+def moments_in_float64(g, share):
+    """Mean and variance of gradients `[batch, ...]`."""
+    mean = np.tensordot(share, g, 1)
+    return mean, np.tensordot(share, (g - mean) ** 2, 1)
+
+
+def around(*shape, seed):
+    """1e3 + 1e-2 normal, in float32."""
+    return jnp.asarray((1e3 + 1e-2 * np.random.default_rng(seed).normal(size=shape)).astype(np.float32))
+
+
+SHARP = {  # the gradients are 1e3 +- 1e-2 times a number near 1
+    "per example": lambda: PerExample(around(64, 5, seed=0)),
+    "outer": lambda: Outer(around(64, 5, seed=0), jnp.ones((64, 3))),
+    "outer, both": lambda: Outer(around(64, 5, seed=0), around(64, 3, seed=1)),
+    "outer, few examples": lambda: Outer(around(3, 5, seed=0), jnp.ones((3, 4))),
+    "stacked": lambda: Stacked(Outer(around(2, 64, 5, seed=0), jnp.ones((2, 64, 3)))),
+    "outer, one position": lambda: Outer(around(64, 1, 5, seed=0), jnp.ones((64, 1, 3))),
+    "scatter": lambda: Scatter(jnp.zeros(64, int), around(64, 5, seed=0), 1),
+    "scatter, positions": lambda: Scatter(jnp.tile(jnp.arange(2), (64, 1)), around(64, 2, 5, seed=0), 2),
+}
+
+
+@pytest.mark.parametrize("name", SHARP)
+def test_the_variance_is_right_where_the_mean_is_a_hundred_thousand_times_the_spread(name):
+    factor, batch = SHARP[name](), 3 if "few" in name else 64
+
+    def source(params, factor):
+        return jnp.zeros(batch), factor
+
+    share = np.full(batch, 1 / batch)
+    found = jax.jit(moments(source))(jnp.zeros(()), factor)
+    with jax.enable_x64(True):
+        g = np.asarray(cast(factor, jnp.float64).materialise())
+    mean, variance = moments_in_float64(g, share)
+    np.testing.assert_allclose(found.mean, mean, rtol=1e-6)
+    np.testing.assert_allclose(found.variance, variance, rtol=1e-5)
+    short = g.astype(np.float32)
+    naive = (short**2).mean(0) - short.mean(0) ** 2
+    assert np.median(np.abs(naive - variance) / variance) > 1
+
+
+def test_the_variance_of_a_net_with_inputs_of_1e3_is_that_of_its_gradients():
+    """The net's own rounding is in its factors: the truth is the variance of these in float64."""
+    net = fnn.mlp((6, 8, 3), "tanh")
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), jnp.float32), jax.eval_shape(net.init, jax.random.key(0)))
+    params = jax.tree.map(lambda p: p * 1e-3, params[:1]) + params[1:]  # so that tanh is not flat
+    x, t = around(64, 6, seed=1), jnp.asarray(rng.normal(size=(64, 3)) * 1e-3 + 5, jnp.float32)
+    source, share = fnn.factors(net, losses.l2_loss), np.full(64, 1 / 64)
+    found = fast_jit(lambda *batch: (moments(source)(*batch), source(*batch)[1]))(params, x, t)
+    with jax.enable_x64(True):
+        each = jax.tree.map(lambda f: cast(f, jnp.float64).materialise(), found[1], is_leaf=is_factor)
+    for ours, g in zip(wide(found[0].variance), wide(each), strict=True):
+        _, variance = moments_in_float64(g, share)
+        assert (variance > 0).all()
+        np.testing.assert_allclose(ours, variance, rtol=1e-5)
+
+
+EXTREMES = {"float32": (1e25, 1e-30, 5e36), "float16": (300.0, 6e-5, 6e4), "bfloat16": (1e25, 1e-30, 5e36)}
+
+
+@pytest.mark.parametrize("dtype", EXTREMES)
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_norms_and_clipping_hold_where_squares_leave_the_dtype(dtype, which):
+    size, rng = EXTREMES[dtype][which], np.random.default_rng(0)
+    rounding = {"float32": 1e-6, "float16": 4e-3, "bfloat16": 2e-2}[dtype]
+    x = rng.uniform(-1, 1, (4, 7)) * np.array([[size], [size / 4], [size], [size]])
+    x = jnp.asarray(x, dtype)
+    g = np.asarray(x).astype(np.float64)
+    n = np.linalg.norm(g, axis=1)
+    assert np.asarray(norms(rows_as_gradients)(x[0], x)).dtype == np.float32
+    np.testing.assert_allclose(norms(rows_as_gradients)(x[0], x), n, rtol=2e-6)
+    bound = float(np.sort(n)[1] * 1.01)
+    f = jax.jit(clipped_gradient(rows_as_gradients, bound, reduction="mean"))
+    _, gradient, found = f(x[0], x)
+    np.testing.assert_allclose(found, n, rtol=2e-6)
+    assert gradient.dtype == dtype
+    assert error([np.asarray(gradient).astype(np.float64)], [(g * clip_to(bound)(n)[:, None]).mean(0)]) <= rounding
+    unit = jax.jit(clipped_gradient(rows_as_gradients, scale=lambda n: 1 / n, reduction="mean"))(x[0], x).gradient
+    assert error([np.asarray(unit).astype(np.float64)], [(g / n[:, None]).mean(0)]) <= rounding
+    scale = noise_scale(rows_as_gradients)(x[0], x).noise_scale
+    small, big = (n**2).mean(), (g.mean(0) ** 2).sum()
+    np.testing.assert_allclose(scale, (small - big) / (big - small / 4), rtol=1e-4 if dtype == "float32" else 5e-2)
+
+
+@pytest.mark.parametrize("sizes", [(1e25, 1.0, 1e-30), (1.0, 1e-12), (1.0, 1e-30), (1e-20, 1e-30), (0.0, 1.0), (0.0, 0.0)], ids=str)
+def test_norms_of_very_different_examples_in_one_batch(sizes):
+    x = jnp.asarray(np.array(sizes)[:, None] * np.array([[0.6, -0.8]]), jnp.float32)
+    np.testing.assert_allclose(norms(rows_as_gradients)(x[0], x), sizes, rtol=1e-6)
+    np.testing.assert_allclose(clipped_gradient(rows_as_gradients, 1.0)(x[0], x).norms, sizes, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_net_in_a_short_dtype_has_the_statistics_of_float64(x64, dtype):
+    c = net_case(9, scale=0.4)
+    short = cast(c, dtype)
+    ask = fast_jit(lambda *batches: [robust(SOURCE)(*batch, jnp.ones(9)) | {"norms": norms(SOURCE)(*batch)} for batch in batches])
+    found, truth = ask(short, cast(short, jnp.float64))
+    bound = {"float16": 1e-2, "bfloat16": 6e-2}[dtype]
+    assert found["norms"].dtype == jnp.float32
+    assert error(wide(found["norms"]), wide(truth["norms"])) <= bound
+    for name in ("clipped", "per layer", "weighted"):
+        assert {leaf.dtype for leaf in jax.tree.leaves(found[name].gradient)} == {jnp.dtype(dtype)}
+        assert error(wide(found[name].gradient), wide(truth[name].gradient)) <= bound
+    assert {leaf.dtype for leaf in jax.tree.leaves((found["moments"].mean, found["moments"].variance))} == {jnp.dtype("float32")}
+    assert error(wide(found["moments"].variance), wide(truth["moments"].variance)) <= 2 * bound
+    assert found["noise"].trace.dtype == jnp.float32
+    np.testing.assert_allclose(found["noise"].trace, truth["noise"].trace, rtol=2 * bound)
+
+
+def test_examples_that_are_not_finite_are_the_largest_and_are_told(x64):
+    x = jnp.array([[3.0, 4.0], [1.0, 0.0], [jnp.nan, 0.0], [6.0, 8.0]])
+    found = top_examples(rows_as_gradients, 3)(x[0], x)
+    assert found.examples.tolist() == [2, 3, 0]
+    assert np.isnan(found.norms[0])
+    text = str(clipped_gradient(rows_as_gradients, 1.0)(x[0], x, weights=jnp.array([1.0, 0, 2, 3])).reduction)
+    assert text == "mean over 2 of 4 examples, weights sum to 4; 1 left out because the gradient is not finite, the first in row 2"

@@ -184,4 +184,4 @@ def _gram_square(a: Array, dz: Array) -> Array:
     """<A A^T, G G^T> for `[batch, positions, features]`: the squared norm of every example, never [in, out]; but where positions cancel."""
     square = (jnp.einsum("bti,bsi->bts", a, a) * jnp.einsum("bto,bso->bts", dz, dz)).sum((1, 2))
     size = ((a * a).sum(2) * (dz * dz).sum(2)).sum(1)
-    return unless_cancelled(square, size, lambda: sum_of_squares(Outer(a, dz).materialise()))
+    return unless_cancelled(square, size, lambda a, dz: sum_of_squares(Outer(a, dz).materialise()), a, dz)

@@ -83,7 +83,7 @@ class Scatter(Factor):
 
     def _gram_square(self, index: Array, dy: Array) -> Array:
         square = (jnp.einsum("btf,bsf->bts", dy, dy) * _equal(index, dy.dtype)).sum((1, 2))
-        return unless_cancelled(square, sum_of_squares(dy), lambda: self._square(index, dy))
+        return unless_cancelled(square, sum_of_squares(dy), self._square, index, dy)
 
     def _positions(self) -> tuple[Array, Array]:  # [batch, positions], [batch, positions, features]
         return self.index.reshape(self.index.shape[0], -1), self.dy.reshape(self.index.shape[0], -1, self.dy.shape[-1])
