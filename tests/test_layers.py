@@ -283,7 +283,9 @@ def test_iterate_takes_a_whole_number_of_uses(n):
 
 @pytest.mark.parametrize("combinator", [fnn.repeat, fnn.iterate])
 @pytest.mark.parametrize("reduce", REDUCERS, ids=lambda r: r.name)
-def test_a_hundred_layers_lower_to_the_program_of_four(combinator, reduce):
+def test_a_hundred_layers_lower_to_the_program_of_twenty(combinator, reduce):
+    """Of twenty and not of four, whose uses in `iterate` are few enough for the Gram identity."""
+
     def size(n):
         net = fnn.serial(fnn.dense(4, 8), combinator(fnn.residual(fnn.serial(fnn.dense(8, 8), gelu)), n), fnn.dense(8, 2))
         params = jax.eval_shape(net.init, jax.random.key(0))
@@ -291,7 +293,7 @@ def test_a_hundred_layers_lower_to_the_program_of_four(combinator, reduce):
         source = fnn.factors(net, fnn.losses.l2_loss)
         return len(jax.jit(lambda *batch: source(*batch, reduce=reduce)).lower(params, *batch).as_text())
 
-    assert abs(size(100) / size(4) - 1) <= 0.05
+    assert abs(size(100) / size(20) - 1) <= 0.05
 
 
 def test_residual_adds_its_input(x64):

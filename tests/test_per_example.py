@@ -429,13 +429,13 @@ def test_positions_on_both_sides_of_the_border_between_methods(x64, positions):
     agree(inner, flat(tree) @ flat(other).T)
 
 
-@pytest.mark.parametrize("weight", [0.1, 0.3, 0.7, 1.9, 3.0, 49.0])
-def test_a_noise_scale_of_one_example_that_counts_is_not_a_number(weight):
-    """Whatever rounding makes of weight / weight."""
-    x = jnp.arange(6.0).reshape(2, 3)
-    for compiled in (jax.jit(noise_scale(rows_as_gradients)), noise_scale(rows_as_gradients)):
-        found = compiled(x[0], x, weights=jnp.array([0.0, weight]))
-        assert np.isnan([found.noise_scale, found.trace, found.squared_gradient]).all()
+def test_a_noise_scale_of_one_example_that_counts_is_not_a_number(x64):
+    """Whatever rounding makes of weight / weight: XLA may multiply by the inverse."""
+    params, x, t = net_case(2)
+    ask = fast_jit(noise_scale(SOURCE))
+    for weight in np.random.default_rng(0).uniform(0.1, 2, 50):
+        found = ask(params, x, t, weights=jnp.array([0.0, weight]))
+        assert np.isnan([found.noise_scale, found.trace, found.squared_gradient]).all(), weight
 
 
 def test_a_batch_of_one_example_has_no_variance_and_no_noise_scale(x64):
@@ -639,9 +639,11 @@ def test_norms_and_clipping_hold_where_squares_leave_the_dtype(dtype, which):
 
 @pytest.mark.parametrize("sizes", [(1e25, 1.0, 1e-30), (1.0, 1e-12), (1.0, 1e-30), (1e-20, 1e-30), (0.0, 1.0), (0.0, 0.0)], ids=str)
 def test_norms_of_very_different_examples_in_one_batch(sizes):
+    """Each to rounding of itself; where the squares underflow beside others above 1e-10, to 1e-17."""
     x = jnp.asarray(np.array(sizes)[:, None] * np.array([[0.6, -0.8]]), jnp.float32)
-    np.testing.assert_allclose(norms(rows_as_gradients)(x[0], x), sizes, rtol=1e-6)
-    np.testing.assert_allclose(clipped_gradient(rows_as_gradients, 1.0)(x[0], x).norms, sizes, rtol=1e-6)
+    within = {"rtol": 1e-6, "atol": 1e-17 if max(sizes) > 1e-10 else 0}
+    np.testing.assert_allclose(norms(rows_as_gradients)(x[0], x), sizes, **within)
+    np.testing.assert_allclose(clipped_gradient(rows_as_gradients, 1.0)(x[0], x).norms, sizes, **within)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

@@ -51,7 +51,8 @@ def norms(source: Source) -> Callable[..., Array]:
 
     Returns:
         A function `(params, *batch) -> [batch]`, float32 at least; right wherever the norm itself is a number of its dtype
-        (the squares of a float32 gradient of 1e25 are not). NaN or Inf for an example whose gradient is not finite.
+        (the squares of a float32 gradient of 1e25 are not); but a float32 norm below 1e-17 may be given as 0 beside others above
+        1e-10. NaN or Inf for an example whose gradient is not finite.
 
     Source: Goodfellow (2015), arXiv:1510.01799: |a dz^T|^2 = |a|^2 |dz|^2.
 

@@ -187,7 +187,7 @@ def noise_scale(source: Source) -> Callable[..., NoiseScale]:
         leaves = jax.tree.leaves(mean)
         big = sum(((leaf.astype(unit.dtype) / unit) ** 2).sum() for leaf in leaves)
         s = (p * p).sum()
-        several = jnp.where(s < 1, 1 - s, jnp.full_like(s, jnp.nan))
+        several = jnp.where(counted.examples > 1, 1 - s, jnp.full_like(s, jnp.nan))
         trace, squared = (small - big) / several, (big - s * small) / several
         return NoiseScale(trace / squared, trace * unit**2, squared * unit**2, counted)
 
