@@ -36,17 +36,17 @@ def safe_norm(square: Callable[..., Array], *arrays: Array) -> Array:
     Array([5., 0.], dtype=float32)
     """
 
-    def block(example: tuple[Array, ...]) -> Array:
-        scales, divided = [], []
-        for a in example:
+    def norm_of(arrays: tuple[Array, ...]) -> Array:
+        sizes, unit = [], []
+        for a in arrays:
             if jnp.issubdtype(a.dtype, jnp.floating):
                 a = at_least_float32(a)
-                scales.append(_scale(jnp.abs(a).max()))
-                a = a * jnp.broadcast_to(1 / scales[-1], a.shape)
-            divided.append(a[None])
-        return jnp.sqrt(jnp.maximum(square(*divided)[0], 0)) * math.prod(scales)
+                sizes.append(_scale(jnp.abs(a).max(tuple(range(1, a.ndim)))))
+                a = a * per_row(1 / sizes[-1], a)
+            unit.append(a)
+        return jnp.sqrt(jnp.maximum(square(*unit), 0)) * math.prod(sizes[1:], start=sizes[0])
 
-    return lax.map(block, arrays, batch_size=32)  # a divided array is a copy
+    return by_blocks(norm_of, arrays, 32)  # what is divided is a copy
 
 
 def quick_square(a: Array) -> tuple[Array, Array]:
@@ -65,9 +65,18 @@ def mended(good: Array, value: Any, mend: Callable[[Any], Any]) -> Any:
 
 
 def unless_cancelled(square: Array, size: Array, otherwise: Callable[..., Array], *arrays: Array) -> Array:
-    """Squared norms `[batch]` that are sums of terms of that size, or `otherwise(*arrays)` where the terms cancel beyond three digits."""
-    good = (square >= float(jnp.finfo(square.dtype).eps) * 1e3 * size).all()
-    return _mended_by(otherwise, good, square, *arrays)
+    """Squared norms `[batch]` that are sums of terms of that size, or `otherwise(*arrays)` where some cancel."""
+    return _mended_by(otherwise, ~_cancelled(square, size).any(), square, *arrays)
+
+
+def lost_to_cancelling(square: Array, size: Array, lost: Array) -> Array:
+    """What such squared norms have lost: so much, or everything where the terms cancel."""
+    return jnp.where(_cancelled(square, size), jnp.full_like(lost, jnp.inf), lost)
+
+
+def _cancelled(square: Array, size: Array) -> Array:
+    """Whether the sum of terms of that size has lost all but three digits, or is not a number."""
+    return ~(square >= float(jnp.finfo(square.dtype).eps) * 1e3 * size)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -104,22 +113,28 @@ def times_row(a: Array, weights: Array, present: Array | None = None) -> Array:
     return product if present is None else jnp.where(per_row(present, a), product, jnp.zeros_like(a))
 
 
-def sum_blocks(f: Callable[[Any, int], Any], batch: int, block: int) -> Any:
-    """The sum of `f(start, size)` over blocks of a batch, one after the other: memory for one block.
+def by_blocks(f: Callable[[Any], Array], arrays: Any, size: int) -> Array:
+    """`f(arrays)` where `f` answers row by row, at most `size` rows at a time: memory for one block.
 
     Args:
-        f: `(start, size) -> tree` of arrays; `size` is static.
-        batch: how many examples.
-        block: how many at a time.
+        f: `(tree of [rows, ...]) -> [rows, ...]`.
+        arrays: a tree of arrays `[batch, ...]`.
+        size: how many rows at a time. The last block may begin inside the one before, so that there is one program for all.
 
-    >>> int(sum_blocks(lambda start, size: lax.dynamic_slice(jnp.arange(10), (start,), (size,)).sum(), 10, 4))
-    45
+    >>> by_blocks(lambda a: a * a, jnp.arange(5), 2)
+    Array([ 0,  1,  4,  9, 16], dtype=int32)
     """
-    whole, rest = divmod(batch, block)
-    total = f(whole * block, rest) if rest else jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(lambda: f(0, block)))
-    if not whole:
-        return total
-    return lax.fori_loop(0, whole, lambda i, total: jax.tree.map(jnp.add, total, f(i * block, block)), total)
+    batch = jax.tree.leaves(arrays)[0].shape[0]
+    if batch <= size:
+        return f(arrays)
+
+    def block(i: Any, done: Array) -> Array:
+        start = jnp.minimum(i * size, batch - size)
+        found = f(jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, start, size), arrays))
+        return lax.dynamic_update_slice_in_dim(done, found, start, 0)
+
+    one = jax.eval_shape(f, jax.tree.map(lambda a: a[:size], arrays))
+    return lax.fori_loop(0, -(-batch // size), block, jnp.zeros((batch, *one.shape[1:]), one.dtype))
 
 
 def centred(a: Array, share: Array) -> tuple[Array, Array]:

@@ -49,8 +49,10 @@ class Case(NamedTuple):
     weights: Any
 
 
-def case(number: int) -> Case:
-    """The numbered net: depth 1-6, width 1-48, batch 1-32; every activation, loss and combinator comes up in turn.
+def case(number: int, deepest: int = 6) -> Case:
+    """The numbered net: an MLP of depth 1-6, or less deep, and what its shape adds; width 1-48, batch 1-32.
+
+    Every activation, loss and combinator comes up in turn.
 
     Call it inside `jax.enable_x64(True)`.
     """
@@ -58,7 +60,7 @@ def case(number: int) -> Case:
     activation = ACTIVATIONS[number % len(ACTIVATIONS)]
     loss = losses.LOSSES[number // 2 % len(losses.LOSSES)]
     shape = SHAPES[number // 3 % len(SHAPES)]
-    batch, depth = int(rng.integers(1, 33)), int(rng.integers(1, 7))
+    batch, depth = int(rng.integers(1, 33)), int(rng.integers(1, deepest + 1))
     widths = [int(w) for w in rng.integers(1, 49, depth + 1)]
     if shape == "norm":  # a layer_norm of one feature lets no gradient through
         widths[-1] = max(widths[-1], 2)

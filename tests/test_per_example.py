@@ -115,7 +115,7 @@ def settings_of(number):
 
 @pytest.mark.parametrize("number", NETS)
 def test_every_statistic_is_that_of_vmap_grad(x64, number):
-    c = case(number)
+    c = case(number, deepest=3)
     batch, rng = len(c.x), np.random.default_rng(number)
     source, mean = fnn.factors(c.net, c.loss), fnn.mean_loss(c.net, c.loss)
     weighted, (per_layer, own, kind) = settings_of(number)
@@ -135,8 +135,7 @@ def test_every_statistic_is_that_of_vmap_grad(x64, number):
         return {
             "truth": jax.vmap(lambda x, t: jax.value_and_grad(mean)(params, x[None], t[None]))(x, t),
             "gradients": gradients(source)(*arguments),
-            "norms": norms(source)(*arguments),
-            "top": top_examples(source, (batch + 1) // 2)(*arguments) if number % 3 == 0 else None,
+            "top": top_examples(source, batch)(*arguments),  # all of `norms`, in order
             "clipped": clipped_gradient(known, bound, reduction=first_kind)(*arguments, **given),
             "otherwise": clipped_gradient(known, per_layer=per_layer, reduction=kind, **second)(*arguments, **given),
             "weighted": weighted_gradient(known)(*arguments, weights=signed),
@@ -153,12 +152,9 @@ def test_every_statistic_is_that_of_vmap_grad(x64, number):
     g, share = flat(tree), weights / weights.sum()
     n = np.linalg.norm(g, axis=1)
     agree(found["gradients"], tree)
-    np.testing.assert_allclose(found["norms"], n, rtol=1e-12, atol=0)
-    if found["top"]:
-        largest = np.sort(n)[::-1][: (batch + 1) // 2]
-        np.testing.assert_allclose(found["top"].norms, largest, rtol=1e-12)
-        np.testing.assert_allclose(n[found["top"].examples], largest, rtol=1e-12)
-        assert len(set(found["top"].examples.tolist())) == len(largest)
+    np.testing.assert_allclose(found["top"].norms, n[found["top"].examples], rtol=1e-12, atol=0)
+    np.testing.assert_allclose(found["top"].norms, np.sort(n)[::-1], rtol=1e-12, atol=0)
+    assert set(found["top"].examples.tolist()) == set(range(batch))
 
     clipped, otherwise, signed_sum = found["clipped"], found["otherwise"], found["weighted"]
     by = {"mean": share, "sum": weights}
@@ -180,7 +176,7 @@ def test_every_statistic_is_that_of_vmap_grad(x64, number):
     matrix = np.asarray(found["gram"])
     agree(matrix, g @ g.T)
     agree(found["inner"], g @ g[cut].T)
-    np.testing.assert_allclose(matrix.diagonal(), np.asarray(found["norms"]) ** 2, rtol=1e-12)
+    np.testing.assert_allclose(np.sqrt(matrix.diagonal()[found["top"].examples]), found["top"].norms, rtol=1e-12)
     spectrum = np.linalg.eigvalsh(matrix)
     assert spectrum[0] >= -1e-12 * spectrum[-1]
 
@@ -315,7 +311,9 @@ def ask_any():
         return fast_jit(ask)
 
 
-@hypothesis.settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@hypothesis.settings(
+    max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
 @hypothesis.given(
     weights=st.lists(st.sampled_from([0.0, 0.25, 1.0, 3.0]) | st.floats(0.125, 4.0, width=16), min_size=9, max_size=9),
     broken=st.dictionaries(st.integers(0, 8), st.sampled_from(["x nan", "x inf", "t nan", "t -inf"]), max_size=5),
@@ -327,6 +325,7 @@ def test_any_examples_that_are_not_finite_count_nothing(ask_any, weights, broken
         good, weights = np.array([i not in broken for i in range(9)]), np.asarray(weights)
         hypothesis.assume(((weights != 0) & good).sum() >= 2)
         tidy = ask_any(params, x, t, weights=weights * good)  # the same rows, whole, but of weight 0
+        x, t = x.copy(), t.copy()  # the call before may still read the others
         for row, how in broken.items():
             which, value = how.split()
             (x if which == "x" else t)[row, 1] = float(value)
@@ -335,6 +334,17 @@ def test_any_examples_that_are_not_finite_count_nothing(ask_any, weights, broken
             agree(numbers_of(messy)[name], value)
             np.testing.assert_array_equal(messy[name].reduction.weights, weights * good)
             np.testing.assert_array_equal(messy[name].reduction.non_finite, ~good & (weights != 0))
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 4, 17])
+def test_a_repeat_of_few_units_over_many_examples_is_clipped(x64, width):
+    """XLA's compiler may abort over a product of 2 x 2 or 3 x 3 in a loop: see `_product` of fnn/factors/outer.py."""
+    net, rng = fnn.repeat(fnn.dense(width, width), 2), np.random.default_rng(width)
+    params, source = jax.jit(net.init)(jax.random.key(0)), fnn.factors(net, losses.l2_loss)
+    x, t = jnp.asarray(rng.normal(size=(2, 144, width)))
+    found = fast_jit(clipped_gradient(source, float("inf")))(params, x.at[3, 0].set(jnp.nan), t)
+    without = fast_jit(fnn.value_and_grad(net, losses.l2_loss))(params, x, t, weights=jnp.ones(144).at[3].set(0))[1]
+    agree(found.gradient, without)
 
 
 EMBEDDING = fnn.serial(fnn.embedding(7, 5), fnn.dense(5, 4), fnn.activations.tanh, fnn.dense(4, 3))

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fnn._sums import centred, joined_norms, per_row, quick_square, safe_norm, sum_blocks, sum_of_squares, times_row
+from fnn._sums import centred, joined_norms, per_row, quick_square, safe_norm, sum_of_squares, times_row
 from fnn._types import Array, at_least_float32
 
 _T = TypeVar("_T")
@@ -76,16 +76,18 @@ class Factor:
 
         The variance is that of the centred gradients, E[(g - E[g])^2], and never negative. A block of examples at a time.
         """
-        shape = jax.eval_shape(lambda f: f.materialise(), self).shape
+        batch, *shape = jax.eval_shape(lambda f: f.materialise(), self).shape
         mean = self.scaled(share).total()
+        size = max(1, min(batch, 2**20 // max(1, mean.size)))
 
-        def block(start: Any, size: int) -> tuple[Array, Array]:
-            e = self.rows(start, size).materialise() - jnp.broadcast_to(mean, (size, *shape[1:]))
-            w = lax.dynamic_slice_in_dim(share, start, size)
-            return jnp.tensordot(w, e, 1), jnp.tensordot(w, e * e, 1)
+        def add(i: Any, sums: tuple[Array, Array]) -> tuple[Array, Array]:
+            start = jnp.minimum(i * size, batch - size)
+            rest = self.rows(start, size).materialise() - jnp.broadcast_to(mean, (size, *shape))
+            s = lax.dynamic_slice_in_dim(share, start, size)
+            s = jnp.where(start + jnp.arange(size) >= i * size, s, jnp.zeros_like(s))  # the last block may begin inside the one before
+            return sums[0] + jnp.tensordot(s, rest, 1), sums[1] + jnp.tensordot(s, rest * rest, 1)
 
-        size = max(1, min(shape[0], 2**20 // max(1, mean.size)))
-        left, square = sum_blocks(block, shape[0], size)
+        left, square = lax.fori_loop(0, -(-batch // size), add, (jnp.zeros_like(mean), jnp.zeros_like(mean)))
         return mean + left, jnp.maximum(square - left * left, 0)
 
     def second_moment(self) -> Array:

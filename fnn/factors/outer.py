@@ -8,7 +8,17 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fnn._sums import centred, mended, per_row, quick_square, safe_norm, sum_of_squares, times_row, unless_cancelled
+from fnn._sums import (
+    centred,
+    lost_to_cancelling,
+    mended,
+    per_row,
+    quick_square,
+    safe_norm,
+    sum_of_squares,
+    times_row,
+    unless_cancelled,
+)
 from fnn._types import Array, at_least_float32
 from fnn.factors.base import Factor, Method, factor
 from fnn.factors.shapes import batched, rows_of, uses_as_positions
@@ -70,16 +80,23 @@ class Outer(Factor):
         if a.ndim == 2:
             return safe_norm(sum_of_squares, a) * safe_norm(sum_of_squares, dz)
         if _through_gram(a.shape[1], a.shape[2], dz.shape[2]):
-            return safe_norm(_gram_square, a, dz)
-        return safe_norm(lambda a, dz: sum_of_squares(Outer(a, dz).materialise()), a, dz)
+            return safe_norm(lambda *unit: unless_cancelled(*_gram_square(*unit), _written_out, *unit), a, dz)
+        return safe_norm(_written_out, a, dz)
 
     def quick_square(self) -> tuple[Array, Array]:
-        if batched(self.a).ndim == 3:
-            return super().quick_square()
-        (a, lost_a), (dz, lost_dz) = quick_square(batched(self.a)), quick_square(batched(self.dz))
-        product = a * dz
-        tiny = jnp.full_like(product, jnp.finfo(product.dtype).tiny)
-        return product, lost_a * (dz + lost_dz) + a * lost_dz + tiny
+        a, dz = at_least_float32(batched(self.a)), at_least_float32(batched(self.dz))
+        (all_a, lost_a), (all_dz, lost_dz) = quick_square(a), quick_square(dz)
+        bound = all_a * all_dz  # by Cauchy and Schwarz; without positions the square itself
+        tiny = float(jnp.finfo(bound.dtype).tiny)
+        lost = lost_a * (all_dz + lost_dz) + all_a * lost_dz + jnp.full_like(bound, tiny)
+        if a.ndim == 2:
+            return bound, lost
+        t, inputs, outputs = *a.shape[1:], dz.shape[2]
+        lost = lost + jnp.full_like(bound, tiny * (t * t + inputs * outputs))
+        if not _through_gram(t, inputs, outputs):
+            return _written_out(a, dz), lost
+        square, size = _gram_square(a, dz)
+        return square, lost_to_cancelling(square, size, lost)
 
     def inner(self, other: Any) -> Array:
         a, dz, b, db = (at_least_float32(batched(v)) for v in (self.a, self.dz, other.a, other.dz))
@@ -136,9 +153,10 @@ class Outer(Factor):
 
 def _product(a: Array, dz: Array) -> Array:
     """`a^T dz` of `[rows, in]` and `[rows, out]`."""
-    if dz.shape[1] <= 16 and dz.shape[0] >= 128 and jax.default_backend() == "cpu":
+    if dz.shape[1] <= 16 < a.shape[1] and dz.shape[0] >= 128 and jax.default_backend() == "cpu":
         # XLA's CPU product a.T @ dz is slow for few columns; 1024 x 512 x 10 measured 5 times slower than this order,
-        # which the barrier keeps XLA from folding back.
+        # which the barrier keeps XLA from folding back. Not for few inputs: under `repeat`, XLA's compiler (jaxlib 0.10.2)
+        # aborts where a loop around a product of 2 x 2 or 3 x 3 takes over the order.
         return lax.optimization_barrier(dz.T @ a).T
     return a.T @ dz
 
@@ -180,8 +198,11 @@ def _pairs_through_gram(positions: int, others: int, inputs: int, outputs: int) 
     return positions * others * (inputs + outputs) <= inputs * outputs
 
 
-def _gram_square(a: Array, dz: Array) -> Array:
-    """<A A^T, G G^T> for `[batch, positions, features]`: the squared norm of every example, never [in, out]; but where positions cancel."""
+def _gram_square(a: Array, dz: Array) -> tuple[Array, Array]:
+    """<A A^T, G G^T> for `[batch, positions, features]`: the squared norm of every example, never [in, out]; and the size of its terms."""
     square = (jnp.einsum("bti,bsi->bts", a, a) * jnp.einsum("bto,bso->bts", dz, dz)).sum((1, 2))
-    size = ((a * a).sum(2) * (dz * dz).sum(2)).sum(1)
-    return unless_cancelled(square, size, lambda a, dz: sum_of_squares(Outer(a, dz).materialise()), a, dz)
+    return square, ((a * a).sum(2) * (dz * dz).sum(2)).sum(1)
+
+
+def _written_out(a: Array, dz: Array) -> Array:
+    return sum_of_squares(Outer(a, dz).materialise())

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fnn._sums import quick_square, safe_norm, sum_of_squares, times_row, unless_cancelled
+from fnn._sums import lost_to_cancelling, quick_square, safe_norm, sum_of_squares, times_row, unless_cancelled
 from fnn._types import Array, at_least_float32
 from fnn.factors.base import Factor, Method, factor
 from fnn.factors.shapes import rows_of, uses_as_positions
@@ -49,11 +49,20 @@ class Scatter(Factor):
         if index.shape[1] == 1:  # one row an example: no two can meet
             return safe_norm(sum_of_squares, dy)
         if self._through_gram():  # the positions that meet in a row
-            return safe_norm(self._gram_square, index, dy)
+            return safe_norm(lambda i, g: unless_cancelled(*self._gram_square(i, g), self._square, i, g), index, dy)
         return safe_norm(self._square, index, dy)
 
     def quick_square(self) -> tuple[Array, Array]:
-        return quick_square(self.dy) if self.index[0].size == 1 else super().quick_square()
+        index, dy = self._positions()
+        dy = at_least_float32(dy)
+        square, lost = quick_square(dy)
+        if index.shape[1] == 1:
+            return square, lost
+        lost = index.shape[1] * lost
+        if not self._through_gram():
+            return self._square(index, dy), lost
+        square, size = self._gram_square(index, dy)
+        return square, lost_to_cancelling(square, size, lost)
 
     def inner(self, other: Any) -> Array:
         if not self._through_gram(other):
@@ -81,9 +90,9 @@ class Scatter(Factor):
     def _square(self, index: Array, dy: Array) -> Array:
         return sum_of_squares(Scatter(index, dy, self.size).materialise())
 
-    def _gram_square(self, index: Array, dy: Array) -> Array:
+    def _gram_square(self, index: Array, dy: Array) -> tuple[Array, Array]:
         square = (jnp.einsum("btf,bsf->bts", dy, dy) * _equal(index, dy.dtype)).sum((1, 2))
-        return unless_cancelled(square, sum_of_squares(dy), self._square, index, dy)
+        return square, sum_of_squares(dy)
 
     def _positions(self) -> tuple[Array, Array]:  # [batch, positions], [batch, positions, features]
         return self.index.reshape(self.index.shape[0], -1), self.dy.reshape(self.index.shape[0], -1, self.dy.shape[-1])

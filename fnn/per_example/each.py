@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from fnn import _check
-from fnn._sums import joined_norms, mended, safe_norm, sum_of_squares
+from fnn._sums import by_blocks, joined_norms, mended, safe_norm, sum_of_squares
 from fnn._types import Array, ArrayLike, Params
 from fnn.factors import Reducer, is_factor, keep, materialise, norm, quick_square
 
@@ -65,13 +65,13 @@ def norms(source: Source) -> Callable[..., Array]:
     quickly, exactly = asked(source, quick_square), asked(source, norm)
 
     def per_example_norms(params: Params, *batch: ArrayLike) -> Array:
-        def one(example: tuple[ArrayLike, ...]) -> Array:
-            return joined_norms(jnp.stack(jax.tree.leaves(exactly(params, *jax.tree.map(lambda leaf: leaf[None], example))[1])))[0]
+        def again(batch: tuple[ArrayLike, ...]) -> Array:
+            return joined_norms(jnp.stack(jax.tree.leaves(exactly(params, *batch)[1])))
 
         square, lost = sum_pairs(quickly(params, *batch)[1])
         # where these do not hold, another pass, a few examples at a time, so that nothing is kept for it
-        few = max(2, square.shape[0] // 64)
-        return lax.cond(is_quick(square, lost), lambda: jnp.sqrt(square), lambda: lax.map(one, batch, batch_size=few))
+        few = min(32, max(2, square.shape[0] // 64))
+        return lax.cond(is_quick(square, lost), lambda: jnp.sqrt(square), lambda: by_blocks(again, batch, few))
 
     return per_example_norms
 
