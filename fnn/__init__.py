@@ -1,6 +1,7 @@
 """fnn: feed-forward nets in JAX whose backward pass you can see, check and change."""
 
 from fnn import activations as activations
+from fnn import graph as graph
 from fnn import losses as losses
 from fnn import per_example as per_example
 from fnn import rules as rules

@@ -11,8 +11,8 @@ import fnn
 
 ROOT = Path(__file__).parents[1]
 ORDER = ["_types", "_check", "_sums", "factors", "activations", "layers", "combinators", "nets", "losses", "backprop", "per_example"]
-ORDER += ["checks", "data", "steps", "rules", "train", "__init__"]
-PACKAGES = {"factors", "per_example", "rules"}  # their files may import one another
+ORDER += ["graph", "checks", "data", "steps", "rules", "train", "__init__"]
+PACKAGES = {"factors", "per_example", "graph", "rules"}  # their files may import one another
 FILES = sorted((ROOT / "fnn").rglob("*.py"))
 
 
@@ -56,7 +56,7 @@ def run(code: str) -> None:
 def test_importing_fnn_starts_no_backend_and_pulls_in_no_extra():
     run(
         "import sys, fnn; from jax._src import xla_bridge; assert not xla_bridge._backends, 'a backend was started';"
-        "extras = {'sklearn', 'matplotlib', 'tyro', 'rich', 'chex.dataclass', 'pytest', 'pandas', 'torch'} & set(sys.modules);"
+        "extras = {'sklearn', 'matplotlib', 'sympy', 'tyro', 'rich', 'chex.dataclass', 'pytest', 'pandas', 'torch'} & set(sys.modules);"
         "assert not extras, extras"
     )
 
@@ -85,6 +85,6 @@ def test_annotations_hold_at_run_time():
 def test_every_public_name_of_the_design_is_there():
     names = (
         "mlp serial repeat iterate residual dense layer_norm rms_norm embedding summary collapse value_and_grad factors with_manual_vjp",
-        "compare_gradients check_layer check_loss fit fit_many evaluate activations losses rules per_example Layer Loss Rule",
+        "compare_gradients check_layer check_loss fit fit_many evaluate activations losses rules per_example graph Layer Loss Rule",
     )
     assert [name for line in names for name in line.split() if not hasattr(fnn, name)] == []

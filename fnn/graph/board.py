@@ -1,0 +1,110 @@
+"""A graph in words: the formula of every node, and the products that its gradient is the sum of, as a lecturer writes them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fnn.graph.tracing import Node, number
+
+if TYPE_CHECKING:
+    from fnn.graph.sweeps import Flow, Graph
+
+
+def text(graph: Graph) -> str:
+    """The trace gate by gate: each node's value, then each gradient."""
+    lines = ["forward"]
+    last = graph.nodes[graph.outputs[-1]].primitive != "input" and len(graph.outputs) == 1
+    for i, node in enumerate(graph.nodes):
+        if not is_number(node):
+            made = "" if node.primitive in ("input", "constant") else f"{formula(graph, i)} = "
+            lines.append(f"  {node.name} = {made}{number(node.value)}{'   the result' if last and i == graph.outputs[0] else ''}")
+    swept, why = graph.swept()
+    if swept is None:
+        return "\n".join([*lines, f"no sweep backward: {why}"])
+    lines.append("backward, ∂u for the derivative of the result with respect to u")
+    for i in reversed(range(len(graph.nodes))):
+        gradient = swept.gradients[i]
+        if gradient is not None and not is_number(graph.nodes[i]) and graph.nodes[i].primitive != "constant":
+            lines.append(f"  ∂{graph.nodes[i].name} = {products(graph, swept.flows[i])}{number(gradient)}{_word(graph, swept.flows[i])}")
+    lines += [f"{n.name}: {n.primitive} is not among the gates; its gradient is by jax.vjp" for n in graph.untabled]
+    return "\n".join(lines)
+
+
+def is_number(node: Node) -> bool:
+    """A constant that is written where it is used."""
+    return node.primitive == "constant" and node.value.ndim == 0
+
+
+def formula(graph: Graph, i: int) -> str:
+    """How a node is made of its inputs."""
+    node = graph.nodes[i]
+    names = operands(graph, node)
+    if node.primitive == "part":
+        return f"{names[0]}[{node.params['part']}]"
+    if node.gate is None:
+        return f"{node.primitive}({', '.join(names)})"
+    if node.primitive in ("concatenate", "select_n"):
+        return f"{node.primitive.removesuffix('_n')}({', '.join(names)})"
+    return pretty(node.gate.text.format(*names, **numbers(node.params)))
+
+
+def back(graph: Graph, flow: Flow) -> str:
+    """What flows back over an edge, as a product: `∂z₂ · cos(x₁)`."""
+    node = graph.nodes[flow.node]
+    upstream = f"∂{node.name}"
+    if node.primitive == "part":
+        return upstream
+    if node.gate is None:
+        return f"vjp of {node.primitive} at {upstream}"
+    template = node.gate.partials[min(flow.place, len(node.gate.partials) - 1)]
+    text = pretty(template.format(*operands(graph, node), g=upstream, **numbers(node.params)))
+    if "{g}" in template:
+        return text
+    return upstream if text == "1" else f"{upstream} · {text}"
+
+
+def products(graph: Graph, flows: list[Flow]) -> str:
+    """`∂z₂ · cos(x₁) + ∂z₁ · x₂ = `, and the terms as numbers where there are several."""
+    if not flows:
+        return ""
+    line = " + ".join(back(graph, flow) for flow in flows)
+    if len(flows) > 1 and all(f.gradient.ndim == 0 for f in flows):
+        line += " = " + " + ".join(_bracketed(number(f.gradient)) for f in flows)
+    return f"{line} = "
+
+
+def _word(graph: Graph, flows: list[Flow]) -> str:
+    if len(flows) > 1:
+        return "   copy adds"
+    gate = graph.nodes[flows[0].node].gate if flows else None
+    return f"   {gate.word}" if gate is not None and gate.word else ""
+
+
+def operands(graph: Graph, node: Node) -> list[str]:
+    """The names of a node's inputs; a negative number in brackets."""
+    return [_bracketed(graph.nodes[j].name) for j in node.inputs]
+
+
+def _bracketed(name: str) -> str:
+    return f"({name})" if name.startswith("-") else name
+
+
+def numbers(params: dict[str, Any]) -> dict[str, Any]:
+    """The numbers among a primitive's parameters, and one less than an exponent."""
+    found = {key: value for key, value in params.items() if isinstance(value, int)}
+    return found | ({"less": found["y"] - 1} if "y" in found else {})
+
+
+def pretty(line: str) -> str:
+    """A formula in sympy's terms as it stands on the board."""
+    for old, new in (
+        (" * ", " · "),
+        ("**", "^"),
+        ("Max(", "max("),
+        ("Min(", "min("),
+        ("Abs(", "abs("),
+        ("sqrt(pi)", "sqrt(π)"),
+        ("^T", "ᵀ"),
+    ):
+        line = line.replace(old, new)
+    return line.removesuffix("^1")

@@ -1,0 +1,231 @@
+"""From a function to its graph: the jaxpr, evaluated equation by equation, calls inside opened up."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
+
+from fnn import _check
+from fnn._types import Array
+from fnn.graph.gates import GATES, Gate, is_differentiable
+
+CUSTOM = ("custom_jvp_call", "custom_vjp_call")
+_SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
+
+
+@dataclass
+class Node:
+    """A value in the graph, and the primitive that gave it.
+
+    Attributes:
+        name: of a parameter, `z₁`, `z₂`, ... in the order of evaluation, or the number that a constant is.
+        primitive: JAX's name of it; "input", "constant", or "part" (one of several outputs).
+        inputs: numbers of the nodes that it is made of.
+        value: an array; a tuple of them where the primitive has several outputs.
+        params: of the primitive.
+        bind: applies the primitive to arrays.
+    """
+
+    name: str
+    primitive: str
+    inputs: tuple[int, ...]
+    value: Any
+    params: dict[str, Any] = field(default_factory=dict)
+    bind: Callable[..., Any] | None = None
+
+    @property
+    def gate(self) -> Gate | None:
+        """What the primitive does to a gradient, or None if JAX's own `vjp` has to say."""
+        return GATES.get(self.primitive)
+
+
+def build(f: Callable[..., Any], args: tuple[Any, ...]) -> tuple[list[Node], list[int], list[int], Any]:
+    """The nodes in the order of evaluation, the numbers of inputs and outputs, and the tree of the outputs."""
+    _check.is_function("f", f, "a function of arrays, such as `lambda x: x * x`")
+    names, leaves = _named_leaves(f, args)
+    closed, shapes = _jaxpr(f, args)
+    walk = _Walk()
+    inputs = [walk.add(Node(name, "input", (), jnp.asarray(leaf))) for name, leaf in zip(names, leaves, strict=True)]
+    walk.whole = {i for i in inputs if jnp.issubdtype(walk.nodes[i].value.dtype, jnp.integer)}
+    outputs = walk.equations(closed, inputs)
+    return *_pruned(walk.nodes, inputs, outputs), jax.tree.structure(shapes)
+
+
+def _named_leaves(f: Callable[..., Any], args: tuple[Any, ...]) -> tuple[list[str], list[Any]]:
+    try:
+        bound = inspect.signature(f).bind(*args).arguments
+    except ValueError:  # a builtin without a signature
+        bound = {f"x{i}": arg for i, arg in enumerate(args)}
+    except TypeError as error:
+        raise TypeError(f"`f` does not take {len(args)} arguments: {error}.") from None
+    found, leaves = [], []
+    for name, value in bound.items():
+        for path, leaf in jax.tree_util.tree_flatten_with_path(value)[0]:
+            full = _with_subscript(name) + jax.tree_util.keystr(path)
+            if not isinstance(leaf, (int, float, np.number, np.ndarray, jax.Array)) or isinstance(leaf, bool):
+                raise TypeError(f"`{full}` must be a number or an array, got {leaf!r:.60} ({type(leaf).__name__}).")
+            if jnp.issubdtype(jnp.result_type(leaf), jnp.complexfloating):
+                raise TypeError(f"`{full}` is complex; gates are those of real numbers. Pass its real and imaginary part as two arguments.")
+            found.append(full)
+            leaves.append(leaf)
+    return found, leaves
+
+
+def _with_subscript(name: str) -> str:
+    """`x1` as it is written on the board."""
+    letters = name.rstrip("0123456789")
+    return letters + name[len(letters) :].translate(_SUBSCRIPTS) if letters else name
+
+
+def _jaxpr(f: Callable[..., Any], args: tuple[Any, ...]) -> tuple[ClosedJaxpr, Any]:
+    try:
+        closed, shapes = jax.make_jaxpr(f, return_shape=True)(*args)
+    except jax.errors.ConcretizationTypeError as error:
+        raise TypeError(
+            "`f` uses a traced value as a Python number or in a Python `if` or `while`, so that its graph depends on the value. "
+            f"Write `jnp.where` or `jax.lax.cond`, or close over what is fixed. JAX says: {str(error).splitlines()[0]}"
+        ) from None
+    except jax.errors.TracerArrayConversionError as error:
+        raise TypeError(
+            f"`f` hands a traced value to NumPy. Use `jax.numpy` in its place. JAX says: {str(error).splitlines()[0]}"
+        ) from None
+    if not closed.jaxpr.outvars:
+        raise TypeError("`f` returns no array, so that there is no graph of it.")
+    return closed, shapes
+
+
+class _Walk:
+    """Evaluates equations and writes down a node for each."""
+
+    def __init__(self) -> None:
+        self.nodes: list[Node] = []
+        self.whole: set[int] = set()  # nodes of whole numbers that depend on an argument
+
+    def add(self, node: Node) -> int:
+        self.nodes.append(node)
+        return len(self.nodes) - 1
+
+    def equations(self, closed: ClosedJaxpr, inputs: Sequence[int]) -> list[int]:
+        """The numbers of the outputs of a jaxpr whose inputs are these nodes."""
+        jaxpr = closed.jaxpr
+        constants = [self.constant(c) for c in closed.consts]
+        at: dict[Any, int] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*constants, *inputs], strict=True))
+
+        def read(v: Any) -> int:
+            return self.constant(v.val, v.aval) if isinstance(v, Literal) else at[v]
+
+        for eqn in jaxpr.eqns:
+            at.update(zip(eqn.outvars, self.equation(eqn, tuple(read(v) for v in eqn.invars)), strict=True))
+        return [read(v) for v in jaxpr.outvars]
+
+    def constant(self, value: Any, aval: Any = None) -> int:
+        value = jnp.asarray(value, None if aval is None else aval.dtype)
+        name = number(value) if value.ndim == 0 else f"const{list(value.shape)}"
+        return self.add(Node(name, "constant", (), value))
+
+    def equation(self, eqn: Any, inputs: tuple[int, ...]) -> list[int]:
+        """The numbers of what an equation gives: its own node's, those inside a call, or its input's where it changes nothing."""
+        values, name = [self.nodes[i].value for i in inputs], eqn.primitive.name
+        params = eqn.primitive.get_bind_params(eqn.params)
+
+        def bind(*xs: Array) -> Any:
+            return eqn.primitive.bind(*xs, **params)
+
+        inner = _inside(eqn)
+        if inner is not None and (name not in CUSTOM or _same_derivative(bind, jaxpr_as_fun(inner), values)):
+            return self.equations(inner, inputs)
+        if name == "convert_element_type":
+            if values[0].dtype == eqn.params["new_dtype"]:
+                return [inputs[0]]
+            if inputs[0] in self.whole and jnp.issubdtype(eqn.params["new_dtype"], jnp.floating):
+                raise TypeError(
+                    f"`{self._argument(inputs[0])}` holds whole numbers ({values[0].dtype}) that `f` takes as real ones, and a whole "
+                    "number has no derivative. Pass floats, such as 2.0."
+                )
+        label = inner.jaxpr.debug_info.func_name if inner is not None else name
+        several = eqn.primitive.multiple_results and len(eqn.outvars) > 1
+        if eqn.primitive.multiple_results and not several:
+            list_bind, bind = bind, lambda *xs: list_bind(*xs)[0]
+        found = bind(*values)
+        outputs = [self.add(Node("", label, inputs, tuple(found) if several else found, eqn.params, bind))]
+        if several:
+            outputs = [self.add(Node("", "part", (outputs[0],), part, {"part": i})) for i, part in enumerate(found)]
+        if self.whole.intersection(inputs):
+            self.whole |= {i for i in outputs if jnp.issubdtype(self.nodes[i].value.dtype, jnp.integer)}
+        return outputs
+
+    def _argument(self, i: int) -> str:
+        """The name of the argument of whole numbers that a node is made of."""
+        while self.nodes[i].primitive != "input":
+            i = next(j for j in self.nodes[i].inputs if j in self.whole)
+        return self.nodes[i].name
+
+
+def _inside(eqn: Any) -> ClosedJaxpr | None:
+    """The jaxpr of a call that is only a call."""
+    if eqn.primitive.name not in ("jit", "pjit", "closed_call", "core_call", "remat", "checkpoint", *CUSTOM):
+        return None
+    found = next((eqn.params[key] for key in ("jaxpr", "call_jaxpr", "fun_jaxpr") if key in eqn.params), None)
+    return ClosedJaxpr(found, ()) if found is not None and not hasattr(found, "consts") else found
+
+
+def _same_derivative(rule: Callable[..., Any], inside: Callable[..., Any], values: list[Array]) -> bool:
+    """Whether a function with a derivative of its own has, here, that of what is inside: only then can it be opened up."""
+    found = []
+    for f in (rule, inside):
+        floats, of = floating(lambda *xs, f=f: jax.tree.leaves(f(*xs)), values)
+        y, pull = jax.vjp(of, *floats)
+        found.append(pull([jnp.ones_like(leaf) if is_differentiable(leaf) else np.zeros(leaf.shape, jax.dtypes.float0) for leaf in y]))
+    tolerance = 1e3 * float(jnp.finfo(found[0][0].dtype).eps) if found[0] else 0.0
+    return all(np.allclose(a, b, rtol=tolerance, atol=tolerance) for a, b in zip(*found, strict=True))
+
+
+def floating(f: Callable[..., Any], values: Sequence[Array]) -> tuple[list[Array], Callable[..., Any]]:
+    """The floating-point arrays among the values, and `f` as a function of these alone."""
+    places = [i for i, v in enumerate(values) if is_differentiable(v)]
+
+    def of(*floats: Array) -> Any:
+        xs = list(values)
+        for i, x in zip(places, floats, strict=True):
+            xs[i] = x
+        return f(*xs)
+
+    return [values[i] for i in places], of
+
+
+def _pruned(nodes: list[Node], inputs: list[int], outputs: list[int]) -> tuple[list[Node], list[int], list[int]]:
+    """Without what the outputs do not depend on; named in the order of evaluation."""
+    needed, todo = set(inputs), list(outputs)
+    while todo:
+        i = todo.pop()
+        if i not in needed:
+            needed.add(i)
+            todo += nodes[i].inputs
+    kept = sorted(needed)
+    new = {old: i for i, old in enumerate(kept)}
+    count = 0
+    for i in kept:
+        node = nodes[i]
+        node.inputs = tuple(new[j] for j in node.inputs)
+        if not node.name:
+            count += 1
+            node.name = f"z{count}".translate(_SUBSCRIPTS)
+    return [nodes[i] for i in kept], [new[i] for i in inputs], [new[i] for i in outputs]
+
+
+def number(value: Any) -> str:
+    """A scalar in six digits; an array by its shape and norm."""
+    if isinstance(value, tuple):
+        return f"{len(value)} arrays"
+    if jnp.ndim(value) == 0:
+        return f"{np.asarray(value).item():.6g}"
+    if not is_differentiable(value):
+        return f"{list(value.shape)} {value.dtype}"
+    return f"{list(value.shape)} |{np.linalg.norm(np.asarray(value, np.float64)):.4g}|"

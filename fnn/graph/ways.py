@@ -1,0 +1,143 @@
+"""Four ways to differentiate, side by side: symbolic, numeric, forward-mode and reverse-mode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fnn._types import Array
+from fnn.graph import board
+from fnn.graph.gates import is_differentiable
+from fnn.graph.sweeps import Graph, trace
+
+STEPS = tuple(10.0**-k for k in range(1, 14))
+
+
+@dataclass(frozen=True)
+class Derivatives:
+    """The derivative of a function by each of its numbers, by four ways; `print` it.
+
+    Attributes:
+        names: `[n]` of the numbers that the arguments hold.
+        value: of the function.
+        symbolic: `[n]` by sympy, or None where the function is not one of scalars, or sympy is not installed.
+        formulas: `[n]` sympy's expressions, or None.
+        numeric: `[n]` central differences at the best of the step sizes.
+        forward: `[n]` by one sweep forward for each number.
+        reverse: `[n]` by one sweep backward for all.
+        steps: `[s]` relative step sizes.
+        errors: `[s]` greatest difference between central differences at that step and the sweep backward.
+    """
+
+    names: list[str]
+    value: float
+    symbolic: np.ndarray | None
+    formulas: list[str] | None
+    numeric: np.ndarray
+    forward: np.ndarray
+    reverse: np.ndarray
+    steps: np.ndarray
+    errors: np.ndarray
+
+    def __str__(self) -> str:
+        rows: list[tuple[str, ...]] = [("", "symbolic", "numeric", "forward", "reverse")]
+        for i, name in enumerate(self.names):
+            symbolic = "-" if self.symbolic is None else f"{self.symbolic[i]:.9g}"
+            rows.append((name, symbolic, *(f"{way[i]:.9g}" for way in (self.numeric, self.forward, self.reverse))))
+        widths = [max(len(row[c]) for row in rows) for c in range(5)]
+        lines = [
+            f"{row[0]:<{widths[0]}}  " + "  ".join(f"{cell:>{w}}" for cell, w in zip(row[1:], widths[1:], strict=True)) for row in rows
+        ]
+        best = int(np.argmin(self.errors))
+        lines.append(f"numeric: central differences, best at a step of {self.steps[best]:.0e} (error {self.errors[best]:.1e})")
+        lines += [f"∂{name} = {formula}" for name, formula in zip(self.names, self.formulas or (), strict=False)]
+        return "\n".join(lines)
+
+
+def derivatives(f: Callable[..., Any], *args: Any) -> Derivatives:
+    """The derivatives of `f` at a point by four ways.
+
+    Args:
+        f: a function of numbers or arrays that returns one number.
+        *args: the point.
+
+    Returns:
+        A `Derivatives`. Symbolic ones need sympy and a function of scalars alone.
+
+    Raises:
+        TypeError, ValueError: as `trace` and `Graph.gradients`.
+
+    Source: lectures 000, 003 (four ways to differentiate).
+
+    >>> with jax.enable_x64(True):
+    ...     d = derivatives(lambda x: x**2, 3.0)
+    >>> float(d.reverse[0]), float(d.forward[0]), round(float(d.numeric[0]), 6), d.formulas
+    (6.0, 6.0, 6.0, ['2*x'])
+    """
+    graph = trace(f, *args)
+    point, tree = jax.tree.flatten(args)
+    point = [jnp.asarray(leaf) for leaf in point]
+    reverse = _flat(graph.gradients())
+    forward, numeric = [], []
+    steps = np.array(STEPS)
+    for i, j in _entries(point):
+        unit = [jnp.zeros_like(leaf) for leaf in point]
+        unit[i] = unit[i].at[j].set(1)
+        forward.append(float(graph.jvp(*jax.tree.unflatten(tree, unit))))
+        numeric.append([_central(f, point, tree, i, j, h) for h in steps])
+    differences = np.array(numeric)  # [n, steps]
+    errors = np.nan_to_num(np.abs(differences - reverse[:, None]).max(0), nan=np.inf)  # a step that is lost to rounding
+    formulas, symbolic = _symbolic(graph)
+    names = [graph.nodes[graph.inputs[i]].name + (f"[{', '.join(map(str, j))}]" if j else "") for i, j in _entries(point)]
+    best = differences[:, int(np.argmin(errors))]
+    return Derivatives(names, float(graph.value), symbolic, formulas, best, np.array(forward), reverse, steps, errors)
+
+
+def _entries(point: list[Array]) -> list[tuple[int, tuple[int, ...]]]:
+    """Every number of the floating-point leaves: the leaf, and the place in it."""
+    return [(i, j) for i, leaf in enumerate(point) if is_differentiable(leaf) for j in np.ndindex(leaf.shape)]
+
+
+def _flat(gradients: Any) -> np.ndarray:
+    leaves = [np.asarray(g) for g in jax.tree.leaves(gradients)]
+    return np.concatenate([g.astype(np.float64).ravel() for g in leaves if g.dtype != jax.dtypes.float0])
+
+
+def _central(f: Callable[..., Any], point: list[Array], tree: Any, i: int, j: tuple[int, ...], h: float) -> float:
+    """`(f(x + h) - f(x - h)) / 2h`, with h in units of |x|, or of 1 where x is 0."""
+    x = point[i][j]
+    size = float(jnp.abs(x)) or 1.0
+    ends = [point[i].at[j].set(x + jnp.asarray(s * h * size, x.dtype)) for s in (1, -1)]
+    up, down = (f(*jax.tree.unflatten(tree, [*point[:i], end, *point[i + 1 :]])) for end in ends)
+    apart = float(ends[0][j]) - float(ends[1][j])
+    return (float(up) - float(down)) / apart if apart else float("nan")
+
+
+def _symbolic(graph: Graph) -> tuple[list[str] | None, np.ndarray | None]:
+    """Formulas and values by sympy: the gates' texts with symbols put in."""
+    try:
+        import sympy  # here, since it is large, and not needed elsewhere
+    except ModuleNotFoundError:
+        return None, None
+    found: list[Any] = []
+    for node in graph.nodes:
+        if node.primitive == "input":
+            found.append(sympy.Symbol(node.name, real=True))
+        elif node.primitive == "constant" and node.value.ndim == 0:
+            found.append(sympy.nsimplify(node.value.item(), rational=True))
+        elif node.gate is None or node.value.ndim or node.primitive in ("select_n", "stop_gradient"):
+            return None, None
+        else:
+            places = [f"a{k}" for k in range(len(node.inputs))]
+            text = node.gate.text.format(*places, **board.numbers(node.params))
+            known: Any = dict(zip(places, (found[i] for i in node.inputs), strict=True))
+            found.append(sympy.parse_expr(text, local_dict=known))
+    symbols = [found[i] for i in graph.inputs]
+    formulas = [sympy.diff(found[graph.outputs[0]], s) for s in symbols]
+    at: Any = {s: float(graph.nodes[i].value) for s, i in zip(symbols, graph.inputs, strict=True)}
+    return [str(sympy.simplify(d)) for d in formulas], np.array([float(d.evalf(30, subs=at)) for d in formulas])

@@ -1,0 +1,364 @@
+"""The computational graph: its sweeps against JAX, gate by gate and on generated expressions; what it prints and draws."""
+
+import itertools
+import re
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import fnn
+from fnn import graph
+from fnn.graph import GATES, drawing
+
+
+def close(ours, truth):
+    """The two trees are the same to 1e-12 of the size of the true one."""
+    assert jax.tree.structure(ours) == jax.tree.structure(truth)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(truth), strict=True):
+        assert jnp.shape(a) == jnp.shape(b)
+        if jnp.result_type(b) == jax.dtypes.float0:
+            assert a.dtype == b.dtype
+        else:
+            assert a.dtype == b.dtype
+            np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12 * float(np.abs(b).max(initial=0)))
+
+
+def agrees(f, *args):
+    """Value, gradient and tangent are JAX's; returns the graph."""
+    g = graph.trace(f, *args)
+    close(g.value, jax.tree.map(jnp.asarray, f(*args)))
+    argnums = tuple(range(len(args)))
+    close(g.gradients(), jax.grad(f, argnums, allow_int=True)(*args))
+    rng = np.random.default_rng(0)
+    tangents = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=jnp.shape(a))), args)
+
+    def for_jax(a, t):
+        return t if jnp.issubdtype(jnp.result_type(a), jnp.floating) else np.zeros(jnp.shape(a), jax.dtypes.float0)
+
+    close(g.jvp(*tangents), jax.jvp(f, args, jax.tree.map(for_jax, args, tangents))[1])
+    return g
+
+
+# Gates
+
+A, B = np.random.default_rng(0).uniform(0.3, 0.9, (2, 3, 4))
+ONE = "exp exp2 log log1p expm1 sin cos tan sinh cosh tanh atan logistic erf sqrt rsqrt abs neg sign floor square"
+ON = {
+    **{name: (getattr(lax, name), (A - (0.5 if name in ("abs", "neg", "sign", "floor") else 0),)) for name in ONE.split()},
+    **{name: (getattr(lax, name), (A, B)) for name in ("add", "sub", "mul", "div", "max", "min", "pow")},
+    "add_any": (lambda a, b: jax.vjp(lambda x: (x, x), a)[1]((a, b))[0], (A, B)),
+    "integer_pow": (lambda a: lax.integer_pow(a, -3) + lax.integer_pow(a, 3) + lax.integer_pow(a, 1), (A,)),
+    "select_n": (lambda a, b: lax.select_n(jnp.asarray(A > 0.5), a, b), (A, B)),
+    "dot_general": (lambda a, b: lax.dot_general(a, b, (((0,), (1,)), ((2,), (0,)))), (np.stack([A] * 5, 1), np.stack([B.T] * 6, 2))),
+    "reduce_sum": (lambda a: a.sum(0), (A,)),
+    "reduce_max": (lambda a: a.max(1), (np.round(A, 1),)),  # with ties
+    "reduce_min": (lambda a: a.min((0, 1)), (np.round(A, 1),)),
+    "broadcast_in_dim": (lambda a: lax.broadcast_in_dim(a, (2, 3, 5, 4), (1, 2, 3)), (A[:, None],)),
+    "reshape": (lambda a: a.reshape(2, 6), (A,)),
+    "squeeze": (lambda a: lax.squeeze(a, (1,)), (A[:, None],)),
+    "expand_dims": (lambda a: lax.expand_dims(a, (1,)), (A,)),
+    "transpose": (lambda a: jnp.transpose(a, (2, 0, 1)), (A[None],)),
+    "concatenate": (lambda a, b: jnp.concatenate([a, b, a], 1), (A, B)),
+    "slice": (lambda a: lax.slice(a, (0, 1), (3, 4), (2, 2)), (A,)),
+    "rev": (lambda a: a[::-1], (A,)),
+    "convert_element_type": (lambda a: a.astype(jnp.float32).astype(jnp.float64), (A.astype(np.float32).astype(float),)),
+    "copy": (lambda a: lax.copy_p.bind(a), (A,)),
+    "stop_gradient": (lambda a: lax.stop_gradient(a) * a, (A,)),
+}
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_every_gate_has_the_derivative_of_jax(x64, name):
+    f, args = ON[name]
+    weights = jnp.cos(jnp.arange(np.size(f(*args))).reshape(np.shape(f(*args))))  # no two entries weigh the same
+    g = agrees(lambda *args: (f(*args) * weights).sum(), *map(jnp.asarray, args))
+    used = {node.primitive for node in g.nodes}
+    assert name in used or name in ("squeeze", "expand_dims")  # JAX writes these two as others where it can
+    assert not g.untabled
+
+
+@pytest.mark.parametrize(("f", "x", "y"), [(jnp.maximum, 2.0, 2.0), (jnp.minimum, 2.0, 2.0), (jnp.hypot, 3.0, 4.0)])
+def test_a_tie_shares_equally(x64, f, x, y):
+    agrees(f, x, y)
+
+
+def test_a_scalar_that_meets_an_array_gets_the_sum(x64):
+    agrees(lambda a, s: lax.mul(a, lax.add(a, 2.0)).sum() * s, jnp.asarray(A), 3.0)
+
+
+# Generated expressions
+
+UNARY = [jnp.sin, jnp.cos, jnp.tanh, jnp.exp, jnp.abs, jnp.square, jax.nn.sigmoid, jax.nn.softplus, jax.nn.gelu, jax.nn.relu]
+UNARY += [lambda a: jnp.log(1.5 + a * a), lambda a: jnp.sqrt(1 + a * a), lambda a: 1 / (2 + jnp.cos(a)), lambda a: a**3, lambda a: -a]
+UNARY += [
+    lambda a: jnp.log1p(jnp.abs(a)),
+    lambda a: jnp.expm1(jnp.tanh(a)),
+    lambda a: jnp.where(a > 0, a, 0.1 * a),
+    lambda a: lax.rsqrt(2 + a * a),
+]
+ARRAY = [jax.nn.softmax, jnp.flip, lambda a: a - a.max(), lambda a: jnp.concatenate([a[1:], a[:1]]), lambda a: a * jax.nn.logsumexp(a)]
+ARRAY += [lambda a: jnp.outer(a, a).sum(1), lambda a: jnp.sort(a), jnp.cumsum, lambda a: a.reshape(2, 2).T.reshape(4)]
+BINARY = [
+    jnp.add,
+    jnp.subtract,
+    jnp.multiply,
+    jnp.maximum,
+    jnp.minimum,
+    lambda a, b: a / (2 + b * b),
+    lambda a, b: (1 + a * a) ** jnp.tanh(b),
+]
+
+
+def expression(number):
+    """A function of two or three scalars or arrays `[4]` that reuses what it has computed, and a point."""
+    rng = np.random.default_rng(number)
+    count, array = int(rng.integers(2, 4)), bool(number % 2)
+    steps = [
+        (rng.integers(3 if array else 2), rng.integers(1000), rng.integers(1000), rng.integers(1000)) for _ in range(rng.integers(3, 13))
+    ]
+
+    def f(*xs):
+        known = list(xs)
+        for kind, op, i, j in steps:
+            a, b = known[i % len(known)], known[j % len(known)]
+            family = (UNARY, BINARY, ARRAY)[kind]
+            known.append(family[op % len(family)](*((a, b) if kind == 1 else (a,))))
+        return sum(jnp.tanh(k).sum() for k in known[len(xs) :])
+
+    return f, [jnp.asarray(rng.normal(size=(4,) if array else ())) for _ in range(count)]
+
+
+@pytest.mark.parametrize("first", range(0, 120, 10))
+def test_generated_expressions_agree_in_both_modes(x64, first):
+    for number in range(first, first + 10):
+        f, xs = expression(number)
+        agrees(f, *xs)
+
+
+# The lectures
+
+
+def circuit(x1, x2, x3):
+    z1 = x1**2
+    z2 = x2 * x3
+    z3 = 2 * z1
+    z4 = z2 - z3
+    return z1 * z4
+
+
+def test_the_example_of_lecture_003(x64):
+    g = agrees(circuit, 1.0, 2.0, 3.0)
+    assert float(g.value) == 4
+    assert [float(d) for d in g.gradients()] == [4, 3, 2]
+    values = {node.name: float(node.value) for node in g.nodes}
+    assert [values[z] for z in ("z₁", "z₂", "z₃", "z₄", "z₅")] == [1, 6, 2, 4, 4]
+    swept = g.sweep().gradients
+    adjoint = {node.name: float(swept[i]) for i, node in enumerate(g.nodes) if swept[i] is not None}
+    assert [adjoint[z] for z in ("z₄", "z₃", "z₂", "z₁")] == [1, -1, 1, 2]
+    assert [float(g.jvp(*unit)) for unit in np.eye(3)] == [4, 3, 2]
+    assert "∂z₁ = ∂z₅ · z₄ + ∂z₃ · 2 = 4 + (-2) = 2   copy adds" in str(g)
+
+
+def test_the_example_of_lecture_000(x64):
+    g = agrees(lambda x1, x2: x1 * x2 + jnp.sin(x1), 2.0, 5.0)
+    np.testing.assert_allclose(g.value, 10.909297, atol=5e-7)
+    np.testing.assert_allclose(g.gradients(), (4.583853, 2), atol=5e-7)
+
+
+def test_the_examples_of_lecture_002(x64):
+    g = agrees(lambda x, w0, w1: 1 + jnp.exp(w0 + w1 * x), 0.5, 1.0, -2.0)
+    assert float(g.value) == 2
+    assert [float(d) for d in g.gradients()] == [-2, 1, 0.5]
+    g = agrees(lambda w0, w1, w2, x0, x1: 1 / (1 + jnp.exp(-(w0 * x0 + w1 * x1 + w2))), 2.0, -3.0, -3.0, -1.0, -2.0)
+    np.testing.assert_allclose(g.value, 0.731059, atol=5e-7)
+    np.testing.assert_allclose(g.gradients(), (-0.1966, -0.3932, 0.1966, 0.3932, -0.5898), atol=1e-4)
+
+
+def test_the_words_of_the_gates():
+    printed = str(graph.trace(lambda a, b, c: jnp.maximum(a + b, b * c), 1.0, 2.0, 4.0))
+    assert "∂b = ∂z₂ · c + ∂z₁ = 4 + 0 = 4   copy adds" in printed
+    assert "∂a = ∂z₁ = 0   add distributes" in printed
+    assert "∂c = ∂z₂ · b = 2   mul swaps the multipliers" in printed
+    assert "∂z₂ = ∂z₃ · [z₂ is larger] = 1   max routes to the larger; a tie shares equally" in printed
+
+
+def test_four_ways_side_by_side(x64):
+    d = graph.derivatives(lambda x1, x2: x1 * x2 + jnp.sin(x1), 2.0, 5.0)
+    assert d.formulas == ["x₂ + cos(x₁)", "x₁"]
+    for way in (d.symbolic, d.forward, d.reverse):
+        np.testing.assert_allclose(way, (4.583853163452858, 2), rtol=1e-14)
+    np.testing.assert_allclose(d.numeric, d.reverse, rtol=1e-9)
+    assert d.errors.argmin() not in (0, len(d.errors) - 1)  # too long a step truncates, too short a one rounds
+    assert "symbolic" in str(d)
+    d = graph.derivatives(lambda x: (x * x).sum(), jnp.array([3.0, -1.0]))
+    assert d.symbolic is None
+    assert d.names == ["x[0]", "x[1]"]
+    np.testing.assert_allclose(d.numeric, [6, -2], rtol=1e-8)
+
+
+# Functions as they are
+
+
+def net_case():
+    net, loss = fnn.mlp((3, 4, 2), "gelu"), fnn.losses.softmax_cross_entropy_with_integer_labels
+    params = net.init(jax.random.key(0))
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(5, 3)), params[-1].w.dtype)
+    return net, loss, params, x, jnp.arange(5) % 2
+
+
+def test_a_training_step_is_traced_unchanged(x64):
+    net, loss, params, x, t = net_case()
+    step = fnn.value_and_grad(net, loss)
+    g = graph.trace(step, params, x, t)
+    close(g.value, step(params, x, t))
+    agrees(lambda params, x, t: step(params, x, t)[0], params, x, t)
+    _, pull = jax.vjp(lambda params, x: step(params, x, t), params, x)  # the gradient of the gradient
+    cotangent = (jnp.ones(()), jax.tree.map(jnp.ones_like, params))
+    close(g.gradients(cotangent)[:2], pull(cotangent))
+    assert "no sweep backward: `f` returns a tree of 5 arrays" in str(g)
+    assert max(map(len, str(g).splitlines())) < 160
+
+
+@pytest.mark.parametrize(
+    "f", [jax.nn.gelu, jax.nn.softmax, jax.nn.logsumexp, jax.nn.relu, jax.nn.log_softmax, jax.nn.silu, jnp.linalg.norm]
+)
+def test_functions_of_jax_are_opened_up(x64, f):
+    agrees(lambda x: (f(x) * jnp.arange(1.0, 4)).sum(), jnp.array([0.3, -1.0, 2.0]))
+
+
+def test_a_scan_is_one_node(x64):
+    def f(x):
+        return lax.scan(lambda c, a: (jnp.sin(c) * a, c), x[0], x)[0]
+
+    g = agrees(f, jnp.array([0.5, 1.5, 2.5]))
+    assert [node.primitive for node in g.untabled] == ["scan"]
+    assert "scan is not among the gates; its gradient is by jax.vjp" in str(g)
+
+
+def test_a_derivative_of_its_own_is_kept_where_it_differs(x64):
+    @jax.custom_vjp
+    def straight_through(x):
+        return jnp.round(x)
+
+    straight_through.defvjp(lambda x: (jnp.round(x), ()), lambda _, g: (g,))
+    g = graph.trace(lambda x: 3 * straight_through(x), 0.4)
+    assert float(g.gradients()[0]) == 3
+    assert [node.primitive for node in g.untabled] == ["straight_through"]
+    assert float(graph.trace(jax.nn.relu, 0.0).gradients()[0]) == 0  # as jax.nn.relu; a bare max would share
+    assert not graph.trace(jax.nn.relu, 1.0).untabled
+    net = fnn.mlp((3, 2), "relu")
+
+    def manual(params):
+        return fnn.with_manual_vjp(net)(params, jnp.ones((2, 3))).sum()
+
+    params = net.init(jax.random.key(0))
+    close(graph.trace(manual, params).gradients()[0], jax.grad(manual)(params))
+
+
+def test_a_while_loop_goes_forward_only(x64):
+    def f(x):
+        return lax.while_loop(lambda c: c < 10, lambda c: c * x, x)
+
+    g = graph.trace(f, 2.0)
+    assert float(g.jvp(1.0)) == float(jax.jvp(f, (2.0,), (1.0,))[1])
+    with pytest.raises(ValueError, match=r"`while` .* has no derivative backward in JAX; `jvp` goes forward"):
+        g.gradients()
+    assert "no sweep backward: `while`" in str(g)
+
+
+def test_what_the_result_does_not_depend_on_is_not_there():
+    g = graph.trace(lambda x, y: (jnp.sin(x), jnp.cos(y) * 2)[0], 1.0, 2.0)
+    assert [node.name for node in g.nodes] == ["x", "y", "z₁"]
+    assert float(g.gradients()[1]) == 0
+
+
+def test_an_argument_that_is_the_result():
+    g = graph.trace(lambda x: x, 2.0)
+    assert (float(g.value), float(g.gradients()[0]), float(g.jvp(3.0))) == (2, 1, 3)
+    assert "∂x = 1" in str(g)
+
+
+# Bad input
+
+
+def branch(x):
+    return x if x > 0 else -x
+
+
+BAD = [
+    (lambda: graph.trace(3, 1.0), TypeError, "`f` must be a function"),
+    (lambda: graph.trace(branch, 1.0), TypeError, r"Python `if` or `while`.*Write `jnp.where` or `jax.lax.cond`"),
+    (lambda: graph.trace(lambda x: jnp.asarray(np.sin(x)), 1.0), TypeError, r"hands a traced value to NumPy. Use `jax.numpy`"),
+    (lambda: graph.trace(lambda x: float(x) * 2, 1.0), TypeError, "as a Python number"),
+    (lambda: graph.trace(lambda x: x, "a"), TypeError, r"`x` must be a number or an array, got 'a' \(str\)"),
+    (lambda: graph.trace(lambda x: x, {"w": [None, True]}), TypeError, r"`x\['w'\]\[1\]` must be a number or an array, got True"),
+    (lambda: graph.trace(lambda x, y: x, 1.0), TypeError, "`f` does not take 1 arguments"),
+    (lambda: graph.trace(lambda x: None, 1.0), TypeError, "`f` returns no array"),
+    (lambda: graph.trace(jnp.abs, np.ones(2) * 1j), TypeError, "`x` is complex"),
+    (lambda: graph.trace(lambda x1, x2: x1 * x2 + jnp.sin(x1), 2, 5), TypeError, r"`x₁` holds whole numbers \(int32\).*Pass floats"),
+    (lambda: graph.trace(lambda x: jnp.sqrt(x).sum(), jnp.arange(3)), TypeError, "`x` holds whole numbers"),
+    (lambda: graph.trace(lambda x: x * x, 3).gradients(), TypeError, r"returns int32.*Pass floats"),
+    (lambda: graph.trace(lambda x: (x, x), 1.0).gradients(), TypeError, "returns a tree of 2 arrays, and not one number. Pass `cotangent`"),
+    (lambda: graph.trace(jnp.cos, jnp.ones(3)).gradients(), TypeError, r"an array of shape \(3,\), and not one number. Pass `cotangent`"),
+    (lambda: graph.trace(jnp.cos, jnp.ones(3)).gradients(jnp.ones(2)), ValueError, r"`cotangent` has shape \(2,\) .* expected \(3,\)"),
+    (lambda: graph.trace(lambda x: x * 2, jnp.ones(3)).gradients((1.0,)), TypeError, "`cotangent` must be a tree like the result"),
+    (lambda: graph.trace(lambda x: x * 2, jnp.ones(3)).jvp(1.0), ValueError, r"`tangents` has shape \(\) for x, expected \(3,\)"),
+    (lambda: graph.trace(lambda x: x * 2, 1.0).jvp(), TypeError, "`tangents` must be one per argument"),
+    (lambda: graph.trace(lambda x: x * 2, 1.0).draw("graph.gif"), ValueError, r"`path` must end in .svg, .png or .pdf, got 'graph.gif'"),
+    (lambda: graph.derivatives(lambda x: x * 2, jnp.ones(3)), TypeError, "not one number"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "kind", "message"), BAD, ids=[message[:30] for *_, message in BAD])
+def test_bad_input_is_a_clear_error(call, kind, message):
+    with pytest.raises(kind, match=re.compile(message, re.DOTALL)):
+        call()
+
+
+def test_a_cotangent_of_an_array_picks_what_is_differentiated(x64):
+    x = jnp.array([1.0, 2.0])
+    found = graph.trace(lambda x: x**2, x).gradients(jnp.array([0.0, 1.0]))
+    np.testing.assert_array_equal(found[0], [0, 4])
+
+
+# Pictures
+
+
+def test_dot_has_value_and_gradient_on_every_edge():
+    g = graph.trace(circuit, 1.0, 2.0, 3.0)
+    text = g.to_dot()
+    assert text.count("->") == 8
+    assert text.count(drawing.VALUE) == text.count(drawing.GRADIENT) == 8
+    assert 'label="z₃: 2 ×"' in text
+    assert 'label="x₁ = 1"' in text
+
+
+@pytest.mark.parametrize("suffix", ["svg", "png", "pdf"])
+def test_a_picture_is_drawn_without_graphviz(tmp_path, monkeypatch, suffix):
+    monkeypatch.setattr(shutil, "which", lambda program: None)
+    net, loss, params, x, t = net_case()
+    file = graph.trace(fnn.value_and_grad(net, loss), params, x, t).draw(tmp_path / f"step.{suffix}")
+    assert file.stat().st_size > 5000
+
+
+@pytest.mark.skipif(shutil.which("dot") is None, reason="graphviz is not installed")
+def test_a_picture_is_drawn_by_graphviz(tmp_path):
+    assert "<svg" in graph.trace(circuit, 1.0, 2.0, 3.0).draw(tmp_path / "g.svg").read_text()
+
+
+def test_nodes_do_not_stand_on_one_another():
+    net, loss, params, x, t = net_case()
+    for g in (graph.trace(fnn.value_and_grad(net, loss), params, x, t), graph.trace(circuit, 1.0, 2.0, 3.0)):
+        nodes, edges = drawing.shown(g), drawing.edges(g)
+        at, ways = drawing.layout(nodes, edges)
+        places = {*at.values(), *(place for way in ways for place in way[1:-1])}
+        assert len(places) == len(at) + sum(len(way) - 2 for way in ways)
+        for column in {c for c, _ in places}:
+            heights = sorted(y for c, y in places if c == column)
+            assert all(b - a >= 0.99 for a, b in itertools.pairwise(heights))
+        for edge, way in zip(edges, ways, strict=True):
+            assert [c for c, _ in way] == list(range(at[edge.start][0], at[edge.end][0] + 1))
