@@ -59,6 +59,7 @@ class Config:
 
 
 TINY = Config(datasets=("digits",), noise_multipliers=(4.0, 1.0), sizes=(8,), epochs=2, batches=4, seeds=(0, 1))
+GALLERY = Config(datasets=("digits",))  # mnist would be downloaded
 
 
 class Curve(NamedTuple):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import cast, error, wide
 from jax import lax
 
 import fnn
@@ -186,6 +187,24 @@ def test_the_words_of_the_gates():
     assert "∂z₂ = ∂z₃ · [z₂ is larger] = 1   max routes to the larger; a tie shares equally" in printed
 
 
+def test_the_chain_rule_and_the_total_derivative(x64):
+    """df(g(x))/dx = f'(g(x)) g'(x); and d/dt f(g_1(t), g_2(t)) = sum_i D_i f dg_i/dt."""
+    x, t = 0.7, 0.4
+    np.testing.assert_allclose(agrees(lambda x: jnp.sin(jnp.exp(x)), x).gradients()[0], np.cos(np.exp(x)) * np.exp(x), rtol=1e-14)
+    f = graph.trace(lambda a, b: a * a * b, np.cos(t), np.sin(t))
+    partial, inner = f.gradients(), (-np.sin(t), np.cos(t))
+    total = partial[0] * inner[0] + partial[1] * inner[1]
+    np.testing.assert_allclose(total, f.jvp(*inner), rtol=1e-14)
+    np.testing.assert_allclose(total, agrees(lambda t: jnp.cos(t) ** 2 * jnp.sin(t), t).gradients()[0], rtol=1e-14)
+
+
+def test_x_squared_at_three_by_four_ways(x64):
+    d = graph.derivatives(lambda x: x**2, 3.0)
+    assert d.formulas == ["2*x"]
+    assert d.symbolic[0] == d.forward[0] == d.reverse[0] == 6
+    np.testing.assert_allclose(d.numeric, 6, rtol=1e-10)
+
+
 def test_four_ways_side_by_side(x64):
     d = graph.derivatives(lambda x1, x2: x1 * x2 + jnp.sin(x1), 2.0, 5.0)
     assert d.formulas == ["x₂ + cos(x₁)", "x₁"]
@@ -257,6 +276,26 @@ def test_a_derivative_of_its_own_is_kept_where_it_differs(x64):
 
     params = net.init(jax.random.key(0))
     close(graph.trace(manual, params).gradients()[0], jax.grad(manual)(params))
+
+
+def test_keys_and_prints_do_not_disturb(x64):
+    def f(x, key):
+        jax.debug.print("{x}", x=x)
+        return (x * jax.random.normal(key, (3,))).sum()
+
+    g = graph.trace(f, jnp.arange(3.0), jax.random.key(0))
+    np.testing.assert_allclose(g.gradients()[0], jax.random.normal(jax.random.key(0), (3,)), rtol=1e-12)
+    assert g.gradients()[1].dtype == jax.dtypes.float0
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_short_dtypes_are_kept(dtype):
+    net, loss, params, x, t = net_case()
+    f = fnn.mean_loss(net, loss)
+    args = (cast(params, dtype), x.astype(dtype), t)
+    ours, truth = graph.trace(f, *args).gradients()[0], jax.grad(f)(*args)
+    assert jax.tree.map(lambda a: a.dtype, ours) == jax.tree.map(lambda a: a.dtype, truth)
+    assert error(wide(ours), wide(truth)) <= 8 * float(jnp.finfo(dtype).eps)
 
 
 def test_a_while_loop_goes_forward_only(x64):

@@ -178,35 +178,62 @@ def _mean(values: list[float], otherwise: float) -> float:
     return sum(values) / len(values) if values else otherwise
 
 
+class Arranged(NamedTuple):
+    """Where everything stands, in inches, x to the right and y downward."""
+
+    centres: dict[int, tuple[float, float]]  # of the boxes
+    halves: dict[int, float]  # their widths, halved
+    ways: list[tuple[Edge, list[tuple[float, float]]]]
+    size: tuple[float, float]
+
+
+def arranged(graph: Graph) -> Arranged:
+    """The layout of a graph in inches."""
+    nodes, found = shown(graph), edges(graph)
+    at, ways = layout(nodes, found)
+    half = {i: 0.042 * len(label(graph, i)) + 0.12 for i in nodes}
+    widest = [max(half[i] for i in nodes if at[i][0] == c) for c in range(1 + max(c for c, _ in at.values()))]
+    x = [sum(2 * w + GAP for w in widest[:c]) + widest[c] + 0.2 for c in range(len(widest))]
+    rows = [y for way in ways for _, y in way] + [y for _, y in at.values()]
+    low, high = min(rows), max(rows)
+
+    def place(c: int, y: float) -> tuple[float, float]:
+        return x[c], ROW * (y - low) + 0.5
+
+    lines = []
+    for edge, way in zip(found, ways, strict=True):
+        points = [place(c, y) for c, y in way]
+        points[0] = points[0][0] + half[edge.start], points[0][1]
+        points[-1] = points[-1][0] - half[edge.end], points[-1][1]
+        lines.append((edge, points))
+    return Arranged({i: place(*at[i]) for i in nodes}, half, lines, (x[-1] + widest[-1] + 0.2, ROW * (high - low) + 1.0))
+
+
+def paint(axes: Any, graph: Graph, found: Arranged) -> None:
+    """Draws an arranged graph on matplotlib's axes, whose limits are to be set to its size."""
+    for edge, points in found.ways:
+        _draw_edge(axes, edge, points)
+    for i, (x, y) in found.centres.items():
+        thick = 2.2 if i in graph.outputs else 1.0
+        box = {"boxstyle": "round,pad=0.35", "facecolor": _colour(graph.nodes[i]), "edgecolor": "black", "linewidth": thick}
+        axes.text(x, y, label(graph, i), bbox=box, ha="center", va="center", fontsize=9, zorder=3)
+
+
 def _with_matplotlib(graph: Graph, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    nodes, found = shown(graph), edges(graph)
-    at, ways = layout(nodes, found)
-    half = {i: 0.042 * len(label(graph, i)) + 0.12 for i in nodes}  # of a box, in inches
-    widest = [max(half[i] for i in nodes if at[i][0] == c) for c in range(1 + max(c for c, _ in at.values()))]
-    centre = [sum(2 * w + GAP for w in widest[:c]) + widest[c] for c in range(len(widest))]
-    rows = [y for way in ways for _, y in way] + [y for _, y in at.values()]
-    low, high = min(rows), max(rows)
-    size = (centre[-1] + widest[-1] + 0.4, ROW * (high - low) + 1.5)
-    fig = Figure(figsize=size)
+    found = arranged(graph)
+    width, height = found.size[0], found.size[1] + 0.3
+    fig = Figure(figsize=(width, height))
     FigureCanvasAgg(fig)
     axes = fig.add_axes((0, 0, 1, 1))
-    axes.set(xlim=(-0.2, size[0] - 0.2), ylim=(size[1] - 1.0, -1.0))
+    axes.set(xlim=(0, width), ylim=(found.size[1], -0.3))
     axes.axis("off")
-    for edge, way in zip(found, ways, strict=True):
-        points = [(centre[c], ROW * (y - low)) for c, y in way]
-        points[0] = points[0][0] + half[edge.start], points[0][1]
-        points[-1] = points[-1][0] - half[edge.end], points[-1][1]
-        _draw_edge(axes, edge, points)
-    for i in nodes:
-        box = {"boxstyle": "round,pad=0.35", "facecolor": _colour(graph.nodes[i]), "linewidth": 2.2 if i in graph.outputs else 1.0}
-        text = {"ha": "center", "va": "center", "fontsize": 9, "zorder": 3}
-        axes.text(centre[at[i][0]], ROW * (at[i][1] - low), label(graph, i), bbox={**box, "edgecolor": "black"}, **text)
-    axes.text(-0.1, -0.85, "value", color=VALUE, fontsize=10, va="center", weight="bold")
-    axes.text(0.45, -0.85, "gradient of the result", color=GRADIENT, fontsize=10, va="center", weight="bold")
-    fig.savefig(path, dpi=min(150, 12000 / max(size)), bbox_inches="tight")
+    paint(axes, graph, found)
+    axes.text(0.1, -0.1, "value", color=VALUE, fontsize=10, va="center", weight="bold")
+    axes.text(0.65, -0.1, "gradient of the result", color=GRADIENT, fontsize=10, va="center", weight="bold")
+    fig.savefig(path, dpi=min(150, 12000 / max(width, height)))
 
 
 def _draw_edge(axes: Any, edge: Edge, points: list[tuple[float, float]]) -> None:

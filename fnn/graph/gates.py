@@ -96,7 +96,7 @@ def _dot_side(g: Array, a: Array, b: Array, over_a: Any, over_b: Any, batch_a: A
     free_b = [i for i in range(b.ndim) if i not in (*over_b, *batch_b)]
     n = len(batch_a)
     of_b = [n + (i if right else len(free_a) + i) for i in range(len(free_b))]  # where g has the free axes of b
-    product = lax.dot_general(g, b, ((tuple(of_b), tuple(free_b)), (tuple(range(n)), tuple(batch_b))), preferred_element_type=g.dtype)
+    product = lax.dot_general(g, b.astype(g.dtype), ((tuple(of_b), tuple(free_b)), (tuple(range(n)), tuple(batch_b)))).astype(a.dtype)
     # product: batch, free of a, and the axes of b that were summed over, in the order of b
     order = sorted(range(len(over_b)), key=lambda i: over_b[i])
     axes = [*batch_a, *free_a, *(over_a[i] for i in order)]
