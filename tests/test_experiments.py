@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import fnn
-from experiments import _run, train
+from experiments import _run, gallery, train
 from experiments.__main__ import discover, main
 
 NAMES = tuple(discover())
@@ -204,3 +204,22 @@ def test_metrics_are_strict_json(tmp_path):
 
 def test_every_series_of_a_picture_has_its_own_colour():
     assert len(set(_run.COLOURS)) == len(_run.COLOURS) == 7
+
+
+def test_the_page_shows_every_experiment_asked_for_and_needs_no_network(tmp_path, capsys):
+    assert main(["gallery", "--names", "computation-graph", "--tiny", "--jobs", "1", "--out", str(tmp_path)]) == 0
+    page = (tmp_path / "index.html").read_text()
+    assert 'img src="computation-graph/computation-graph.png"' in page
+    assert "http" not in page
+    assert "∂x₁ = ∂z₂ · cos(x₁)" in (tmp_path / "computation-graph" / "output.txt").read_text()
+    assert set(gallery.run(gallery.Config())) == set(NAMES) - {"benchmark", "gallery"}
+
+
+def test_the_page_says_which_experiment_failed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gallery, "discover", lambda: {"no-such-thing": "What is it?"})
+    assert main(["gallery", "--names", "no-such-thing", "--out", str(tmp_path)]) == 1
+    assert "1 of 1 experiments ended with an error: no-such-thing" in capsys.readouterr().err
+    assert "ModuleNotFoundError" in (tmp_path / "index.html").read_text()
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="Unknown experiment 'digit'. Did you mean 'digits'"):
+        gallery.run(gallery.Config(names=("digit",)))

@@ -298,6 +298,15 @@ def test_short_dtypes_are_kept(dtype):
     assert error(wide(ours), wide(truth)) <= 8 * float(jnp.finfo(dtype).eps)
 
 
+def test_a_graph_keeps_the_precision_that_it_was_traced_in():
+    with jax.enable_x64(True):
+        g = graph.trace(circuit, 1.1, 2.0, 3.0)
+        gradient, text = g.gradients(), str(g)
+    close(g.gradients(), gradient)
+    assert gradient[0].dtype == g.jvp(1.0, 0.0, 0.0).dtype == np.float64
+    assert str(g) == text
+
+
 def test_a_while_loop_goes_forward_only(x64):
     def f(x):
         return lax.while_loop(lambda c: c < 10, lambda c: c * x, x)

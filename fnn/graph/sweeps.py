@@ -52,6 +52,7 @@ class Graph:
         self.nodes: list[Node]
         self.nodes, self.inputs, self.outputs, self._out = build(f, args)
         self._args = args
+        self._x64 = bool(jax.config.jax_enable_x64)  # pyright: ignore[reportAttributeAccessIssue]  # the precision of the values
 
     @property
     def value(self) -> Any:
@@ -78,6 +79,10 @@ class Graph:
             and any(is_differentiable(v) for i in n.inputs for v in jax.tree.leaves(self.nodes[i].value))
         ]
 
+    def _in_its_precision(self) -> Any:
+        """A graph that was traced in float64 is swept in it."""
+        return jax.enable_x64(self._x64)
+
     def gradients(self, cotangent: Any = None) -> tuple[Any, ...]:
         """The gradient with respect to every argument, by one sweep backward.
 
@@ -92,7 +97,8 @@ class Graph:
                 not like the result.
         """
         swept = self.sweep(cotangent)
-        found = [self._as_input(i, swept.gradients[i]) for i in self.inputs]
+        with self._in_its_precision():
+            found = [self._as_input(i, swept.gradients[i]) for i in self.inputs]
         return jax.tree.unflatten(jax.tree.structure(self._args), found)
 
     def jvp(self, *tangents: Any) -> Any:
@@ -108,8 +114,12 @@ class Graph:
             raise TypeError(
                 f"`tangents` must be one per argument, each like it: {jax.tree.structure(self._args)}; got {jax.tree.structure(tangents)}."
             )
+        with self._in_its_precision():
+            return self._tangents(jax.tree.leaves(tangents))
+
+    def _tangents(self, tangents: list[Any]) -> Any:
         found: list[Any] = [None] * len(self.nodes)
-        for i, t in zip(self.inputs, jax.tree.leaves(tangents), strict=True):
+        for i, t in zip(self.inputs, tangents, strict=True):
             found[i] = self._like("tangents", t, self.nodes[i]) if is_differentiable(self.nodes[i].value) else None
         for i, node in enumerate(self.nodes):
             if node.primitive != "input":
@@ -119,6 +129,10 @@ class Graph:
 
     def sweep(self, cotangent: Any = None) -> Sweep:
         """The reverse sweep: from the last node to the first, each hands its gradient on to its inputs; where several flow, they add up."""
+        with self._in_its_precision():
+            return self._backward(cotangent)
+
+    def _backward(self, cotangent: Any) -> Sweep:
         flows: list[list[Flow]] = [[] for _ in self.nodes]
         gradients: list[Any] = [None] * len(self.nodes)
         for i, seed in zip(self.outputs, self._seeds(cotangent), strict=True):
