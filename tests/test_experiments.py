@@ -221,5 +221,5 @@ def test_the_page_says_which_experiment_failed(tmp_path, monkeypatch, capsys):
     assert "1 of 1 experiments ended with an error: no-such-thing" in capsys.readouterr().err
     assert "ModuleNotFoundError" in (tmp_path / "index.html").read_text()
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="Unknown experiment 'digit'. Did you mean 'digits'"):
+    with pytest.raises(ValueError, match=r"Unknown experiment 'digit'. Did you mean 'digits'"):
         gallery.run(gallery.Config(names=("digit",)))
