@@ -249,6 +249,25 @@ def test_functions_of_jax_are_opened_up(x64, f):
     agrees(lambda x: (f(x) * jnp.arange(1.0, 4)).sum(), jnp.array([0.3, -1.0, 2.0]))
 
 
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda x: (jnp.abs(jnp.fft.rfft(x)) ** 2).sum(),  # complex numbers on the way
+        lambda x: jnp.linalg.det(jnp.outer(x, x) + jnp.eye(3)) + jnp.linalg.inv(jnp.diag(x) + 0.1).sum(),
+        lambda x: x.at[1].set(x[0] ** 2)[1] + x[::2].sum() + jnp.cumsum(x)[1] + jnp.prod(x),
+        lambda x: jax.checkpoint(lambda a: jnp.sin(jnp.exp(a)))(x).sum(),
+        lambda x: lax.cond(x[0] > 0, lambda a: (a**2).sum(), lambda a: a.sum(), x),
+        lambda x: lax.fori_loop(0, 3, lambda i, c: jnp.sin(c) * x.sum(), x[0]),
+        lambda x: (jax.grad(lambda a: (a**3).sum())(x) * x).sum() + jax.vmap(lambda a: jnp.sin(a) * x.sum())(x).sum(),
+        lambda x: jnp.convolve(x, x).sum() + jnp.einsum("i,j,ij->", x, x, jnp.outer(x, x)) + jnp.std(x) + jnp.arctan2(x[0], x[1]),
+    ],
+)
+def test_whatever_jax_differentiates(x64, f):
+    g = agrees(f, jnp.array([0.3, -1.2, 2.0]))
+    assert str(g)
+    assert g.to_dot()
+
+
 def test_a_scan_is_one_node(x64):
     def f(x):
         return lax.scan(lambda c, a: (jnp.sin(c) * a, c), x[0], x)[0]
@@ -350,6 +369,7 @@ BAD = [
     (lambda: graph.trace(lambda x1, x2: x1 * x2 + jnp.sin(x1), 2, 5), TypeError, r"`x₁` holds whole numbers \(int32\).*Pass floats"),
     (lambda: graph.trace(lambda x: jnp.sqrt(x).sum(), jnp.arange(3)), TypeError, "`x` holds whole numbers"),
     (lambda: graph.trace(lambda x: x * x, 3).gradients(), TypeError, r"returns int32.*Pass floats"),
+    (lambda: graph.trace(lambda x: jnp.fft.fft(x)[0], jnp.ones(2)).gradients(), TypeError, "returns complex64, which has no gradient"),
     (lambda: graph.trace(lambda x: (x, x), 1.0).gradients(), TypeError, "returns a tree of 2 arrays, and not one number. Pass `cotangent`"),
     (lambda: graph.trace(jnp.cos, jnp.ones(3)).gradients(), TypeError, r"an array of shape \(3,\), and not one number. Pass `cotangent`"),
     (lambda: graph.trace(jnp.cos, jnp.ones(3)).gradients(jnp.ones(2)), ValueError, r"`cotangent` has shape \(2,\) .* expected \(3,\)"),

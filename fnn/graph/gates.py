@@ -219,5 +219,5 @@ GATES: dict[str, Gate] = {
 
 
 def is_differentiable(value: Any) -> bool:
-    """Whether a gradient flows into a value: a floating-point array."""
-    return jnp.issubdtype(jax.typeof(value).dtype, jnp.floating)
+    """Whether a gradient flows into a value: an array of floating-point (or, inside, complex) numbers."""
+    return jnp.issubdtype(jax.typeof(value).dtype, jnp.inexact)

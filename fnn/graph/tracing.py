@@ -31,6 +31,7 @@ class Node:
         value: an array; a tuple of them where the primitive has several outputs.
         params: of the primitive.
         bind: applies the primitive to arrays.
+        real: whether no complex number goes in or comes out; the gates are those of real numbers.
     """
 
     name: str
@@ -39,11 +40,12 @@ class Node:
     value: Any
     params: dict[str, Any] = field(default_factory=dict)
     bind: Callable[..., Any] | None = None
+    real: bool = True
 
     @property
     def gate(self) -> Gate | None:
         """What the primitive does to a gradient, or None if JAX's own `vjp` has to say."""
-        return GATES.get(self.primitive)
+        return GATES.get(self.primitive) if self.real else None
 
 
 def build(f: Callable[..., Any], args: tuple[Any, ...]) -> tuple[list[Node], list[int], list[int], Any]:
@@ -156,7 +158,8 @@ class _Walk:
         if eqn.primitive.multiple_results and not several:
             list_bind, bind = bind, lambda *xs: list_bind(*xs)[0]
         found = bind(*values)
-        outputs = [self.add(Node("", label, inputs, tuple(found) if several else found, eqn.params, bind))]
+        real = not any(jnp.issubdtype(v.dtype, jnp.complexfloating) for v in jax.tree.leaves((values, found)))
+        outputs = [self.add(Node("", label, inputs, tuple(found) if several else found, eqn.params, bind, real))]
         if several:
             outputs = [self.add(Node("", "part", (outputs[0],), part, {"part": i})) for i, part in enumerate(found)]
         if self.whole.intersection(inputs):
@@ -172,7 +175,7 @@ class _Walk:
 
 def _inside(eqn: Any) -> ClosedJaxpr | None:
     """The jaxpr of a call that is only a call."""
-    if eqn.primitive.name not in ("jit", "pjit", "closed_call", "core_call", "remat", "checkpoint", *CUSTOM):
+    if eqn.primitive.name not in ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint", *CUSTOM):
         return None
     found = next((eqn.params[key] for key in ("jaxpr", "call_jaxpr", "fun_jaxpr") if key in eqn.params), None)
     return ClosedJaxpr(found, ()) if found is not None and not hasattr(found, "consts") else found
@@ -230,4 +233,5 @@ def number(value: Any) -> str:
         return f"{np.asarray(value).item():.6g}"
     if not is_differentiable(value):
         return f"{list(value.shape)} {value.dtype}"
-    return f"{list(value.shape)} |{np.linalg.norm(np.asarray(value, np.float64)):.4g}|"
+    wide = np.complex128 if jnp.issubdtype(value.dtype, jnp.complexfloating) else np.float64
+    return f"{list(value.shape)} |{np.linalg.norm(np.asarray(value).astype(wide)):.4g}|"
