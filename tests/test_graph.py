@@ -47,9 +47,9 @@ def agrees(f, *args):
 # Gates
 
 A, B = np.random.default_rng(0).uniform(0.3, 0.9, (2, 3, 4))
-ONE = "exp exp2 log log1p expm1 sin cos tan sinh cosh tanh atan logistic erf sqrt rsqrt abs neg sign floor square"
+ONE = "ceil round exp exp2 log log1p expm1 sin cos tan sinh cosh tanh atan logistic erf sqrt rsqrt abs neg sign floor square"
 ON = {
-    **{name: (getattr(lax, name), (A - (0.5 if name in ("abs", "neg", "sign", "floor") else 0),)) for name in ONE.split()},
+    **{name: (getattr(lax, name), (A - (0.5 if name in ("abs", "neg", "sign", "floor", "ceil", "round") else 0),)) for name in ONE.split()},
     **{name: (getattr(lax, name), (A, B)) for name in ("add", "sub", "mul", "div", "max", "min", "pow")},
     "add_any": (lambda a, b: jax.vjp(lambda x: (x, x), a)[1]((a, b))[0], (A, B)),
     "integer_pow": (lambda a: lax.integer_pow(a, -3) + lax.integer_pow(a, 3) + lax.integer_pow(a, 1), (A,)),
@@ -61,7 +61,6 @@ ON = {
     "broadcast_in_dim": (lambda a: lax.broadcast_in_dim(a, (2, 3, 5, 4), (1, 2, 3)), (A[:, None],)),
     "reshape": (lambda a: a.reshape(2, 6), (A,)),
     "squeeze": (lambda a: lax.squeeze(a, (1,)), (A[:, None],)),
-    "expand_dims": (lambda a: lax.expand_dims(a, (1,)), (A,)),
     "transpose": (lambda a: jnp.transpose(a, (2, 0, 1)), (A[None],)),
     "concatenate": (lambda a, b: jnp.concatenate([a, b, a], 1), (A, B)),
     "slice": (lambda a: lax.slice(a, (0, 1), (3, 4), (2, 2)), (A,)),
@@ -78,7 +77,7 @@ def test_every_gate_has_the_derivative_of_jax(x64, name):
     weights = jnp.cos(jnp.arange(np.size(f(*args))).reshape(np.shape(f(*args))))  # no two entries weigh the same
     g = agrees(lambda *args: (f(*args) * weights).sum(), *map(jnp.asarray, args))
     used = {node.primitive for node in g.nodes}
-    assert name in used or name in ("squeeze", "expand_dims")  # JAX writes these two as others where it can
+    assert name in used or name == "squeeze"  # which JAX writes as a reshape where it can
     assert not g.untabled
 
 
@@ -285,7 +284,7 @@ def test_a_derivative_of_its_own_is_kept_where_it_differs(x64):
     straight_through.defvjp(lambda x: (jnp.round(x), ()), lambda _, g: (g,))
     g = graph.trace(lambda x: 3 * straight_through(x), 0.4)
     assert float(g.gradients()[0]) == 3
-    assert [node.primitive for node in g.untabled] == ["straight_through"]
+    assert [node.label for node in g.untabled] == ["straight_through"]
     assert float(graph.trace(jax.nn.relu, 0.0).gradients()[0]) == 0  # as jax.nn.relu; a bare max would share
     assert not graph.trace(jax.nn.relu, 1.0).untabled
     net = fnn.mlp((3, 2), "relu")
@@ -326,13 +325,81 @@ def test_a_graph_keeps_the_precision_that_it_was_traced_in():
     assert str(g) == text
 
 
+def custom(f, backward, name="own"):
+    """A function whose derivative is another than its own."""
+    g = jax.custom_vjp(f)
+    f.__name__ = g.__name__ = name
+    g.defvjp(lambda x: (f(x), x), backward)
+    return g
+
+
+OWN = {
+    "clips the gradient": (lambda x: 5 * custom(lambda x: x * 1, lambda x, g: (jnp.clip(g, -1, 1),))(x).sum(), np.array([0.4, 2.0])),
+    "turns it round": (lambda x: (jnp.arange(5.0) * custom(lambda x: x * 1, lambda x, g: (g[::-1],))(x)).sum(), np.ones(5)),
+    "triples it in bfloat16": (custom(lambda x: x * 1, lambda x, g: (3 * g,)), jnp.bfloat16(2)),
+    "has a gate's name": (lambda x: 3 * custom(jnp.floor, lambda x, g: (g,), "floor")(x), 0.4),
+    "has a gate's name with parameters": (lambda x: 3 * custom(jnp.floor, lambda x, g: (g,), "integer_pow")(x), 0.4),
+    "is implicit": (
+        custom(lambda a: lax.while_loop(lambda c: abs(c * c - a) > 1e-9, lambda c: 0.5 * (c + a / c), a), lambda a, g: (g / 2 / a**0.5,)),
+        2.0,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_derivative_of_its_own_counts(x64, name):
+    f, x = OWN[name]
+    g = graph.trace(f, x)
+    np.testing.assert_allclose(np.asarray(g.gradients()[0], float), np.asarray(jax.grad(f)(x), float), rtol=1e-12)
+    assert "is not among the gates" in str(g)
+
+
+NOT_WANTED = [  # 0 x inf, and what need not be differentiated
+    (lambda x: 0.5 * x, jnp.inf),
+    (lambda x: 2 * jnp.exp(x), 1000.0),
+    (lambda x: jnp.power(x, jnp.array(2.0)), -1.0),
+    (lambda x: lax.stop_gradient(jnp.sqrt(x)) + x, 0.0),
+    (lambda x: jnp.floor(jnp.sqrt(x)) + jnp.round(jnp.sqrt(x)) + x, 0.0),
+    (lambda x: x * lax.stop_gradient(lax.while_loop(lambda c: c < 10, lambda c: c * 2, x)), 1.5),
+    (lambda x: x * lax.while_loop(lambda c: c < 10, lambda c: c * 2, jnp.asarray(1.5)), 1.5),
+    (lambda x: jnp.linalg.eigvalsh(x).sum() + jnp.linalg.svd(x)[1].sum(), np.eye(3)),
+    (lambda x: jnp.abs(x).sum(), np.zeros(2)),
+    (lambda x: lax.pow(x, jnp.full(4, 2)).sum(), np.ones(4)),
+    (lambda z1: z1 * z1, 2.0),
+]
+
+
+@pytest.mark.parametrize(("f", "x"), NOT_WANTED)
+def test_what_is_not_wanted_is_not_computed(x64, f, x):
+    g = agrees(f, jnp.asarray(x))
+    assert len({node.name for node in g.nodes if node.primitive != "constant"}) == sum(n.primitive != "constant" for n in g.nodes)
+
+
+def test_keys_can_be_printed_and_drawn(tmp_path):
+    key = jax.random.key(0)
+    for g in (graph.trace(lambda x: x * jax.random.normal(key), 2.0), graph.trace(lambda x, key: x * jax.random.normal(key), 2.0, key)):
+        assert "key" in str(g)
+        assert g.to_dot()
+    assert graph.trace(lambda: jnp.float32(3)).draw(tmp_path / "constant.png").exists()
+
+
+def test_symbolic_derivatives_where_there_are_any(x64):
+    d = graph.derivatives(lambda n, x: lax.pow(x, n), 3, 2.0)
+    np.testing.assert_allclose(d.symbolic, d.reverse, rtol=1e-14)
+    assert graph.derivatives(lambda x: jnp.floor(x) * x, 2.5).symbolic is None
+    assert np.isnan(graph.derivatives(jnp.sqrt, 0.0).symbolic).all()
+    np.testing.assert_allclose(graph.derivatives(lambda x: jnp.sum(x) ** 2, 3.0).symbolic, [6])
+    d = graph.derivatives(lambda x, y: jnp.tanh(jnp.sin(x * y) + jnp.exp(x) / (1 + y**2)) * jnp.log(1 + x * x), 0.3, 0.7)
+    np.testing.assert_allclose(d.symbolic, d.reverse, rtol=1e-12)
+
+
 def test_a_while_loop_goes_forward_only(x64):
     def f(x):
         return lax.while_loop(lambda c: c < 10, lambda c: c * x, x)
 
     g = graph.trace(f, 2.0)
     assert float(g.jvp(1.0)) == float(jax.jvp(f, (2.0,), (1.0,))[1])
-    with pytest.raises(ValueError, match=r"`while` .* has no derivative backward in JAX; `jvp` goes forward"):
+    with pytest.raises(ValueError, match=r"`while` .* cannot be differentiated backward; perhaps `jvp` goes forward"):
         g.gradients()
     assert "no sweep backward: `while`" in str(g)
 
@@ -378,6 +445,10 @@ BAD = [
     (lambda: graph.trace(lambda x: x * 2, 1.0).jvp(), TypeError, "`tangents` must be one per argument"),
     (lambda: graph.trace(lambda x: x * 2, 1.0).draw("graph.gif"), ValueError, r"`path` must end in .svg, .png or .pdf, got 'graph.gif'"),
     (lambda: graph.derivatives(lambda x: x * 2, jnp.ones(3)), TypeError, "not one number"),
+    (lambda: graph.derivatives(lambda n: jnp.ones(3)[n] * 2.0, 1), TypeError, "hold no floating-point number"),
+    (lambda: graph.trace(lambda x, n: sum(x for _ in range(n)), 2.0, 3), TypeError, r"close over what is fixed, `lambda x: f\(x, 3\)`"),
+    (lambda: graph.trace(lambda x: x[x > 0].sum(), jnp.ones(3)), TypeError, "close over what is fixed"),
+    (lambda: graph.trace(lambda x, train: x, 1.0, True), TypeError, "`train` must be a number or an array, got True .* Close over it"),
 ]  # fmt: skip
 
 

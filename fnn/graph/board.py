@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import jax.numpy as jnp
+
+from fnn.graph.gates import is_differentiable
 from fnn.graph.tracing import Node, number
 
 if TYPE_CHECKING:
@@ -24,15 +27,17 @@ def text(graph: Graph) -> str:
     lines.append("backward, ∂u for the derivative of the result with respect to u")
     for i in reversed(range(len(graph.nodes))):
         gradient = swept.gradients[i]
+        if gradient is None and i in graph.inputs and is_differentiable(graph.nodes[i].value):
+            gradient = jnp.zeros_like(graph.nodes[i].value)
         if gradient is not None and not is_number(graph.nodes[i]) and graph.nodes[i].primitive != "constant":
             lines.append(f"  ∂{graph.nodes[i].name} = {products(graph, swept.flows[i])}{number(gradient)}{_word(graph, swept.flows[i])}")
-    lines += [f"{n.name}: {n.primitive} is not among the gates; its gradient is by jax.vjp" for n in graph.untabled]
+    lines += [f"{n.name}: {n.label} is not among the gates; its gradient is by jax.vjp" for n in graph.untabled]
     return "\n".join(lines)
 
 
 def is_number(node: Node) -> bool:
     """A constant that is written where it is used."""
-    return node.primitive == "constant" and node.value.ndim == 0
+    return node.primitive == "constant" and node.value.ndim == 0 and node.name != "key"
 
 
 def formula(graph: Graph, i: int) -> str:
@@ -42,7 +47,7 @@ def formula(graph: Graph, i: int) -> str:
     if node.primitive == "part":
         return f"{names[0]}[{node.params['part']}]"
     if node.gate is None:
-        return f"{node.primitive}({', '.join(names)})"
+        return f"{node.label}({', '.join(names)})"
     if node.primitive in ("concatenate", "select_n"):
         return f"{node.primitive.removesuffix('_n')}({', '.join(names)})"
     return pretty(node.gate.text.format(*names, **numbers(node.params)))
@@ -55,7 +60,7 @@ def back(graph: Graph, flow: Flow) -> str:
     if node.primitive == "part":
         return upstream
     if node.gate is None:
-        return f"vjp of {node.primitive} at {upstream}"
+        return f"vjp of {node.label} at {upstream}"
     template = node.gate.partials[min(flow.place, len(node.gate.partials) - 1)]
     text = pretty(template.format(*operands(graph, node), g=upstream, **numbers(node.params)))
     if "{g}" in template:

@@ -48,8 +48,8 @@ def shown(graph: Graph) -> list[int]:
     return [
         i
         for i, node in enumerate(graph.nodes)
-        if not board.is_number(node)
-        and (node.primitive == "input" or i in graph.outputs or any(map(is_differentiable, jax.tree.leaves(node.value))))
+        if i in graph.outputs
+        or (not board.is_number(node) and (node.primitive == "input" or any(map(is_differentiable, jax.tree.leaves(node.value)))))
     ]
 
 
@@ -74,7 +74,7 @@ def label(graph: Graph, i: int) -> str:
     node = graph.nodes[i]
     if node.primitive in ("input", "constant"):
         return f"{node.name} = {number(node.value)}" if node.value.ndim == 0 else f"{node.name} {list(node.value.shape)}"
-    sign = _SIGNS.get(node.primitive, node.primitive).format(**board.numbers(node.params))
+    sign = _SIGNS.get(node.label, node.label).format(**board.numbers(node.params))
     given = [graph.nodes[j].name if board.is_number(graph.nodes[j]) else "" for j in node.inputs]
     before, after = (given[0], given[1:]) if len(given) > 1 else ("", given)
     result = f" = {number(node.value)}" if i in graph.outputs and node.value.ndim == 0 else ""

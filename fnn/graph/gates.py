@@ -21,6 +21,7 @@ from jax import lax
 from fnn._types import Array
 
 Values = Sequence[Array]
+Tangents = Sequence[Array | None]
 Partial = tuple[str, Callable[..., Array]]  # the local derivative: as text, and `(*inputs, y) -> array`
 
 
@@ -32,15 +33,17 @@ class Gate(NamedTuple):
         word: what it does to the gradient from above.
         partials: as text, in the same terms, for each input (the last one for all that follow) the local derivative, or, with `{g}`
             for the gradient from above, what comes back.
-        back: `(upstream, inputs, y, params) -> gradient for each input`, None for an input that takes none.
-        push: `(tangents, inputs, y, params, bind) -> tangent of y`; `bind(*inputs)` applies the primitive.
+        back: `(upstream, inputs, y, params, takes) -> gradient for each input`, None where nothing flows; `takes` says which inputs
+            a gradient is wanted for (0 x inf is NaN: what is not wanted is not computed).
+        push: `(tangents, inputs, y, params, bind) -> tangent of y`, a tangent None where nothing moves, as the result may be;
+            `bind(*inputs)` applies the primitive.
     """
 
     text: str
     word: str
     partials: tuple[str, ...]
-    back: Callable[[Array, Values, Array, dict[str, Any]], list[Array | None]]
-    push: Callable[[Values, Values, Array, dict[str, Any], Callable[..., Array]], Array]
+    back: Callable[[Array, Values, Array, dict[str, Any], Sequence[bool]], list[Array | None]]
+    push: Callable[[Tangents, Values, Array, dict[str, Any], Callable[..., Array]], Array | None]
 
 
 def elementwise(text: str, word: str, *partials: Partial, uses: tuple[str, ...] = ()) -> Gate:
@@ -49,11 +52,13 @@ def elementwise(text: str, word: str, *partials: Partial, uses: tuple[str, ...] 
     def local(d: Callable[..., Array], xs: Values, y: Array, params: dict[str, Any]) -> Array:
         return d(*xs, y, *(params[name] for name in uses))
 
-    def back(upstream: Array, xs: Values, y: Array, params: dict[str, Any]) -> list[Array | None]:
-        return [_summed_to(upstream * local(d, xs, y, params), x) for x, (_, d) in zip(xs, partials, strict=True)]
+    def back(upstream: Array, xs: Values, y: Array, params: dict[str, Any], takes: Sequence[bool]) -> list[Array | None]:
+        return [
+            _summed_to(upstream * local(d, xs, y, params), x) if take else None for x, (_, d), take in zip(xs, partials, takes, strict=True)
+        ]
 
-    def push(tangents: Values, xs: Values, y: Array, params: dict[str, Any], bind: Callable[..., Array]) -> Array:
-        terms = [local(d, xs, y, params) * t for t, (_, d) in zip(tangents, partials, strict=True)]
+    def push(tangents: Tangents, xs: Values, y: Array, params: dict[str, Any], bind: Callable[..., Array]) -> Array | None:
+        terms = [local(d, xs, y, params) * t for t, (_, d) in zip(tangents, partials, strict=True) if t is not None]
         return jnp.broadcast_to(sum(terms[1:], terms[0]), y.shape)
 
     return Gate(text, word, tuple(t for t, _ in partials), back, push)
@@ -61,7 +66,20 @@ def elementwise(text: str, word: str, *partials: Partial, uses: tuple[str, ...] 
 
 def rearrangement(text: str, word: str, upstream: str, back: Callable[[Array, Values, dict[str, Any]], list[Array | None]]) -> Gate:
     """A gate that is linear in all its inputs: a tangent goes through it as a value does. `upstream` says what comes back of `{g}`."""
-    return Gate(text, word, (upstream,), lambda g, xs, y, params: back(g, xs, params), lambda ts, xs, y, params, bind: bind(*ts))
+
+    def push(tangents: Tangents, xs: Values, y: Array, params: dict[str, Any], bind: Callable[..., Array]) -> Array | None:
+        return bind(*_filled(tangents, xs))
+
+    return Gate(text, word, (upstream,), lambda g, xs, y, params, takes: back(g, xs, params), push)
+
+
+def flat(text: str, word: str = "flat: nothing passes") -> Gate:
+    """A gate through which nothing passes."""
+    return Gate(text, word, ("0",), lambda g, xs, y, params, takes: [None] * len(xs), lambda ts, xs, y, params, bind: None)
+
+
+def _filled(tangents: Tangents, xs: Values) -> list[Array]:
+    return [jnp.zeros_like(x) if t is None else t for t, x in zip(tangents, xs, strict=True)]
 
 
 def _summed_to(g: Array, x: Array) -> Array:
@@ -74,37 +92,54 @@ def _ties(x: Array, y: Array, other: Array) -> Array:
     return jnp.where(x == y, jnp.where(other == y, jnp.full_like(y, 0.5), jnp.ones_like(y)), jnp.zeros_like(y))
 
 
+def _sign(x: Array) -> Array:
+    """1 at 0 too, as `jax.grad` has it."""
+    return jnp.where(x >= 0, jnp.ones_like(x), -jnp.ones_like(x))
+
+
 def _power(x: Array, n: Any) -> Array:
     """`n x^(n - 1)` for a whole number n."""
     return n * lax.integer_pow(x, n - 1) if n else jnp.zeros_like(x)
+
+
+def _pow_base(x: Array, p: Array, y: Array) -> Array:
+    return p.astype(x.dtype) * lax.pow(x, p - jnp.ones_like(p))
 
 
 def _pow_exponent(x: Array, p: Array, y: Array) -> Array:
     return jnp.where(x == 0, jnp.zeros_like(y), y * jnp.log(jnp.where(x == 0, jnp.ones_like(x), x)))
 
 
-def _dot_back(g: Array, xs: Values, y: Array, params: dict[str, Any]) -> list[Array | None]:
+def _dot_back(g: Array, xs: Values, y: Array, params: dict[str, Any], takes: Sequence[bool]) -> list[Array | None]:
     """Each side gets the gradient multiplied by the other side, its axes put back into place (y = a b: da = g b^T, db = a^T g)."""
     a, b = xs
     (over_a, over_b), (batch_a, batch_b) = params["dimension_numbers"]
-    return [_dot_side(g, a, b, over_a, over_b, batch_a, batch_b, False), _dot_side(g, b, a, over_b, over_a, batch_b, batch_a, True)]
+    precision = params["precision"]
+    turned = precision[::-1] if isinstance(precision, tuple) else precision
+    return [
+        _dot_side(g, a, b, (over_a, over_b, batch_a, batch_b), precision, False) if takes[0] else None,
+        _dot_side(g, b, a, (over_b, over_a, batch_b, batch_a), turned, True) if takes[1] else None,
+    ]
 
 
-def _dot_side(g: Array, a: Array, b: Array, over_a: Any, over_b: Any, batch_a: Any, batch_b: Any, right: bool) -> Array:
+def _dot_side(g: Array, a: Array, b: Array, axes_of: tuple[Any, ...], precision: Any, right: bool) -> Array:
     """The gradient for `a`; `g` has the batch axes, then the free axes of the left side, then those of the right one."""
+    over_a, over_b, batch_a, batch_b = axes_of
     free_a = [i for i in range(a.ndim) if i not in (*over_a, *batch_a)]
     free_b = [i for i in range(b.ndim) if i not in (*over_b, *batch_b)]
     n = len(batch_a)
     of_b = [n + (i if right else len(free_a) + i) for i in range(len(free_b))]  # where g has the free axes of b
-    product = lax.dot_general(g, b.astype(g.dtype), ((tuple(of_b), tuple(free_b)), (tuple(range(n)), tuple(batch_b)))).astype(a.dtype)
+    numbers = (tuple(of_b), tuple(free_b)), (tuple(range(n)), tuple(batch_b))
+    product = lax.dot_general(g, b.astype(g.dtype), numbers, precision=precision).astype(a.dtype)
     # product: batch, free of a, and the axes of b that were summed over, in the order of b
     order = sorted(range(len(over_b)), key=lambda i: over_b[i])
     axes = [*batch_a, *free_a, *(over_a[i] for i in order)]
     return jnp.transpose(product, [axes.index(i) for i in range(a.ndim)])
 
 
-def _dot_push(ts: Values, xs: Values, y: Array, params: dict[str, Any], bind: Callable[..., Array]) -> Array:
-    return bind(ts[0], xs[1]) + bind(xs[0], ts[1])
+def _dot_push(ts: Tangents, xs: Values, y: Array, params: dict[str, Any], bind: Callable[..., Array]) -> Array | None:
+    terms = ([] if ts[0] is None else [bind(ts[0], xs[1])]) + ([] if ts[1] is None else [bind(xs[0], ts[1])])
+    return sum(terms[1:], terms[0])
 
 
 def _sum_back(g: Array, xs: Values, params: dict[str, Any]) -> list[Array | None]:
@@ -118,11 +153,11 @@ def _largest(xs: Values, y: Array, params: dict[str, Any]) -> Array:
 
 
 def _extreme(text: str) -> Gate:
-    def back(g: Array, xs: Values, y: Array, params: dict[str, Any]) -> list[Array | None]:
+    def back(g: Array, xs: Values, y: Array, params: dict[str, Any], takes: Sequence[bool]) -> list[Array | None]:
         return [_largest(xs, y, params) * jnp.expand_dims(g, params["axes"])]
 
-    def push(ts: Values, xs: Values, y: Array, params: dict[str, Any], bind: Callable[..., Array]) -> Array:
-        return (_largest(xs, y, params) * ts[0]).sum(params["axes"])
+    def push(ts: Tangents, xs: Values, y: Array, params: dict[str, Any], bind: Callable[..., Array]) -> Array | None:
+        return None if ts[0] is None else (_largest(xs, y, params) * ts[0]).sum(params["axes"])
 
     return Gate(text, "routes to the one chosen; a tie shares equally", ("{g} at the one chosen",), back, push)
 
@@ -147,7 +182,7 @@ def _slice_back(g: Array, xs: Values, params: dict[str, Any]) -> list[Array | No
     return [lax.pad(g, jnp.zeros((), g.dtype), pads)]
 
 
-def _select_back(g: Array, xs: Values, y: Array, params: dict[str, Any]) -> list[Array | None]:
+def _select_back(g: Array, xs: Values, y: Array, params: dict[str, Any], takes: Sequence[bool]) -> list[Array | None]:
     which, *cases = xs
     return [None, *(jnp.where(which == jnp.asarray(i, which.dtype), g, jnp.zeros_like(g)) for i in range(len(cases)))]
 
@@ -155,10 +190,6 @@ def _select_back(g: Array, xs: Values, y: Array, params: dict[str, Any]) -> list
 _ONE: Partial = ("1", lambda *xs: jnp.ones_like(xs[-1]))
 _ERF = 2 / math.sqrt(math.pi)
 _SHAPE = "puts entries back where they came from"
-
-
-def _same(g: Array, xs: Values, params: dict[str, Any]) -> list[Array | None]:
-    return [g]
 
 
 GATES: dict[str, Gate] = {
@@ -187,16 +218,18 @@ GATES: dict[str, Gate] = {
     "logistic": elementwise("1 / (1 + exp(-{0}))", "at most a quarter passes",
                             ("s(1 - s) at s = sigmoid({0})", lambda a, y: y * (1 - y))),
     "erf": elementwise("erf({0})", "", ("2 / sqrt(pi) * exp(-{0}**2)", lambda a, y: _ERF * jnp.exp(-a * a))),
-    "pow": elementwise("{0}**{1}", "", ("{1} * {0}**({1} - 1)", lambda a, p, y: p * a ** (p - 1)), ("{0}**{1} * log({0})", _pow_exponent)),
+    "pow": elementwise("{0}**{1}", "", ("{1} * {0}**({1} - 1)", _pow_base), ("{0}**{1} * log({0})", _pow_exponent)),
     "integer_pow": elementwise("{0}**{y}", "", ("{y} * {0}**{less}", lambda a, y, n: _power(a, n)), uses=("y",)),
     "square": elementwise("{0}**2", "", ("2 * {0}", lambda a, y: 2 * a)),
     "sqrt": elementwise("sqrt({0})", "", ("1 / (2 * sqrt({0}))", lambda a, y: 0.5 / y)),
     "rsqrt": elementwise("1 / sqrt({0})", "", ("(-{0}**(-3/2) / 2)", lambda a, y: -0.5 * y / a)),
-    "abs": elementwise("Abs({0})", "abs routes by the sign; nothing passes at 0", ("sign({0})", lambda a, y: jnp.sign(a))),
-    "sign": elementwise("sign({0})", "flat: nothing passes", ("0", lambda a, y: jnp.zeros_like(y))),
-    "floor": elementwise("floor({0})", "flat: nothing passes", ("0", lambda a, y: jnp.zeros_like(y))),
+    "abs": elementwise("Abs({0})", "abs routes by the sign, at 0 as above it", ("sign({0})", lambda a, y: _sign(a))),
+    "sign": flat("sign({0})"),
+    "floor": flat("floor({0})"),
+    "ceil": flat("ceiling({0})"),
+    "round": flat("round({0})"),
     "select_n": Gate("select({0}: {1}, {2})", "select routes to the one chosen", ("", "{g} where chosen"), _select_back,
-                     lambda ts, xs, y, params, bind: bind(xs[0], *ts[1:])),
+                     lambda ts, xs, y, params, bind: bind(xs[0], *_filled(ts[1:], xs[1:]))),
     "dot_general": Gate("{0} @ {1}", "product: each side gets the other", ("{g} @ {1}^T", "{0}^T @ {g}"), _dot_back, _dot_push),
     "reduce_sum": rearrangement("sum({0})", "sum copies the gradient to every term", "copies of {g}", _sum_back),
     "reduce_max": _extreme("max({0})"),
@@ -204,16 +237,14 @@ GATES: dict[str, Gate] = {
     "broadcast_in_dim": rearrangement("copies of {0}", "copy adds", "sum of {g}", _broadcast_back),
     "reshape": rearrangement("reshape({0})", _SHAPE, "{g} reshaped", lambda g, xs, params: [g.reshape(xs[0].shape)]),
     "squeeze": rearrangement("squeeze({0})", _SHAPE, "{g} reshaped", lambda g, xs, params: [g.reshape(xs[0].shape)]),
-    "expand_dims": rearrangement("expand({0})", _SHAPE, "{g} reshaped", lambda g, xs, params: [g.reshape(xs[0].shape)]),
     "transpose": rearrangement("{0}^T", _SHAPE, "{g}^T",
                                lambda g, xs, p: [jnp.transpose(g, [p["permutation"].index(i) for i in range(g.ndim)])]),
     "concatenate": rearrangement("concatenate", "each part gets its own piece", "a piece of {g}", _concatenate_back),
     "slice": rearrangement("slice({0})", "0 for what was left out", "{g} in its place", _slice_back),
     "rev": rearrangement("reverse({0})", _SHAPE, "{g} reversed", lambda g, xs, p: [lax.rev(g, p["dimensions"])]),
     "convert_element_type": rearrangement("{0}", "another dtype", "{g}", lambda g, xs, p: [g.astype(xs[0].dtype)]),
-    "copy": rearrangement("{0}", "passes", "{g}", _same),
-    "stop_gradient": Gate("stop({0})", "nothing passes", ("0",), lambda g, xs, y, p: [jnp.zeros_like(xs[0])],
-                          lambda ts, xs, y, p, bind: jnp.zeros_like(y)),
+    "copy": rearrangement("{0}", "passes", "{g}", lambda g, xs, p: [g]),
+    "stop_gradient": flat("stop({0})", "nothing passes"),
 }  # fmt: skip
 """Gates by the names of JAX's primitives. What is not here goes by its own `jax.vjp`, and the report says so."""
 

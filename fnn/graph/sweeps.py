@@ -62,7 +62,6 @@ class Graph:
     def swept(self) -> tuple[Sweep | None, str]:
         """The sweep backward from a result that is one number; or None, and why there is none."""
         try:
-            self._one_number()
             return self.sweep(), ""
         except (NoReverseError, NoNumberError) as error:
             return None, str(error)
@@ -208,9 +207,9 @@ class Graph:
     def _added(self, node: Node, so_far: Any, flow: Flow) -> Any:
         if not isinstance(node.value, tuple):
             return flow.gradient if so_far is None else so_far + flow.gradient
-        parts = list(so_far) if so_far is not None else [jnp.zeros_like(v) for v in node.value]
+        parts = list(so_far) if so_far is not None else [None] * len(node.value)
         part = self.nodes[flow.node].params["part"]
-        parts[part] = parts[part] + flow.gradient
+        parts[part] = flow.gradient if parts[part] is None else parts[part] + flow.gradient
         return tuple(parts)
 
     def _pulled(self, node: Node, upstream: Any) -> list[Any]:
@@ -218,25 +217,25 @@ class Graph:
         if node.primitive == "part":
             return [upstream]
         values = [self.nodes[i].value for i in node.inputs]
-        takes = [is_differentiable(v) for v in values]
+        takes = [is_differentiable(v) and self.nodes[i].depends for i, v in zip(node.inputs, values, strict=True)]
         if not any(takes):
             return [None] * len(values)
         if node.gate is not None:
             if not is_differentiable(node.value):
                 return [None] * len(values)
-            found = node.gate.back(upstream, values, node.value, node.params)
+            found = node.gate.back(upstream, values, node.value, node.params, takes)
             return [g if take else None for g, take in zip(found, takes, strict=True)]
         return self._pulled_by_jax(node, values, takes, upstream)
 
     def _pulled_by_jax(self, node: Node, values: list[Array], takes: list[bool], upstream: Any) -> list[Any]:
-        floats, of = floating(_bound(node), values)
+        seeds = list(upstream) if isinstance(node.value, tuple) else [upstream]
+        used = [k for k, seed in enumerate(seeds) if seed is not None]
+        floats, of = floating(lambda *xs: [jax.tree.leaves(_bound(node)(*xs))[k] for k in used], values, takes)
         try:
-            y, pull = jax.vjp(of, *floats)
-            seeds = [g if is_differentiable(g) else np.zeros(jnp.shape(g), jax.dtypes.float0) for g in jax.tree.leaves(upstream)]
-            found = iter(pull(jax.tree.unflatten(jax.tree.structure(y), seeds)))
-        except ValueError as error:
+            found = iter(jax.vjp(of, *floats)[1]([seeds[k] for k in used]))
+        except (ValueError, NotImplementedError) as error:
             raise NoReverseError(
-                f"`{node.primitive}` ({node.name}) has no derivative backward in JAX; `jvp` goes forward. JAX says: {error}"
+                f"`{node.label}` ({node.name}) cannot be differentiated backward; perhaps `jvp` goes forward. JAX says: {error}"
             ) from None
         return [next(found) if take else None for take in takes]
 
@@ -246,13 +245,14 @@ class Graph:
             whole = tangents[node.inputs[0]]
             return None if whole is None or not is_differentiable(node.value) else whole[node.params["part"]]
         values = [self.nodes[i].value for i in node.inputs]
-        if all(tangents[i] is None for i in node.inputs):
+        given = [tangents[i] if is_differentiable(v) else None for i, v in zip(node.inputs, values, strict=True)]
+        moves = [t is not None for t in given]
+        if not any(moves) or not any(map(is_differentiable, jax.tree.leaves(node.value))):
             return None
-        full = [jnp.zeros_like(v) if tangents[i] is None else tangents[i] for i, v in zip(node.inputs, values, strict=True)]
         if node.gate is not None:
-            return node.gate.push(full, values, node.value, node.params, _bound(node)) if is_differentiable(node.value) else None
-        floats, of = floating(_bound(node), values)
-        return jax.jvp(of, tuple(floats), tuple(t for t, v in zip(full, values, strict=True) if is_differentiable(v)))[1]
+            return node.gate.push(given, values, node.value, node.params, _bound(node))
+        floats, of = floating(_bound(node), values, moves)
+        return jax.jvp(of, tuple(floats), tuple(t for t in given if t is not None))[1]
 
 
 def _bound(node: Node) -> Callable[..., Any]:

@@ -15,6 +15,8 @@ from fnn.graph import board
 from fnn.graph.gates import is_differentiable
 from fnn.graph.sweeps import Graph, trace
 
+_SAME = ("convert_element_type", "copy", "reshape", "squeeze", "reduce_sum", "reduce_max", "reduce_min", "broadcast_in_dim", "transpose")
+_NO_FORMULA = ("select_n", "stop_gradient", "dot_general", "concatenate", "slice", "rev", "sign", "floor", "ceil", "round")
 STEPS = tuple(10.0**-k for k in range(1, 14))
 
 
@@ -82,6 +84,9 @@ def derivatives(f: Callable[..., Any], *args: Any) -> Derivatives:
     graph = trace(f, *args)
     point, tree = jax.tree.flatten(args)
     point = [jnp.asarray(leaf) for leaf in point]
+    if not _entries(point):
+        raise TypeError("`args` hold no floating-point number to differentiate by. Pass floats, such as 2.0.")
+    once = jax.jit(f)
     reverse = _flat(graph.gradients())
     forward, numeric = [], []
     steps = np.array(STEPS)
@@ -89,7 +94,7 @@ def derivatives(f: Callable[..., Any], *args: Any) -> Derivatives:
         unit = [jnp.zeros_like(leaf) for leaf in point]
         unit[i] = unit[i].at[j].set(1)
         forward.append(float(graph.jvp(*jax.tree.unflatten(tree, unit))))
-        numeric.append([_central(f, point, tree, i, j, h) for h in steps])
+        numeric.append([_central(once, point, tree, i, j, h) for h in steps])
     differences = np.array(numeric)  # [n, steps]
     errors = np.nan_to_num(np.abs(differences - reverse[:, None]).max(0), nan=np.inf)  # a step that is lost to rounding
     formulas, symbolic = _symbolic(graph)
@@ -130,7 +135,9 @@ def _symbolic(graph: Graph) -> tuple[list[str] | None, np.ndarray | None]:
             found.append(sympy.Symbol(node.name, real=True))
         elif node.primitive == "constant" and node.value.ndim == 0:
             found.append(sympy.nsimplify(node.value.item(), rational=True))
-        elif node.gate is None or node.value.ndim or node.primitive in ("select_n", "stop_gradient"):
+        elif node.primitive in _SAME and node.value.ndim == 0:
+            found.append(found[node.inputs[0]])
+        elif node.gate is None or node.value.ndim or node.primitive in _NO_FORMULA:
             return None, None
         else:
             places = [f"a{k}" for k in range(len(node.inputs))]
@@ -138,6 +145,15 @@ def _symbolic(graph: Graph) -> tuple[list[str] | None, np.ndarray | None]:
             known: Any = dict(zip(places, (found[i] for i in node.inputs), strict=True))
             found.append(sympy.parse_expr(text, local_dict=known))
     symbols = [found[i] for i in graph.inputs]
-    formulas = [sympy.diff(found[graph.outputs[0]], s) for s in symbols]
     at: Any = {s: float(graph.nodes[i].value) for s, i in zip(symbols, graph.inputs, strict=True)}
-    return [str(sympy.simplify(d)) for d in formulas], np.array([float(d.evalf(30, subs=at)) for d in formulas])
+    by = [found[i] for i in graph.inputs if is_differentiable(graph.nodes[i].value)]
+    formulas = [sympy.diff(found[graph.outputs[0]], s) for s in by]
+    return [str(d) for d in formulas], np.array([_number(d, at) for d in formulas])
+
+
+def _number(formula: Any, at: Any) -> float:
+    """A formula at a point; NaN where sympy gives no number."""
+    try:
+        return float(formula.evalf(30, subs=at))
+    except (TypeError, ZeroDivisionError):
+        return float("nan")
