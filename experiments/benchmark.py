@@ -29,6 +29,7 @@ import fnn
 from experiments import _rivals
 from experiments._data import load
 from experiments._run import figure, folder, print_table, progress, save_metrics
+from experiments._timing import compile_times, fresh, geometric_mean, interleaved, temporary_bytes
 
 NETS = {"784-512-512-10": (784, 512, 512, 10), "784-128-10": (784, 128, 10), "64-32-10": (64, 32, 10), "5x256": (256,) * 6}
 LOSS = fnn.losses.softmax_cross_entropy_with_integer_labels
@@ -109,25 +110,6 @@ class Result(NamedTuple):
     import_seconds: dict[str, float]  # medians
 
 
-def interleaved(functions: dict[str, Callable[[], Any]], seconds: float, rng: random.Random) -> dict[str, float]:
-    """The median time of every function in seconds; calls in random order, about `seconds` for each."""
-    once = {}
-    for name, f in functions.items():
-        jax.block_until_ready(f())
-        start = time.perf_counter()
-        jax.block_until_ready(f())
-        once[name] = time.perf_counter() - start
-    calls = max(1, int(0.002 / max(once.values())))  # short functions are called several times a reading
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(max(3, int(seconds / (calls * statistics.mean(once.values()))))):
-        for name in rng.sample(list(functions), len(functions)):
-            start = time.perf_counter()
-            out = [functions[name]() for _ in range(calls)]
-            jax.block_until_ready(out)
-            times[name].append((time.perf_counter() - start) / calls)
-    return {name: statistics.median(t) for name, t in times.items()}
-
-
 def arguments(name: str, batch: int, seed: int) -> tuple[Any, Any, Any]:
     """Params, inputs and labels for a net of `NETS`."""
     sizes, keys = NETS[name], jax.random.split(fnn.key(seed), 3)
@@ -155,7 +137,7 @@ def measure_net(name: str, batch: int, config: Config, rng: random.Random) -> Ro
     functions, args = functions_of(name), arguments(name, batch, config.seed)
     if batch > config.gram_batch:
         del functions["gram"]
-    compiled = {key: jax.jit(_fresh(f)).lower(*args).compile() for key, f in functions.items()}
+    compiled = {key: jax.jit(fresh(f)).lower(*args).compile() for key, f in functions.items()}
     times = interleaved({key: (lambda f=f: f(*args)) for key, f in compiled.items()}, config.seconds, rng)
     ratios = {key: times[key] / times["automatic"] if key in times else float("nan") for key in ("manual", "again", *STATISTICS)}
     memory = temporary_bytes(compiled["manual"]) / temporary_bytes(compiled["automatic"])
@@ -168,13 +150,8 @@ def measure_net(name: str, batch: int, config: Config, rng: random.Random) -> Ro
 def measure_memory(name: str, batch: int, config: Config) -> Memory:
     """One row of the table of memory."""
     functions, args = functions_of(name), arguments(name, batch, config.seed)
-    size = {key: temporary_bytes(jax.jit(_fresh(functions[key])).lower(*args).compile()) for key in ("automatic", "norms", "clipped")}
+    size = {key: temporary_bytes(jax.jit(fresh(functions[key])).lower(*args).compile()) for key in ("automatic", "norms", "clipped")}
     return Memory(name, batch, size["automatic"] / 1e6, size["norms"] / size["automatic"], size["clipped"] / size["automatic"])
-
-
-def temporary_bytes(compiled: Any) -> float:
-    """What a compiled function needs beside its arguments and results, by XLA's own analysis."""
-    return getattr(compiled.memory_analysis(), "temp_size_in_bytes", float("nan"))
 
 
 def measure_rivals(config: Config, rng: random.Random) -> list[Rival]:
@@ -183,7 +160,7 @@ def measure_rivals(config: Config, rng: random.Random) -> list[Rival]:
     params, x, t = arguments(name, config.rival_batch, config.seed)
     functions, net = functions_of(name), fnn.mlp(NETS[name])
     ours = {"plain gradient": functions["automatic"], "clipped_gradient": functions["clipped"]}
-    calls = {"fnn": {way: (lambda f=jax.jit(_fresh(f)): f(params, x, t)) for way, f in ours.items()}}
+    calls = {"fnn": {way: (lambda f=jax.jit(fresh(f)): f(params, x, t)) for way, f in ours.items()}}
     calls |= _rivals.per_example(net, NETS[name], params, x, t)
     flat = {(library, way): call for library, ways in calls.items() for way, call in ways.items()}
     named = {f"{library}: {way}": call for (library, way), call in flat.items()}
@@ -198,19 +175,6 @@ def measure_rivals(config: Config, rng: random.Random) -> list[Rival]:
         milliseconds = times[f"{library}: {way}"]
         rivals.append(Rival(library, way, 1e3 * milliseconds, milliseconds / plain, milliseconds / times["fnn: clipped_gradient"]))
     return rivals
-
-
-def compile_times(functions: dict[str, Callable[..., Any]], args: Any, repetitions: int, rng: random.Random) -> dict[str, float]:
-    """The median time to trace and compile in seconds; JAX's caches in memory are cleared before every reading."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(repetitions):
-        for name in rng.sample(list(functions), len(functions)):
-            jax.clear_caches()
-            fresh = jax.jit(_fresh(functions[name]))
-            start = time.perf_counter()
-            fresh.lower(*args).compile()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(t) for name, t in times.items()}
 
 
 def measure_epochs(config: Config, rng: random.Random) -> dict[str, float]:
@@ -305,15 +269,6 @@ def _number(value: float, form: str) -> str:
     return "-" if np.isnan(value) else f"{value:{form}}"
 
 
-def geometric_mean(ratios: list[float]) -> float:
-    """The geometric mean of numbers above 0; nan are left out.
-
-    >>> round(geometric_mean([0.5, 2.0, float("nan")]), 6)
-    1.0
-    """
-    return float(np.exp(np.nanmean(np.log(ratios))))
-
-
 def draw(path: Path, result: Result) -> None:
     """Time ratios of every row."""
     mean = {name: geometric_mean([getattr(row, name) for row in result.rows]) for name in ("time", "clipped")}
@@ -330,11 +285,6 @@ def draw(path: Path, result: Result) -> None:
         axes.set(xlabel="time over that of jax.grad", ylabel="net, batch size", xlim=(0, None))
         axes.invert_yaxis()
         axes.legend()
-
-
-def _fresh(f: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of its own, so that nothing is found in a cache."""
-    return lambda *args: f(*args)
 
 
 def _fit_loop(x: np.ndarray, t: np.ndarray, config: Config) -> Callable[[], Any]:

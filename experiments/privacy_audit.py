@@ -108,7 +108,7 @@ def run(config: Config) -> Result:
 
 
 def main(config: Config) -> None:
-    """Prints the table, saves `privacy_audit.png` and `metrics.json`; raises an error where a bound is broken."""
+    """Prints the table, saves `privacy-audit.png` and `metrics.json`; raises an error where a bound is broken."""
     result = run(config)
     rows: list[tuple[str, ...]] = [
         ("noise: standard deviation / (noise_multiplier max_norm)", f"{result.std:.5f}", f"1 ± {LIMIT / (2 * result.samples) ** 0.5:.5f}"),
@@ -118,8 +118,8 @@ def main(config: Config) -> None:
     title = f"{result.samples:,} draws of noise, {result.neighbours:,} pairs of neighbouring batches, {100 * result.clipped:.0f} % clipped"
     _run.print_table(title, ("", "measured", "bound"), rows)
     folder = _run.folder("privacy-audit", config.out)
-    draw(result, folder / "privacy_audit.png")
-    print(f"Saved {_run.save_metrics(folder, config, result)} and {folder / 'privacy_audit.png'}")
+    draw(result, folder / "privacy-audit.png")
+    print(f"Saved {_run.save_metrics(folder, config, result)} and {folder / 'privacy-audit.png'}")
     if result.broken:
         raise ArithmeticError(f"The audit failed: {'; '.join(result.broken)}.")
 

@@ -105,7 +105,7 @@ def run(config: Config, advance: Callable[[str], Any] = lambda text: None) -> Re
 
 
 def main(config: Config) -> None:
-    """Prints the tables, saves `private_training.png` and `metrics.json`."""
+    """Prints the tables, saves `private-training.png` and `metrics.json`."""
     nets = len(config.datasets) * len(config.seeds) * (len(config.noise_multipliers) + 1)
     with _run.progress(nets, "training") as advance:
         result = run(config, advance)
@@ -118,8 +118,8 @@ def main(config: Config) -> None:
         rows.append(("not private", "0", _percent(curve.baseline)))
         _run.print_table(title, (f"epsilon (delta {config.delta:g})", "noise multiplier", "test accuracy (%)"), rows)
     folder = _run.folder("private-training", config.out)
-    draw(result, config, folder / "private_training.png")
-    print(f"Saved {_run.save_metrics(folder, config, result)} and {folder / 'private_training.png'}")
+    draw(result, config, folder / "private-training.png")
+    print(f"Saved {_run.save_metrics(folder, config, result)} and {folder / 'private-training.png'}")
 
 
 def draw(result: Result, config: Config, path: Path) -> None:

@@ -151,15 +151,15 @@ def run(config: Config, on_epoch: OnEpoch | None = None) -> Result:
 
 
 def main(config: Config) -> None:
-    """Prints the table, saves `learning_curves.png` and `metrics.json`."""
+    """Prints the table, saves `train.png` and `metrics.json`."""
     check(config)
     with _run.progress(len(config.seeds) * config.epochs, f"{config.dataset}, {config.rule}") as advance:
         result = run(config, lambda epoch, metrics: advance(f"loss {metrics['loss']:.4f}"))
     title = f"{result.dataset}: {config.rule}, {config.optimizer}, {result.parameters:,} parameters, {config.epochs} epochs"
     folder = _run.folder("train", config.out)
     _run.print_table(title, ("seed", "train loss", "test loss", "test accuracy"), _rows(result))
-    draw(result, config, folder / "learning_curves.png")
-    print(f"Saved {_run.save_metrics(folder, config, result)} and {folder / 'learning_curves.png'}")
+    draw(result, config, folder / "train.png")
+    print(f"Saved {_run.save_metrics(folder, config, result)} and {folder / 'train.png'}")
 
 
 def make_optimizer(config: Config, examples: int) -> optax.GradientTransformation:

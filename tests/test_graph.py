@@ -440,7 +440,7 @@ BAD = [
     (lambda: graph.trace(lambda x: (x, x), 1.0).gradients(), TypeError, "returns a tree of 2 arrays, and not one number. Pass `cotangent`"),
     (lambda: graph.trace(jnp.cos, jnp.ones(3)).gradients(), TypeError, r"an array of shape \(3,\), and not one number. Pass `cotangent`"),
     (lambda: graph.trace(jnp.cos, jnp.ones(3)).gradients(jnp.ones(2)), ValueError, r"`cotangent` has shape \(2,\) .* expected \(3,\)"),
-    (lambda: graph.trace(lambda x: x * 2, jnp.ones(3)).gradients((1.0,)), TypeError, "`cotangent` must be a tree like the result"),
+    (lambda: graph.trace(lambda x: x * 2, jnp.ones(3)).gradients((1.0,)), TypeError, r"`cotangent` must be a tree like the result, \*; got \(\*,\)"),
     (lambda: graph.trace(lambda x: x * 2, jnp.ones(3)).jvp(1.0), ValueError, r"`tangents` has shape \(\) for x, expected \(3,\)"),
     (lambda: graph.trace(lambda x: x * 2, 1.0).jvp(), TypeError, "`tangents` must be one per argument"),
     (lambda: graph.trace(lambda x: x * 2, 1.0).draw("graph.gif"), ValueError, r"`path` must end in .svg, .png or .pdf, got 'graph.gif'"),
@@ -448,6 +448,10 @@ BAD = [
     (lambda: graph.derivatives(lambda n: jnp.ones(3)[n] * 2.0, 1), TypeError, "hold no floating-point number"),
     (lambda: graph.trace(lambda x, n: sum(x for _ in range(n)), 2.0, 3), TypeError, r"close over what is fixed, `lambda x: f\(x, 3\)`"),
     (lambda: graph.trace(lambda x: x[x > 0].sum(), jnp.ones(3)), TypeError, "close over what is fixed"),
+    (lambda: graph.trace(lambda x: x, np.array(["a"])), TypeError, "`x` must hold numbers, got <U1"),
+    (lambda: graph.trace(lambda x, n: x, 1.0, 2**40), ValueError, "`n` is 1099511627776, more than JAX's whole numbers hold"),
+    (lambda: graph.trace(lambda x: x * 2, 1.0).gradients(1j), TypeError, "`cotangent` for z₁ is complex, expected float32"),
+    (lambda: graph.trace(lambda x: x * 2, 1.0).gradients("a"), TypeError, "`cotangent` must hold numbers"),
     (lambda: graph.trace(lambda x, train: x, 1.0, True), TypeError, "`train` must be a number or an array, got True .* Close over it"),
 ]  # fmt: skip
 

@@ -21,7 +21,7 @@ def text(graph: Graph) -> str:
         if not is_number(node):
             made = "" if node.primitive in ("input", "constant") else f"{formula(graph, i)} = "
             lines.append(f"  {node.name} = {made}{number(node.value)}{'   the result' if last and i == graph.outputs[0] else ''}")
-    swept, why = graph.swept()
+    swept, why = graph.swept
     if swept is None:
         return "\n".join([*lines, f"no sweep backward: {why}"])
     lines.append("backward, ∂u for the derivative of the result with respect to u")

@@ -55,7 +55,7 @@ def shown(graph: Graph) -> list[int]:
 
 def edges(graph: Graph) -> list[Edge]:
     """The edges between the nodes of a picture; what is not shown hands on the edges from what it is made of."""
-    swept, _ = graph.swept()
+    swept, _ = graph.swept
     flows = [[] for _ in graph.nodes] if swept is None else swept.flows
     back = {(i, f.node, f.place): number(f.gradient) for i, found in enumerate(flows) for f in found}
     visible, sources = set(shown(graph)), {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fnn import _check
 from fnn._types import Array
 from fnn.graph import board, drawing
 from fnn.graph.gates import is_differentiable
@@ -59,6 +61,7 @@ class Graph:
         """What the function returns."""
         return jax.tree.unflatten(self._out, [self.nodes[i].value for i in self.outputs])
 
+    @cached_property
     def swept(self) -> tuple[Sweep | None, str]:
         """The sweep backward from a result that is one number; or None, and why there is none."""
         try:
@@ -110,9 +113,7 @@ class Graph:
             A tree like the result.
         """
         if jax.tree.structure(tangents) != jax.tree.structure(self._args):
-            raise TypeError(
-                f"`tangents` must be one per argument, each like it: {jax.tree.structure(self._args)}; got {jax.tree.structure(tangents)}."
-            )
+            raise TypeError(f"`tangents` must be one per argument, each like it: {_layout(self._args)}; got {_layout(tangents)}.")
         with self._in_its_precision():
             return self._tangents(jax.tree.leaves(tangents))
 
@@ -187,15 +188,19 @@ class Graph:
         if cotangent is None:
             return [jnp.ones_like(self._one_number())]
         if jax.tree.structure(cotangent) != self._out:
-            raise TypeError(f"`cotangent` must be a tree like the result, {self._out}; got {jax.tree.structure(cotangent)}.")
+            raise TypeError(f"`cotangent` must be a tree like the result, {_layout(self.value)}; got {_layout(cotangent)}.")
         return [
             self._like("cotangent", c, n) if is_differentiable(n.value) else None
             for c, n in zip(jax.tree.leaves(cotangent), nodes, strict=True)
         ]
 
     def _like(self, name: str, given: Any, node: Node) -> Array:
-        if jnp.shape(given) != node.value.shape:
-            raise ValueError(f"`{name}` has shape {jnp.shape(given)} for {node.name}, expected {tuple(node.value.shape)}.")
+        given = np.asarray(given) if not hasattr(given, "dtype") else given
+        _check.is_array(name, given)
+        if given.shape != node.value.shape:
+            raise ValueError(f"`{name}` has shape {given.shape} for {node.name}, expected {tuple(node.value.shape)}.")
+        if jnp.issubdtype(given.dtype, jnp.complexfloating):
+            raise TypeError(f"`{name}` for {node.name} is complex, expected {node.value.dtype}.")
         return jnp.asarray(given).astype(node.value.dtype)
 
     def _as_input(self, i: int, gradient: Any) -> Any:
@@ -253,6 +258,11 @@ class Graph:
             return node.gate.push(given, values, node.value, node.params, _bound(node))
         floats, of = floating(_bound(node), values, moves)
         return jax.jvp(of, tuple(floats), tuple(t for t in given if t is not None))[1]
+
+
+def _layout(tree: Any) -> str:
+    """How a tree is built, with a star for every leaf."""
+    return str(jax.tree.structure(tree)).removeprefix("PyTreeDef(").removesuffix(")")
 
 
 def _bound(node: Node) -> Callable[..., Any]:

@@ -59,7 +59,7 @@ def build(f: Callable[..., Any], args: tuple[Any, ...]) -> tuple[list[Node], lis
     names, leaves = _named_leaves(f, args)
     closed, shapes = _jaxpr(f, args)
     walk = _Walk()
-    inputs = [walk.add(Node(name, "input", (), jnp.asarray(leaf))) for name, leaf in zip(names, leaves, strict=True)]
+    inputs = [walk.add(Node(name, "input", (), leaf)) for name, leaf in zip(names, leaves, strict=True)]
     walk.whole = {i for i in inputs if jnp.issubdtype(walk.nodes[i].value.dtype, jnp.integer)}
     outputs = walk.equations(closed, inputs)
     return *_pruned(walk.nodes, inputs, outputs), jax.tree.structure(shapes)
@@ -81,11 +81,22 @@ def _named_leaves(f: Callable[..., Any], args: tuple[Any, ...]) -> tuple[list[st
                     f"`{full}` must be a number or an array, got {leaf!r:.60} ({type(leaf).__name__}). "
                     "A setting? Close over it: `lambda x: f(x, ...)`."
                 )
-            if jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.complexfloating):
-                raise TypeError(f"`{full}` is complex; gates are those of real numbers. Pass its real and imaginary part as two arguments.")
             found.append(full)
-            leaves.append(leaf)
+            leaves.append(_array(full, leaf))
     return found, leaves
+
+
+def _array(name: str, leaf: Any) -> Array:
+    """An argument as an array."""
+    if hasattr(leaf, "dtype"):
+        _check.is_array(name, leaf)
+    try:
+        value = jnp.asarray(leaf)
+    except OverflowError:
+        raise ValueError(f"`{name}` is {leaf}, more than JAX's whole numbers hold. Pass a float, `{name}=float({leaf})`.") from None
+    if jnp.issubdtype(value.dtype, jnp.complexfloating):
+        raise TypeError(f"`{name}` is complex; gates are those of real numbers. Pass its real and imaginary part as two arguments.")
+    return value
 
 
 def _with_subscript(name: str) -> str:
