@@ -440,7 +440,7 @@ BAD = [
     (lambda: graph.trace(lambda x: (x, x), 1.0).gradients(), TypeError, "returns a tree of 2 arrays, and not one number. Pass `cotangent`"),
     (lambda: graph.trace(jnp.cos, jnp.ones(3)).gradients(), TypeError, r"an array of shape \(3,\), and not one number. Pass `cotangent`"),
     (lambda: graph.trace(jnp.cos, jnp.ones(3)).gradients(jnp.ones(2)), ValueError, r"`cotangent` has shape \(2,\) .* expected \(3,\)"),
-    (lambda: graph.trace(lambda x: x * 2, jnp.ones(3)).gradients((1.0,)), TypeError, r"`cotangent` must be a tree like the result, \*; got \(\*,\)"),
+    (lambda: graph.trace(lambda x: x * 2, jnp.ones(3)).gradients((1.0,)), TypeError, r"must be a tree like the result, \*; got \(\*,\)"),
     (lambda: graph.trace(lambda x: x * 2, jnp.ones(3)).jvp(1.0), ValueError, r"`tangents` has shape \(\) for x, expected \(3,\)"),
     (lambda: graph.trace(lambda x: x * 2, 1.0).jvp(), TypeError, "`tangents` must be one per argument"),
     (lambda: graph.trace(lambda x: x * 2, 1.0).draw("graph.gif"), ValueError, r"`path` must end in .svg, .png or .pdf, got 'graph.gif'"),
