@@ -7,13 +7,16 @@ Lecture 004 eqs 21-28 with samples as rows. The 1/m of its dW and db enters once
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from fnn import _check
+from fnn._sums import times_row
 from fnn._types import Array, ArrayLike, Layer, Loss, Params, at_least_float32
+from fnn.combinators import check_net
 from fnn.factors import keep
 
 
@@ -44,10 +47,8 @@ def value_and_grad(net: Layer, loss: Loss) -> Callable[..., tuple[Array, Params]
     check_net_and_loss(net, loss)
 
     def manual_value_and_grad(params: Params, x: ArrayLike, targets: ArrayLike, weights: ArrayLike | None = None) -> tuple[Array, Params]:
-        outputs, residuals, values = _forward(net, loss, params, x, targets)
-        share = _shares(values, weights)
-        dy = _output_gradient(loss, outputs, targets)
-        dy = dy * (share if weights is None else _per_row(share.astype(dy.dtype), dy))
+        outputs, residuals, values = forward_pass(partial(net.forward, params), loss, x, targets)
+        dy = weighed(output_error(loss, outputs, targets), weights)
         return weighted_mean(values, weights), net.backward(params, residuals, dy)[0]
 
     return manual_value_and_grad
@@ -75,8 +76,8 @@ def factors(net: Layer, loss: Loss) -> Callable[..., tuple[Array, Any]]:
     check_net_and_loss(net, loss)
 
     def source(params: Params, x: ArrayLike, targets: ArrayLike, *, reduce: Any = keep) -> tuple[Array, Any]:
-        outputs, residuals, values = _forward(net, loss, params, x, targets)
-        return values, net.backward(params, residuals, _output_gradient(loss, outputs, targets), reduce)[0]
+        outputs, residuals, values = forward_pass(partial(net.forward, params), loss, x, targets)
+        return values, net.backward(params, residuals, output_error(loss, outputs, targets), reduce)[0]
 
     return source
 
@@ -122,7 +123,7 @@ def mean_loss(net: Layer, loss: Loss) -> Callable[..., Array]:
     check_net_and_loss(net, loss)
 
     def value(params: Params, x: ArrayLike, targets: ArrayLike, weights: ArrayLike | None = None) -> Array:
-        _, _, values = _forward(net, loss, params, x, targets)
+        _, _, values = forward_pass(partial(net.forward, params), loss, x, targets)
         return weighted_mean(values, weights)
 
     return value
@@ -135,22 +136,16 @@ def check_net_and_loss(net: Any, loss: Any) -> None:
         raise TypeError(f"`loss` must be a Loss, got {loss!r}. Use one of `fnn.losses`; by name: `fnn.losses.get(name)`.")
 
 
-def check_net(net: Any) -> None:
-    """Raises a TypeError unless `net` is a `Layer`."""
-    if not isinstance(net, Layer):
-        raise TypeError(f"`net` must be a Layer, got {net!r}. Make one by `fnn.mlp` or `fnn.serial`.")
-
-
-def _output_gradient(loss: Loss, outputs: Array, targets: ArrayLike) -> Array:
-    """`loss.grad`, of the shape that a gradient with respect to the outputs has."""
+def output_error(loss: Loss, outputs: Array, targets: ArrayLike) -> Array:
+    """`loss.grad`, the error of each example at the outputs, checked to have their shape."""
     dy = loss.grad(outputs, jnp.asarray(targets))
     if jnp.shape(dy) != outputs.shape:
         raise ValueError(f"{loss.name}: `grad` must return an array like the outputs, shape {outputs.shape}, got {jnp.shape(dy)}.")
     return dy
 
 
-def _forward(net: Layer, loss: Loss, params: Params, x: ArrayLike, targets: ArrayLike) -> tuple[Array, Any, Array]:
-    """Outputs, residuals, and the loss of every example."""
+def forward_pass(forward: Callable[[Array], tuple[Array, Any]], loss: Loss, x: ArrayLike, targets: ArrayLike) -> tuple[Array, Any, Array]:
+    """Outputs and residuals of `forward(x)`, and the loss of every example; shapes are checked."""
     _check.is_array("x", x)
     _check.is_array("targets", targets)
     if x.ndim < 1 or targets.ndim < 1:
@@ -162,7 +157,7 @@ def _forward(net: Layer, loss: Loss, params: Params, x: ArrayLike, targets: Arra
         raise ValueError(f"`x` has {x.shape[0]} rows but `targets` has {targets.shape[0]}. One example? Pass `x[None]`, `targets[None]`.")
     if x.shape[0] == 0:
         raise ValueError(f"`x` is an empty batch, shape {tuple(x.shape)}: the mean loss of no example is undefined.")
-    outputs, residuals = net.forward(params, jnp.asarray(x))
+    outputs, residuals = forward(jnp.asarray(x))
     if outputs.ndim < 1 or outputs.shape[0] != x.shape[0]:
         raise ValueError(f"`x` has shape {tuple(x.shape)}; expected [batch, features]. One example? Pass `x[None]`.")
     values = loss.value(outputs, jnp.asarray(targets))
@@ -189,23 +184,17 @@ def weighted_mean(values: Array, weights: ArrayLike | None = None) -> Array:
     >>> weighted_mean(jnp.array([1.0, 3.0, 100.0]), jnp.array([1.0, 1.0, 0.0]))
     Array(2., dtype=float32)
     """
-    share = _shares(values, weights)
-    wide = at_least_float32(values)
-    return (wide * (share if weights is None else _per_row(share.astype(wide.dtype), wide))).sum(0).astype(values.dtype)
+    return weighed(at_least_float32(values), weights).sum(0).astype(values.dtype)
 
 
-def _shares(values: Array, weights: ArrayLike | None) -> Any:
-    """What each example counts for in the mean: the number 1/batch, or `weights / sum(weights)` as `[batch]`."""
+def weighed(a: Array, weights: ArrayLike | None = None) -> Array:
+    """Each row `[batch, ...]` times what its example counts for in the mean: 1/batch, or `weights / sum(weights)`."""
     if weights is None:
-        return 1.0 / values.shape[0]
+        return a * (1.0 / a.shape[0])
     _check.is_array("weights", weights)
-    if weights.shape != values.shape[:1]:
-        raise ValueError(f"`weights` has shape {tuple(weights.shape)}, expected {tuple(values.shape[:1])}: one per example.")
-    w = jnp.asarray(weights).astype(at_least_float32(values).dtype)
+    if weights.shape != a.shape[:1]:
+        raise ValueError(f"`weights` has shape {tuple(weights.shape)}, expected {tuple(a.shape[:1])}: one per example.")
+    w = jnp.asarray(weights).astype(at_least_float32(a).dtype)
     whole = w.sum()
-    return w / jnp.where(whole > 0, whole, jnp.ones_like(whole))
-
-
-def _per_row(share: Array, dy: Array) -> Array:
-    """`[batch]` as `[batch, 1, ...]`."""
-    return share.reshape(-1, *(1,) * (dy.ndim - 1))
+    share = w / jnp.where(whole > 0, whole, jnp.ones_like(whole))
+    return times_row(a, share)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -9,8 +11,23 @@ import jax.numpy as jnp
 from jax import lax
 
 from fnn import _check
-from fnn._types import Array, Key, Layer
+from fnn._types import Array, Key, Layer, Params
 from fnn.factors import is_factor, keep, total
+
+
+@dataclass(frozen=True, repr=False)
+class Chain(Layer):
+    """A layer that is nothing but others one after the other; rules that go layer by layer open it (`fnn.blocks`).
+
+    Attributes:
+        links: what is chained, in order; a layer comes once for each of its uses.
+        split: `(params) -> params of each link`.
+        join: `(params of each link) -> params`: `split` undone.
+    """
+
+    links: tuple[Layer, ...] = ()
+    split: Callable[[Params], tuple[Params, ...]] = tuple
+    join: Callable[[tuple[Params, ...]], Params] = tuple
 
 
 def serial(*layers: Layer) -> Layer:
@@ -53,7 +70,11 @@ def serial(*layers: Layer) -> Layer:
             grads.append(g)
         return tuple(reversed(grads)), dy
 
-    return Layer("serial", init, forward, backward, layers)
+    def split(params: Any) -> tuple[Any, ...]:
+        _check_chain(layers, params)
+        return params
+
+    return Chain("serial", init, forward, backward, layers, layers, split)
 
 
 def repeat(layer: Layer, n: int) -> Layer:
@@ -104,7 +125,13 @@ def repeat(layer: Layer, n: int) -> Layer:
         dx, grads = lax.scan(body, dy, (params, residuals), length=n, reverse=True)
         return jax.tree.map(reduce.stack, grads, is_leaf=is_factor), dx
 
-    return Layer(name, init, forward, backward, (layer,))
+    def split(params: Any) -> tuple[Any, ...]:
+        return tuple(jax.tree.map(lambda leaf, i=i: leaf[i], params) for i in range(n))
+
+    def join(each: tuple[Any, ...]) -> Any:
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
+
+    return Chain(name, init, forward, backward, (layer,), (layer,) * n, split, join)
 
 
 def iterate(layer: Layer, n: int) -> Layer:
@@ -196,6 +223,12 @@ def residual(layer: Layer) -> Layer:
         return grads, dy + dx  # the sum copies dy to both of its terms
 
     return Layer(name, layer.init, forward, backward, (layer,))
+
+
+def check_net(net: Any) -> None:
+    """Raises a TypeError unless `net` is a `Layer`."""
+    if not isinstance(net, Layer):
+        raise TypeError(f"`net` must be a Layer, got {net!r}. Make one by `fnn.mlp` or `fnn.serial`.")
 
 
 def _check_layer(name: str, value: Any) -> None:
