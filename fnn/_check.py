@@ -18,6 +18,8 @@ def is_array(name: str, value: Any) -> None:
         raise TypeError(f"`{name}` must be an array, got {type(value).__name__}. Convert it: `jnp.asarray({name})`.")
     if getattr(value.dtype, "kind", "V") in "USO":
         raise TypeError(f"`{name}` must hold numbers, got {value.dtype}. Text? Convert it: `{name}.astype(float)`.")
+    if getattr(value.dtype, "kind", "V") in "mM":
+        raise TypeError(f"`{name}` must hold numbers, got {value.dtype}. Dates? Subtract a day and divide by a unit of time first.")
 
 
 def is_float(name: str, value: Any) -> None:

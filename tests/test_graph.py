@@ -90,6 +90,29 @@ def test_a_scalar_that_meets_an_array_gets_the_sum(x64):
     agrees(lambda a, s: lax.mul(a, lax.add(a, 2.0)).sum() * s, jnp.asarray(A), 3.0)
 
 
+BINARY_GATES = [lax.add, lax.sub, lax.mul, lax.div, lax.max, lax.min, lax.pow]
+
+
+@pytest.mark.parametrize("f", BINARY_GATES, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("shapes", [((3, 2), (1, 2)), ((3, 1), (1, 2)), ((1, 1), (3, 2))], ids=str)
+def test_an_axis_of_size_one_that_meets_more_gets_the_sum(x64, f, shapes):
+    """JAX's primitives stretch such axes themselves."""
+    a, b = (jnp.asarray(np.random.default_rng(i).uniform(1, 2, shape)) for i, shape in enumerate(shapes))
+    weights = jnp.cos(jnp.arange(6.0)).reshape(3, 2)
+    agrees(lambda a, b: (f(a, b) * weights).sum(), a, b)
+
+
+def test_an_outer_product_sliced_and_stretched(x64):
+    agrees(lambda a: (jnp.outer(a, a)[:, :1] * jnp.ones((4, 4))).sum(), jnp.arange(1.0, 5.0))
+    agrees(lambda x: (x.reshape(2, 1) * x.reshape(1, 2) * jnp.array([[1.0, 2], [3, 4]])).sum(), jnp.array([1.0, 2.0]))
+
+
+@pytest.mark.parametrize("power", [0, 1, 2, 3])
+def test_a_whole_power_at_zero(x64, power):
+    with jax.numpy_dtype_promotion("standard"):  # JAX's own derivative of it needs that
+        agrees(lambda x: lax.pow(x, jnp.int32(power)), 0.0)
+
+
 # Generated expressions
 
 UNARY = [jnp.sin, jnp.cos, jnp.tanh, jnp.exp, jnp.abs, jnp.square, jax.nn.sigmoid, jax.nn.softplus, jax.nn.gelu, jax.nn.relu]
@@ -375,6 +398,70 @@ def test_what_is_not_wanted_is_not_computed(x64, f, x):
     assert len({node.name for node in g.nodes if node.primitive != "constant"}) == sum(n.primitive != "constant" for n in g.nodes)
 
 
+@jax.custom_jvp
+def safe_root(x):
+    """The root of what is above 0, without the infinite slope at 0 that its inside has."""
+    return jnp.where(x > 0, jnp.sqrt(x), 0.0)
+
+
+@safe_root.defjvp
+def _safe_root_jvp(primals, tangents):
+    (x,), (t,) = primals, tangents
+    return safe_root(x), jnp.where(x > 0, 0.5 / jnp.sqrt(jnp.where(x > 0, x, 1.0)), 0.0) * t
+
+
+@pytest.mark.parametrize(
+    ("f", "x"), [(safe_root, 0.0), (jax.nn.log1mexp, 0.0), (jax.scipy.special.log_ndtr, np.inf), (jax.scipy.special.exp1, 1.0)]
+)
+def test_a_derivative_of_its_own_is_kept_where_the_inside_has_none(x64, f, x):
+    np.testing.assert_allclose(graph.trace(f, x).gradients()[0], jax.grad(f)(x), rtol=1e-12)
+
+
+def test_a_kink_is_seen_in_short_dtypes():
+    x = jnp.array([0.0, 2.0, 1.0], jnp.bfloat16)
+    np.testing.assert_array_equal(graph.trace(lambda x: jax.nn.relu(x).sum(), x).gradients()[0].astype(jnp.float32), [0, 1, 1])
+
+
+first_of_two = jax.custom_vjp(lambda x, y: 2 * x)
+first_of_two.defvjp(lambda x, y: (2 * x, None), lambda _, g: (2 * g, None))
+
+# what the result does not depend on gets no zero, which would meet an infinite slope
+UNUSED = {
+    "custom_vjp": (lambda x: first_of_two(x[0], jnp.sqrt(x[1] - 1)),),
+    "scan": (lambda x: lax.scan(lambda c, a: (c * a[0], a[1]), 1.0, (x, jnp.sqrt(x - 1)))[0],),
+    "carry": (lambda x: lax.scan(lambda c, a: ((c[0] * a, c[1] * 2), None), (1.0, jnp.sqrt(x[0] - 1)), x)[0][0],),
+    "sort": (lambda x: lax.sort((x, jnp.sqrt(x - 1)), num_keys=1)[0].sum(),),
+}
+
+
+@pytest.mark.parametrize("name", UNUSED)
+def test_no_zero_meets_an_infinity(x64, name):
+    (f,) = UNUSED[name]
+    found, truth = graph.trace(f, jnp.ones(3)).gradients()[0], jax.grad(f)(jnp.ones(3))
+    assert bool(jnp.isfinite(truth).all())
+    np.testing.assert_array_equal(found, truth)
+
+
+def test_a_complex_result_takes_a_complex_cotangent():
+    x, c = jnp.array([1.0, 2.0]), jnp.array([1 + 2j, 3.0], jnp.complex64)
+    np.testing.assert_allclose(graph.trace(jnp.fft.fft, x).gradients(c)[0], jax.vjp(jnp.fft.fft, x)[1](c)[0])
+
+
+def test_what_is_printed_is_what_is_computed():
+    """Sums over what was stretched, products that are no matrix product, choices, whole numbers, negative powers."""
+    printed = str(graph.trace(lambda a, s: (a * s).sum(), jnp.array([1.0, 2, 3]), 2.0))
+    assert "∂s = sum of ∂z₁ · a = 6" in printed
+    printed = str(graph.trace(lambda x, w: jnp.einsum("ij,kj->ik", x, w).sum(), jnp.ones((2, 3)), jnp.ones((2, 3))))
+    assert "z₁ = einsum(ij,kj->ik: x, w)" in printed
+    assert "∂w = einsum(ik,ij->kj: ∂z₁, x)" in printed
+    printed = str(graph.trace(lambda x: jnp.where(x > 0, x**-3, x.astype(int).astype(float)), 2.7))
+    assert "z₅ = where(z₁, z₂, z₄)" in printed
+    assert "z₃ = int32(x) = 2" in printed
+    assert "∂x = ∂z₂ · (-3) · x^(-4) = -0.0564503" in printed
+    assert "z₁ = transpose(x, (1, 2, 0))" in str(graph.trace(lambda x: x.transpose(1, 2, 0).sum(), jnp.ones((2, 3, 4))))
+    assert "  3   the result" in str(graph.trace(lambda x: 3.0, 1.0))
+
+
 def test_keys_can_be_printed_and_drawn(tmp_path):
     key = jax.random.key(0)
     for g in (graph.trace(lambda x: x * jax.random.normal(key), 2.0), graph.trace(lambda x, key: x * jax.random.normal(key), 2.0, key)):
@@ -391,6 +478,27 @@ def test_symbolic_derivatives_where_there_are_any(x64):
     np.testing.assert_allclose(graph.derivatives(lambda x: jnp.sum(x) ** 2, 3.0).symbolic, [6])
     d = graph.derivatives(lambda x, y: jnp.tanh(jnp.sin(x * y) + jnp.exp(x) / (1 + y**2)) * jnp.log(1 + x * x), 0.3, 0.7)
     np.testing.assert_allclose(d.symbolic, d.reverse, rtol=1e-12)
+
+
+def test_no_symbolic_derivative_where_there_is_none(x64):
+    def deep(x):
+        z = x
+        for _ in range(16):
+            z = jnp.sin(z * z + x)  # written out, 2^16 terms
+        return z
+
+    for f, *args in (
+        (lambda x: x.astype(int).astype(float) * x, 2.7),
+        (lambda x: x.sum() ** 2, jnp.array([1.0, 2.0])),
+        (lambda x, k: x * x, 2.7, jnp.ones(2)),
+        (lambda x: x * jnp.nan, 0.3),
+        (deep, 0.3),
+    ):
+        assert graph.derivatives(f, *args).symbolic is None
+    with_key = graph.derivatives(lambda x, k: x * x, 2.7, jax.random.key(0))
+    assert with_key.formulas == ["2*x"]
+    close_numbers = graph.derivatives(lambda x: x * (1 + 1e-13) - x, 0.3)
+    assert close_numbers.symbolic[0] == pytest.approx(1e-13, rel=1e-3)
 
 
 def test_a_while_loop_goes_forward_only(x64):
@@ -417,6 +525,9 @@ def test_an_argument_that_is_the_result():
 
 
 # Bad input
+
+
+backward_only = custom(lambda x: x * x, lambda x, g: (g * 2 * x[0],))
 
 
 def branch(x):
@@ -449,6 +560,8 @@ BAD = [
     (lambda: graph.trace(lambda x, n: sum(x for _ in range(n)), 2.0, 3), TypeError, r"close over what is fixed, `lambda x: f\(x, 3\)`"),
     (lambda: graph.trace(lambda x: x[x > 0].sum(), jnp.ones(3)), TypeError, "close over what is fixed"),
     (lambda: graph.trace(lambda x: x, np.array(["a"])), TypeError, "`x` must hold numbers, got <U1"),
+    (lambda: graph.trace(lambda x: x, np.array(["2020-01-01"], "M8[D]")), TypeError, "`x` must hold numbers, got datetime64"),
+    (lambda: graph.trace(backward_only, 2.0).jvp(1.0), TypeError, r"`own` \(z₁\) cannot be differentiated forward; perhaps `gradients`"),
     (lambda: graph.trace(lambda x, n: x, 1.0, 2**40), ValueError, "`n` is 1099511627776, more than JAX's whole numbers hold"),
     (lambda: graph.trace(lambda x: x * 2, 1.0).gradients(1j), TypeError, "`cotangent` for z₁ is complex, expected float32"),
     (lambda: graph.trace(lambda x: x * 2, 1.0).gradients("a"), TypeError, "`cotangent` must hold numbers"),

@@ -21,6 +21,7 @@ def text(graph: Graph) -> str:
         if not is_number(node):
             made = "" if node.primitive in ("input", "constant") else f"{formula(graph, i)} = "
             lines.append(f"  {node.name} = {made}{number(node.value)}{'   the result' if last and i == graph.outputs[0] else ''}")
+    lines += [f"  {graph.nodes[i].name}   the result" for i in graph.outputs if is_number(graph.nodes[i])]
     swept, why = graph.swept
     if swept is None:
         return "\n".join([*lines, f"no sweep backward: {why}"])
@@ -48,24 +49,58 @@ def formula(graph: Graph, i: int) -> str:
         return f"{names[0]}[{node.params['part']}]"
     if node.gate is None:
         return f"{node.label}({', '.join(names)})"
-    if node.primitive in ("concatenate", "select_n"):
-        return f"{node.primitive.removesuffix('_n')}({', '.join(names)})"
-    return pretty(node.gate.text.format(*names, **numbers(node.params)))
+    return _otherwise(graph, node, names) or pretty(node.gate.text.format(*names, all=", ".join(names), **numbers(node.params)))
 
 
 def back(graph: Graph, flow: Flow) -> str:
     """What flows back over an edge, as a product: `∂z₂ · cos(x₁)`."""
     node = graph.nodes[flow.node]
-    upstream = f"∂{node.name}"
+    upstream, names = f"∂{node.name}", operands(graph, node)
     if node.primitive == "part":
         return upstream
     if node.gate is None:
         return f"vjp of {node.label} at {upstream}"
+    if node.primitive == "dot_general" and not _is_matrix_product(node):
+        a, b, out = _letters(graph, node)
+        mine, other = (a, b) if flow.place == 0 else (b, a)
+        return f"einsum({out},{other}->{mine}: {upstream}, {names[1 - flow.place]})"
     template = node.gate.partials[min(flow.place, len(node.gate.partials) - 1)]
-    text = pretty(template.format(*operands(graph, node), g=upstream, **numbers(node.params)))
+    text = pretty(template.format(*names, g=upstream, **numbers(node.params)))
     if "{g}" in template:
         return text
-    return upstream if text == "1" else f"{upstream} · {text}"
+    product = upstream if text == "1" else f"{upstream} · {text}"
+    stretched = graph.nodes[node.inputs[flow.place]].value.shape != node.value.shape
+    return f"sum of {product}" if stretched else product
+
+
+def _otherwise(graph: Graph, node: Node, names: list[str]) -> str:
+    """What the table's one text does not fit, in words of its own; or nothing."""
+    if node.primitive == "dot_general" and not _is_matrix_product(node):
+        a, b, out = _letters(graph, node)
+        return f"einsum({a},{b}->{out}: {', '.join(names)})"
+    if node.primitive == "select_n" and len(names) > 3:
+        return f"select({', '.join(names)})"
+    if node.primitive == "transpose" and node.value.ndim != 2:
+        return f"transpose({names[0]}, {tuple(node.params['permutation'])})"
+    if node.primitive == "convert_element_type" and not is_differentiable(node.value):
+        return f"{node.value.dtype}({names[0]})"
+    return ""
+
+
+def _is_matrix_product(node: Node) -> bool:
+    return node.params["dimension_numbers"] == (((1,), (0,)), ((), ())) and node.value.ndim == 2
+
+
+def _letters(graph: Graph, node: Node) -> tuple[str, str, str]:
+    """The axes of both sides of a product and of the result, as `einsum` writes them."""
+    (over_a, over_b), (batch_a, batch_b) = node.params["dimension_numbers"]
+    letters = iter("ijklmnopqrstuvwxyzabcdefgh")
+    a = [next(letters) for _ in range(graph.nodes[node.inputs[0]].value.ndim)]
+    of_b = {j: a[i] for i, j in zip((*over_a, *batch_a), (*over_b, *batch_b), strict=True)}
+    b = [of_b[j] if j in of_b else next(letters) for j in range(graph.nodes[node.inputs[1]].value.ndim)]
+    batch = [a[i] for i in batch_a]
+    free = [c for i, c in enumerate(a) if i not in (*over_a, *batch_a)] + [c for j, c in enumerate(b) if j not in of_b]
+    return "".join(a), "".join(b), "".join(batch + free)
 
 
 def products(graph: Graph, flows: list[Flow]) -> str:
@@ -97,7 +132,8 @@ def _bracketed(name: str) -> str:
 def numbers(params: dict[str, Any]) -> dict[str, Any]:
     """The numbers among a primitive's parameters, and one less than an exponent."""
     found = {key: value for key, value in params.items() if isinstance(value, int)}
-    return found | ({"less": found["y"] - 1} if "y" in found else {})
+    found |= {"less": found["y"] - 1} if "y" in found else {}
+    return {key: f"({value})" if value < 0 else value for key, value in found.items()}
 
 
 def pretty(line: str) -> str:

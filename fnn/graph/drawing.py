@@ -74,7 +74,7 @@ def label(graph: Graph, i: int) -> str:
     node = graph.nodes[i]
     if node.primitive in ("input", "constant"):
         return f"{node.name} = {number(node.value)}" if node.value.ndim == 0 else f"{node.name} {list(node.value.shape)}"
-    sign = _SIGNS.get(node.label, node.label).format(**board.numbers(node.params))
+    sign = node.label if node.gate is None else _SIGNS.get(node.label, node.label).format(**board.numbers(node.params))
     given = [graph.nodes[j].name if board.is_number(graph.nodes[j]) else "" for j in node.inputs]
     before, after = (given[0], given[1:]) if len(given) > 1 else ("", given)
     result = f" = {number(node.value)}" if i in graph.outputs and node.value.ndim == 0 else ""
@@ -216,7 +216,7 @@ def paint(axes: Any, graph: Graph, found: Arranged) -> None:
     for i, (x, y) in found.centres.items():
         thick = 2.2 if i in graph.outputs else 1.0
         box = {"boxstyle": "round,pad=0.35", "facecolor": _colour(graph.nodes[i]), "edgecolor": "black", "linewidth": thick}
-        axes.text(x, y, label(graph, i), bbox=box, ha="center", va="center", fontsize=9, zorder=3)
+        axes.text(x, y, label(graph, i), bbox=box, ha="center", va="center", fontsize=9, zorder=3, parse_math=False)
 
 
 def _with_matplotlib(graph: Graph, path: Path) -> None:

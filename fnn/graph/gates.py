@@ -3,7 +3,8 @@
 A gate multiplies the gradient from above (upstream) by its local derivative. Add distributes, mul swaps the multipliers, max
 routes; a value that is used twice was copied, and copy adds.
 
-A text such as `"{0} * {1}"` serves twice: names put in, it is the formula on the board; sympy's symbols put in, it is evaluated.
+A text such as `"{0} * {1}"` serves twice: names put in (`{all}` for all of them), it is the formula on the board; sympy's symbols put
+in, it is evaluated.
 
 Source: lecture 002 (chain rule, general gate, gates in backward flow).
 """
@@ -83,8 +84,11 @@ def _filled(tangents: Tangents, xs: Values) -> list[Array]:
 
 
 def _summed_to(g: Array, x: Array) -> Array:
-    """A scalar that met an array was copied to all its entries; copy adds."""
-    return g.sum() if x.ndim < g.ndim else g
+    """A scalar, or an axis of size 1, that met more entries was copied to all of them; copy adds."""
+    if x.ndim < g.ndim:
+        return g.sum()
+    stretched = tuple(i for i in range(x.ndim) if x.shape[i] != g.shape[i])
+    return g.sum(stretched, keepdims=True) if stretched else g
 
 
 def _ties(x: Array, y: Array, other: Array) -> Array:
@@ -103,11 +107,14 @@ def _power(x: Array, n: Any) -> Array:
 
 
 def _pow_base(x: Array, p: Array, y: Array) -> Array:
-    return p.astype(x.dtype) * lax.pow(x, p - jnp.ones_like(p))
+    less = p - jnp.ones_like(p)
+    if jnp.issubdtype(p.dtype, jnp.integer):  # 0 x^-1 is 0 at x = 0 too
+        less = jnp.where(p == 0, jnp.ones_like(p), less)
+    return p.astype(x.dtype) * lax.pow(x, less)
 
 
 def _pow_exponent(x: Array, p: Array, y: Array) -> Array:
-    return jnp.where(x == 0, jnp.zeros_like(y), y * jnp.log(jnp.where(x == 0, jnp.ones_like(x), x)))
+    return y * jnp.log(jnp.where(x == 0, jnp.ones_like(x), x))
 
 
 def _dot_back(g: Array, xs: Values, y: Array, params: dict[str, Any], takes: Sequence[bool]) -> list[Array | None]:
@@ -216,7 +223,7 @@ GATES: dict[str, Gate] = {
     "tanh": elementwise("tanh({0})", "", ("(1 - tanh({0})**2)", lambda a, y: 1 - y * y)),
     "atan": elementwise("atan({0})", "", ("1 / (1 + {0}**2)", lambda a, y: 1 / (1 + a * a))),
     "logistic": elementwise("1 / (1 + exp(-{0}))", "at most a quarter passes",
-                            ("s(1 - s) at s = sigmoid({0})", lambda a, y: y * (1 - y))),
+                            ("σ({0}) * (1 - σ({0}))", lambda a, y: y * (1 - y))),
     "erf": elementwise("erf({0})", "", ("2 / sqrt(pi) * exp(-{0}**2)", lambda a, y: _ERF * jnp.exp(-a * a))),
     "pow": elementwise("{0}**{1}", "", ("{1} * {0}**({1} - 1)", _pow_base), ("{0}**{1} * log({0})", _pow_exponent)),
     "integer_pow": elementwise("{0}**{y}", "", ("{y} * {0}**{less}", lambda a, y, n: _power(a, n)), uses=("y",)),
@@ -228,7 +235,7 @@ GATES: dict[str, Gate] = {
     "floor": flat("floor({0})"),
     "ceil": flat("ceiling({0})"),
     "round": flat("round({0})"),
-    "select_n": Gate("select({0}: {1}, {2})", "select routes to the one chosen", ("", "{g} where chosen"), _select_back,
+    "select_n": Gate("where({0}, {2}, {1})", "select routes to the one chosen", ("", "{g} where chosen"), _select_back,
                      lambda ts, xs, y, params, bind: bind(xs[0], *_filled(ts[1:], xs[1:]))),
     "dot_general": Gate("{0} @ {1}", "product: each side gets the other", ("{g} @ {1}^T", "{0}^T @ {g}"), _dot_back, _dot_push),
     "reduce_sum": rearrangement("sum({0})", "sum copies the gradient to every term", "copies of {g}", _sum_back),
@@ -239,7 +246,7 @@ GATES: dict[str, Gate] = {
     "squeeze": rearrangement("squeeze({0})", _SHAPE, "{g} reshaped", lambda g, xs, params: [g.reshape(xs[0].shape)]),
     "transpose": rearrangement("{0}^T", _SHAPE, "{g}^T",
                                lambda g, xs, p: [jnp.transpose(g, [p["permutation"].index(i) for i in range(g.ndim)])]),
-    "concatenate": rearrangement("concatenate", "each part gets its own piece", "a piece of {g}", _concatenate_back),
+    "concatenate": rearrangement("concatenate({all})", "each part gets its own piece", "a piece of {g}", _concatenate_back),
     "slice": rearrangement("slice({0})", "0 for what was left out", "{g} in its place", _slice_back),
     "rev": rearrangement("reverse({0})", _SHAPE, "{g} reversed", lambda g, xs, p: [lax.rev(g, p["dimensions"])]),
     "convert_element_type": rearrangement("{0}", "another dtype", "{g}", lambda g, xs, p: [g.astype(xs[0].dtype)]),

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import Literal
 
 from fnn import _check
 from fnn._types import Array
@@ -20,6 +21,10 @@ from fnn.graph.tracing import Node, build, floating
 
 class NoReverseError(ValueError):
     """A primitive that JAX cannot differentiate backward."""
+
+
+class NoForwardError(TypeError):
+    """A primitive that JAX cannot differentiate forward."""
 
 
 class NoNumberError(TypeError):
@@ -199,7 +204,7 @@ class Graph:
         _check.is_array(name, given)
         if given.shape != node.value.shape:
             raise ValueError(f"`{name}` has shape {given.shape} for {node.name}, expected {tuple(node.value.shape)}.")
-        if jnp.issubdtype(given.dtype, jnp.complexfloating):
+        if jnp.issubdtype(given.dtype, jnp.complexfloating) and not jnp.issubdtype(node.value.dtype, jnp.complexfloating):
             raise TypeError(f"`{name}` for {node.name} is complex, expected {node.value.dtype}.")
         return jnp.asarray(given).astype(node.value.dtype)
 
@@ -237,7 +242,7 @@ class Graph:
         used = [k for k, seed in enumerate(seeds) if seed is not None]
         floats, of = floating(lambda *xs: [jax.tree.leaves(_bound(node)(*xs))[k] for k in used], values, takes)
         try:
-            found = iter(jax.vjp(of, *floats)[1]([seeds[k] for k in used]))
+            found = iter(_what_depends(jax.vjp(of, *floats)[1], [seeds[k] for k in used]))
         except (ValueError, NotImplementedError) as error:
             raise NoReverseError(
                 f"`{node.label}` ({node.name}) cannot be differentiated backward; perhaps `jvp` goes forward. JAX says: {error}"
@@ -257,7 +262,22 @@ class Graph:
         if node.gate is not None:
             return node.gate.push(given, values, node.value, node.params, _bound(node))
         floats, of = floating(_bound(node), values, moves)
-        return jax.jvp(of, tuple(floats), tuple(t for t in given if t is not None))[1]
+        try:
+            return jax.jvp(of, tuple(floats), tuple(t for t in given if t is not None))[1]
+        except (TypeError, ValueError, NotImplementedError) as error:
+            raise NoForwardError(
+                f"`{node.label}` ({node.name}) cannot be differentiated forward; perhaps `gradients` goes backward. JAX says: {error}"
+            ) from None
+
+
+def _what_depends(pull: Callable[..., Any], seeds: list[Any]) -> list[Any]:
+    """`pull(seeds)`, with None for what does not depend on them: a pull is linear, and a 0 that is no result must not meet an infinity."""
+    jaxpr = jax.make_jaxpr(pull)(seeds).jaxpr
+    reached = set(jaxpr.invars)
+    for eqn in jaxpr.eqns:
+        if any(not isinstance(v, Literal) and v in reached for v in eqn.invars):
+            reached |= set(eqn.outvars)
+    return [g if not isinstance(v, Literal) and v in reached else None for v, g in zip(jaxpr.outvars, pull(seeds), strict=True)]
 
 
 def _layout(tree: Any) -> str:

@@ -17,6 +17,7 @@ from fnn.graph.sweeps import Graph, trace
 
 _SAME = ("convert_element_type", "copy", "reshape", "squeeze", "reduce_sum", "reduce_max", "reduce_min", "broadcast_in_dim", "transpose")
 _NO_FORMULA = ("select_n", "stop_gradient", "dot_general", "concatenate", "slice", "rev", "sign", "floor", "ceil", "round")
+LARGEST = 2000  # terms of a formula: sympy takes seconds for more
 STEPS = tuple(10.0**-k for k in range(1, 14))
 
 
@@ -124,31 +125,50 @@ def _central(f: Callable[..., Any], point: list[Array], tree: Any, i: int, j: tu
 
 
 def _symbolic(graph: Graph) -> tuple[list[str] | None, np.ndarray | None]:
-    """Formulas and values by sympy: the gates' texts with symbols put in."""
+    """Formulas and values by sympy: the gates' texts with symbols put in. None where the function is not one of scalars, or is large."""
     try:
         import sympy  # here, since it is large, and not needed elsewhere
     except ModuleNotFoundError:
         return None, None
     found: list[Any] = []
-    for node in graph.nodes:
-        if node.primitive == "input":
-            found.append(sympy.Symbol(node.name, real=True))
-        elif node.primitive == "constant" and node.value.ndim == 0:
-            found.append(sympy.nsimplify(node.value.item(), rational=True))
-        elif node.primitive in _SAME and node.value.ndim == 0:
-            found.append(found[node.inputs[0]])
-        elif node.gate is None or node.value.ndim or node.primitive in _NO_FORMULA:
+    sizes: list[int] = []  # of the written-out formulas, in which a value that is used twice stands twice
+    for i, node in enumerate(graph.nodes):
+        sizes.append(1 + sum(sizes[j] for j in node.inputs) if node.depends else 1)
+        found.append(_expression(sympy, node, [found[j] for j in node.inputs]))
+        if (found[-1] is None and (node.primitive != "input" or is_differentiable(node.value))) or sizes[i] > LARGEST:
             return None, None
-        else:
-            places = [f"a{k}" for k in range(len(node.inputs))]
-            text = node.gate.text.format(*places, **board.numbers(node.params))
-            known: Any = dict(zip(places, (found[i] for i in node.inputs), strict=True))
-            found.append(sympy.parse_expr(text, local_dict=known))
-    symbols = [found[i] for i in graph.inputs]
-    at: Any = {s: float(graph.nodes[i].value) for s, i in zip(symbols, graph.inputs, strict=True)}
-    by = [found[i] for i in graph.inputs if is_differentiable(graph.nodes[i].value)]
-    formulas = [sympy.diff(found[graph.outputs[0]], s) for s in by]
+    by = [i for i in graph.inputs if is_differentiable(graph.nodes[i].value)]
+    at: Any = {found[i]: float(graph.nodes[i].value) for i in graph.inputs if found[i] is not None}
+    formulas = [sympy.diff(found[graph.outputs[0]], found[i]) for i in by]
     return [str(d) for d in formulas], np.array([_number(d, at) for d in formulas])
+
+
+def _expression(sympy: Any, node: Any, inputs: list[Any]) -> Any:
+    """A node in sympy's terms, from those of its inputs; None where it has none."""
+    if isinstance(node.value, tuple) or jnp.issubdtype(node.value.dtype, jax.dtypes.extended) or node.value.ndim:
+        return None
+    if node.primitive == "input":
+        return sympy.Symbol(node.name, real=True)
+    if not node.depends:
+        return _rational(sympy, node.value)
+    if any(x is None for x in inputs) or not is_differentiable(node.value):  # whole numbers are no real function's
+        return None
+    if node.primitive in _SAME:
+        return inputs[0]
+    if node.gate is None or node.primitive in _NO_FORMULA:
+        return None
+    places = [f"a{k}" for k in range(len(inputs))]
+    known: Any = dict(zip(places, inputs, strict=True))
+    return sympy.parse_expr(node.gate.text.format(*places, **board.numbers(node.params)), local_dict=known)
+
+
+def _rational(sympy: Any, value: Array) -> Any:
+    """A number as the shortest fraction that is it in its dtype; None where it is not finite."""
+    number = value.item()
+    if not np.isfinite(number):
+        return None
+    short = sympy.nsimplify(number, rational=True)
+    return short if bool(jnp.asarray(float(short), value.dtype) == value) else sympy.Rational(number)
 
 
 def _number(formula: Any, at: Any) -> float:
