@@ -1,6 +1,7 @@
 """fnn: feed-forward nets in JAX whose backward pass you can see, check and change."""
 
 from fnn import activations as activations
+from fnn import alignment as alignment
 from fnn import graph as graph
 from fnn import losses as losses
 from fnn import per_example as per_example
@@ -25,6 +26,7 @@ from fnn.layers import dense as dense
 from fnn.layers import embedding as embedding
 from fnn.layers import layer_norm as layer_norm
 from fnn.layers import rms_norm as rms_norm
+from fnn.many import fit_many as fit_many
 from fnn.nets import collapse as collapse
 from fnn.nets import mlp as mlp
 from fnn.nets import summary as summary
@@ -32,4 +34,3 @@ from fnn.train import History as History
 from fnn.train import NonFiniteError as NonFiniteError
 from fnn.train import evaluate as evaluate
 from fnn.train import fit as fit
-from fnn.train import fit_many as fit_many

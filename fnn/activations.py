@@ -10,6 +10,7 @@ Sources: lectures 000 (threshold, sigmoid, ReLU, softplus), 002 (tanh), 003 (lea
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -78,6 +79,19 @@ def elementwise(name: str, fn: Callable[..., Array], derivative: Callable[..., A
         return elementwise(label, fn, derivative, **changed)
 
     return Elementwise(name, lambda key: (), forward, backward, with_parameters=with_parameters)
+
+
+@functools.lru_cache(maxsize=256)
+def is_flat(activation: Elementwise) -> bool:
+    """Whether the derivative is 0 all over [-10, 10], so that no gradient passes.
+
+    >>> is_flat(step), is_flat(relu)
+    (True, False)
+    """
+    with jax.ensure_compile_time_eval():
+        x = jnp.linspace(-10, 10, 101)
+        slope = activation.backward((), activation.forward((), x)[1], jnp.ones_like(x))[1]
+        return not bool(slope.any())
 
 
 def no_params(name: str, params: Any) -> None:

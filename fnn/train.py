@@ -1,4 +1,4 @@
-"""Training: `fit`, `fit_many` (many nets at once) and `evaluate`.
+"""Training: `fit` and `evaluate`; many nets at once are in `fnn.many`.
 
 Data flows one way: key -> init -> params -> forward -> loss.grad -> backward -> grads -> optax -> params. Data are a tuple
 `(x, targets)` or `(x, targets, weights)` of arrays `[examples, ...]`, which stay on the device (the order of each epoch is drawn
@@ -19,7 +19,7 @@ import optax
 from fnn import _check
 from fnn._types import Array, ArrayLike, Key, Params, Rule, at_least_float32
 from fnn.data import Sampler, check_batches, check_data, check_rule, drawn, epoch_seeds, padded, shuffled_batches
-from fnn.steps import NonFiniteStep, TrainState, epoch, init, run_arrays, run_iterable
+from fnn.steps import Epoch, NonFiniteStep, Record, Recorder, init, run_arrays, run_iterable
 
 Callback = Callable[[int, dict[str, float]], Any]
 
@@ -30,6 +30,7 @@ class History(NamedTuple):
     loss: Array  # [epochs]: the mean over the epoch's examples, each taken before its step
     step_loss: Array  # [steps]: the loss of every batch
     validation: dict[str, Array]  # [epochs] each: what `evaluate` gives after every epoch; {} without validation data
+    records: Any = ()  # a tree of [records, ...]: what `record` gave
 
 
 class NonFiniteError(FloatingPointError):
@@ -64,6 +65,8 @@ def fit(
     validation: Any = None,
     callback: Callback | None = None,
     sampler: Sampler = shuffled_batches,
+    record: Record | None = None,
+    record_every: int = 1,
 ) -> tuple[Params, History]:
     """Trains a net.
 
@@ -80,6 +83,10 @@ def fit(
         validation: data as above (arrays), measured after every epoch by `evaluate`.
         callback: `(epoch, metrics) -> stop`, called after every epoch, counted from 0; training stops where it returns something true.
         sampler: `(seed, examples, batch_size) -> (rows, present)`, an epoch's batches of arrays; `fnn.data.poisson_batches` is another.
+        record: `(params, rule_state, x, targets, weights) -> tree of arrays`, such as those of `fnn.alignment`, called inside the compiled
+            epoch before the steps 0, `record_every`, 2 `record_every`, ... of every epoch; `history.records` has them. It is compiled
+            in: pass the same function again, and nothing compiles again.
+        record_every: the stride in steps, at least 1.
 
     Returns:
         `(params, history)`.
@@ -97,7 +104,8 @@ def fit(
     >>> history.step_loss.shape
     (6,)
     """
-    _check_settings(rule, optimizer, epochs, batch_size, callback)
+    check_settings(rule, optimizer, epochs, batch_size, callback)
+    recorder = _recorder(record, record_every)
     _check.is_key("key", key)
     rule_key, key = jax.random.split(key)
     data, validation = _check_both(rule, params, data, validation, batch_size, epochs)
@@ -105,76 +113,24 @@ def fit(
     step_losses: list[Array] = []
     epoch_losses: list[Array] = []
     metrics: list[dict[str, float]] = []
+    records: list[Any] = []
     run = _epoch_runner(data, key, epochs, batch_size, sampler)
     for e in range(epochs):
         try:
-            state, losses, mean = run(rule, optimizer, state, data, e)
+            state, losses, mean, found = run(rule, optimizer, state, data, e, recorder)
         except NonFiniteStep as stop:
             before = sum(len(losses) for losses in step_losses)
-            history = _history(epoch_losses, [*step_losses, jnp.stack(stop.losses)], metrics)
+            history = _history(epoch_losses, [*step_losses, jnp.stack(stop.losses)], metrics, records)
             raise NonFiniteError(e, before, stop, history) from None
         step_losses.append(losses)
         epoch_losses.append(mean)
+        records.append(found)
         if validation is not None:
             metrics.append(evaluate(rule, state.params, validation, checked=True))
         validated = {f"validation_{name}": number for name, number in metrics[-1].items()} if metrics else {}
         if callback is not None and bool(callback(e, {"loss": float(mean)} | validated)):
             break
-    return state.params, _history(epoch_losses, step_losses, metrics)
-
-
-def fit_many(
-    rule: Rule,
-    optimizer: Any,
-    init_params: Callable[[Key], Params],
-    data: tuple[ArrayLike, ...],
-    *,
-    epochs: int,
-    batch_size: int,
-    keys: Array,
-    learning_rates: Array | None = None,
-) -> tuple[Params, History]:
-    """Trains many nets at once, `vmap` over keys (and learning rates): seeds, ensembles, small searches.
-
-    Args:
-        rule, epochs, batch_size: as for `fit`.
-        optimizer: an optax optimiser; with `learning_rates`, a function `rate -> optimiser`, such as `optax.sgd`.
-        init_params: `key -> params`, such as `net.init`.
-        data: `(x, targets)` or `(x, targets, weights)` on the device, the same for all nets.
-        keys: `[nets]`, from `jax.random.split`; each gives a net its parameters and its shuffles.
-        learning_rates: `[nets]`, one above 0 for each net.
-
-    Returns:
-        `(params, history)` with a leading axis of nets. A net that diverges has NaN in its history and stops no other.
-
-    Raises:
-        TypeError, ValueError: an argument or the data cannot be meant; before any training.
-
-    >>> import fnn
-    >>> net = fnn.mlp((3, 2))
-    >>> params, history = fit_many(fnn.rules.backprop(net, fnn.losses.l2_loss), optax.sgd, net.init,
-    ...     (jnp.ones((8, 3)), jnp.ones((8, 2))), epochs=3, batch_size=4, keys=jax.random.split(jax.random.key(0), 5),
-    ...     learning_rates=jnp.logspace(-3, -1, 5))
-    >>> history.loss.shape
-    (5, 3)
-    """
-    make, rates = _optimizers(rule, optimizer, keys, learning_rates, epochs, batch_size)
-    _check.is_function("init_params", init_params, "key -> params, such as `net.init`")
-    x, targets, weights = check_data(rule, jax.eval_shape(init_params, keys[0]), data, batch_size=batch_size)
-    first, one_epoch = _many_functions(rule, make, init_params)
-    state, fit_keys = first(keys, rates)
-    seeds = [epoch_seeds(key, epochs + 1) for key in fit_keys]  # as `fit` draws them
-    step_losses: list[Array] = []
-    epoch_losses: list[Array] = []
-    for e in range(epochs):
-        orders = [shuffled_batches(seed[e], x.shape[0], batch_size) for seed in seeds]
-        rows = np.stack([rows for rows, _ in orders])
-        state, losses, means = one_epoch(rates, state, rows, orders[0][1], x, targets, weights)
-        step_losses.append(losses)
-        epoch_losses.append(means)
-    # joined on the host: a program with an operand per epoch compiles for seconds
-    by_epoch, by_step = (np.array(losses) for losses in jax.device_get((epoch_losses, step_losses)))
-    return state.params, History(jnp.asarray(by_epoch.T), jnp.asarray(np.concatenate(list(by_step), 1)), {})
+    return state.params, _history(epoch_losses, step_losses, metrics, records)
 
 
 def evaluate(
@@ -217,24 +173,6 @@ def evaluate(
 
 # Kept per rule, as the compiled functions of `fnn.steps`.
 @functools.lru_cache(maxsize=64)
-def _many_functions(rule: Rule, make: Any, init_params: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """`(keys, rates) -> (states, keys)` and one epoch of all nets; `make` is an optimiser, or a function of the rate."""
-
-    def of(rate: Array) -> optax.GradientTransformation:
-        return make if hasattr(make, "update") else make(rate)
-
-    def first(key: Key, rate: Array) -> tuple[TrainState, Key]:
-        params_key, key = jax.random.split(key)
-        rule_key, key = jax.random.split(key)  # as `fit` does with its key
-        return init(rule, of(rate), init_params(params_key), rule_key), key
-
-    def one_epoch(rate: Array, state: TrainState, rows: Array, present: Array | None, *data: Any) -> tuple[TrainState, Array, Array]:
-        return epoch(rule, of(rate))(state, (rows, present), *data)
-
-    return jax.jit(jax.vmap(first)), jax.jit(jax.vmap(one_epoch, in_axes=(0, 0, 0, None, None, None, None)))
-
-
-@functools.lru_cache(maxsize=64)
 def _sums_function(rule: Rule) -> Callable[..., dict[str, Array]]:
     def sums(params: Params, x: Array, targets: Array, weights: Array) -> dict[str, Array]:
         outputs = rule.predict(params, x)
@@ -248,8 +186,8 @@ def _sums_function(rule: Rule) -> Callable[..., dict[str, Array]]:
     return jax.jit(sums)
 
 
-def _epoch_runner(data: Any, key: Key, epochs: int, batch_size: int, sampler: Any) -> Callable[..., tuple[TrainState, Array, Array]]:
-    """`(rule, optimizer, state, data, epoch) -> (state, losses, mean)` for arrays, or for an iterable."""
+def _epoch_runner(data: Any, key: Key, epochs: int, batch_size: int, sampler: Any) -> Callable[..., Epoch]:
+    """`(rule, optimizer, state, data, epoch, recorder) -> Epoch` for arrays, or for an iterable."""
     _check.is_function("sampler", sampler, "(seed, examples, batch_size) -> (rows, present), such as `fnn.data.poisson_batches`")
     if not isinstance(data, tuple):
         if sampler is not shuffled_batches:
@@ -264,13 +202,24 @@ def _epoch_runner(data: Any, key: Key, epochs: int, batch_size: int, sampler: An
     return functools.partial(run_arrays, draw=draw)
 
 
-def _history(epoch_losses: list[Array], step_losses: list[Array], metrics: list[dict[str, float]]) -> History:
-    losses, steps = jax.device_get((epoch_losses, step_losses))  # joined on the host: no program to compile for every length
+def _recorder(record: Any, every: Any) -> Recorder:
+    if record is not None:
+        _check.is_function("record", record, "(params, rule_state, x, targets, weights) -> tree of arrays")
+        _check.hashable("record", record)
+    _check.positive("record_every", every, whole=True)
+    return Recorder(record, int(every))
+
+
+def _history(epoch_losses: list[Array], step_losses: list[Array], metrics: list[dict[str, float]], records: list[Any]) -> History:
+    # joined on the host: no program to compile for every length
+    losses, steps, found = jax.device_get((epoch_losses, step_losses, records))
     validation = {name: jnp.array([m[name] for m in metrics]) for name in (metrics[0] if metrics else ())}
-    return History(jnp.asarray(np.array(losses)), jnp.asarray(np.concatenate(steps)), validation)
+    joined = jax.tree.map(lambda *epochs: jnp.asarray(np.concatenate(epochs)), *found) if found else ()
+    return History(jnp.asarray(np.array(losses)), jnp.asarray(np.concatenate(steps)), validation, joined)
 
 
-def _check_settings(rule: Any, optimizer: Any, epochs: Any, batch_size: Any, callback: Any = None) -> None:
+def check_settings(rule: Any, optimizer: Any, epochs: Any, batch_size: Any, callback: Any = None) -> None:
+    """Raises unless rule, optimiser and the numbers of a training can be meant."""
     check_rule(rule)
     if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
         raise TypeError(f"`optimizer` must be an optax optimiser, got {optimizer!r}. Make one: `optax.sgd(0.1)`.")
@@ -292,27 +241,3 @@ def _check_both(rule: Rule, params: Params, data: Any, validation: Any, batch_si
         with _check.inside("`validation`"):
             validation = check_data(rule, params, validation, name="validation")
     return data, validation
-
-
-def _optimizers(rule: Any, optimizer: Any, keys: Any, rates: Any, epochs: Any, batch_size: Any) -> tuple[Any, Array]:
-    """What `fit_many` trains each net with, checked: an optimiser or a function of the rate, and the rates."""
-    _check_keys(keys)
-    if rates is None:
-        _check_settings(rule, optimizer, epochs, batch_size)
-        return optimizer, jnp.ones(keys.shape)
-    _check.is_float("learning_rates", rates)
-    if not callable(optimizer):
-        raise TypeError(
-            f"`optimizer` must be a function rate -> optimiser where `learning_rates` are given, got {optimizer!r}. Pass `optax.sgd`."
-        )
-    if rates.shape != keys.shape or not bool(((rates > 0) & jnp.isfinite(rates)).all()):
-        raise ValueError(f"`learning_rates` must be one finite number above 0 per key, {keys.shape}, got {rates}.")
-    _check_settings(rule, optimizer(0.1), epochs, batch_size)
-    return optimizer, jnp.asarray(rates)
-
-
-def _check_keys(keys: Any) -> None:
-    if not (hasattr(keys, "dtype") and jnp.issubdtype(keys.dtype, jax.dtypes.prng_key)):
-        raise TypeError(f"`keys` must be an array of keys from `jax.random.split(key, nets)`, got {keys!r:.80}.")
-    if keys.ndim != 1 or not keys.size:
-        raise ValueError(f"`keys` must be one key per net, [nets], got shape {keys.shape}. Pass `jax.random.split(key, nets)`.")

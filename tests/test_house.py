@@ -11,7 +11,7 @@ import fnn
 
 ROOT = Path(__file__).parents[1]
 ORDER = ["_types", "_check", "_sums", "factors", "activations", "layers", "combinators", "nets", "blocks", "losses", "backprop"]
-ORDER += ["per_example", "graph", "checks", "data", "steps", "rules", "train", "__init__"]
+ORDER += ["per_example", "graph", "checks", "data", "steps", "rules", "alignment", "train", "many", "__init__"]
 PACKAGES = {"factors", "per_example", "graph", "rules"}  # their files may import one another
 FILES = sorted((ROOT / "fnn").rglob("*.py"))
 

@@ -2,9 +2,19 @@
 
 from fnn.rules.autodiff import autodiff as autodiff
 from fnn.rules.backprop import backprop as backprop
+from fnn.rules.direct_feedback_alignment import direct_feedback_alignment as direct_feedback_alignment
+from fnn.rules.feedback_alignment import FEEDBACKS as FEEDBACKS
+from fnn.rules.feedback_alignment import Feedback as Feedback
+from fnn.rules.feedback_alignment import feedback_alignment as feedback_alignment
+from fnn.rules.feedback_alignment import kolen_pollack as kolen_pollack
+from fnn.rules.feedback_alignment import sign_symmetric as sign_symmetric
+from fnn.rules.feedback_alignment import weight_mirror as weight_mirror
+from fnn.rules.forward_forward import ForwardForward as ForwardForward
+from fnn.rules.forward_forward import forward_forward as forward_forward
+from fnn.rules.local import LocalRule as LocalRule
 from fnn.rules.per_example_sgd import per_example_sgd as per_example_sgd
 from fnn.rules.private_sgd import PrivateRule as PrivateRule
 from fnn.rules.private_sgd import private_sgd as private_sgd
 
-RULES = (backprop, autodiff, per_example_sgd, private_sgd)
+RULES = (backprop, autodiff, per_example_sgd, private_sgd, feedback_alignment, direct_feedback_alignment, forward_forward)
 """Every rule's constructor: the tests, and `experiments train --rule NAME`, run over this tuple."""

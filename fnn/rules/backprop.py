@@ -7,9 +7,11 @@ Source: Rumelhart, Hinton, Williams (1986), doi:10.1038/323533a0; lectures 001 a
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from fnn._types import Array, Layer, Loss, Params, Rule
+from fnn.activations import Elementwise, is_flat
 from fnn.backprop import value_and_grad
 
 
@@ -35,8 +37,22 @@ def backprop(net: Layer, loss: Loss) -> Rule:
     return stateless("backprop", net, loss, value_and_grad(net, loss))
 
 
+def warn_if_flat(rule: str, net: Layer) -> None:
+    """Warns where an activation's derivative is 0 everywhere: no error passes it."""
+    for layer in net.layers:
+        warn_if_flat(rule, layer)
+    if isinstance(net, Elementwise) and is_flat(net):
+        warnings.warn(
+            f"{rule}: the derivative of `{net.name}` is 0 everywhere, so that nothing before it will be learned. Take another activation, "
+            "or a rule that needs no derivative, such as `fnn.rules.evolution_strategies`.",
+            stacklevel=3,
+        )
+
+
 def stateless(name: str, net: Layer, loss: Loss, function: Any) -> Rule:
     """A rule without state from `(params, x, targets, weights) -> (value, grads)`."""
+
+    warn_if_flat(name, net)
 
     def with_state(params: Params, state: Any, x: Array, targets: Array, weights: Array | None = None) -> tuple[Array, Params, Any]:
         return *function(params, x, targets, weights), state
