@@ -314,7 +314,14 @@ def test_a_few_epochs_teach(name):
     assert history.validation["accuracy"][-1] > 0.9
 
 
+def other_sizes():
+    """Feedback drawn for another net."""
+    rule = rules.feedback_alignment(NETS["mlp"], LABELS, feedback=rules.random_feedback(fnn.mlp((6, 3)).init))
+    return rule.init(KEY, NETS["mlp"].init(KEY))
+
+
 BAD = [
+    (other_sizes, ValueError, "`draw` must return a tree like the params"),
     (lambda: rules.feedback_alignment(NETS["mlp"], LABELS, feedback="random"), ValueError, "Unknown feedback 'random'. Known: fixed, sign"),
     (lambda: rules.feedback_alignment(NETS["mlp"], LABELS, feedback=3), TypeError, "must be one of fixed, .* or a `Feedback`, got 3"),
     (lambda: rules.sign_symmetric("big"), ValueError, "uniform"),

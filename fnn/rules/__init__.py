@@ -7,6 +7,7 @@ from fnn.rules.feedback_alignment import FEEDBACKS as FEEDBACKS
 from fnn.rules.feedback_alignment import Feedback as Feedback
 from fnn.rules.feedback_alignment import feedback_alignment as feedback_alignment
 from fnn.rules.feedback_alignment import kolen_pollack as kolen_pollack
+from fnn.rules.feedback_alignment import random_feedback as random_feedback
 from fnn.rules.feedback_alignment import sign_symmetric as sign_symmetric
 from fnn.rules.feedback_alignment import weight_mirror as weight_mirror
 from fnn.rules.forward_forward import ForwardForward as ForwardForward

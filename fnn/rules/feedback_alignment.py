@@ -30,6 +30,7 @@ from fnn.blocks import blocks
 from fnn.rules.backprop import warn_if_flat
 from fnn.rules.local import LocalRule
 
+Draw = Callable[[Key], Params]
 MAGNITUDES = ("uniform", "fixed", "redrawn")
 
 
@@ -53,7 +54,7 @@ def feedback_alignment(net: Layer, loss: Loss, *, feedback: str | Feedback = "fi
     Args:
         net: any layer.
         loss: any loss that takes its outputs.
-        feedback: a name out of `FEEDBACKS`, or a `Feedback`: `sign_symmetric("redrawn")`, `kolen_pollack(1e-3)`, `weight_mirror(0.1)`.
+        feedback: a name out of `FEEDBACKS`, or a `Feedback`: `sign_symmetric("redrawn")`, `kolen_pollack(1e-3)`, ...
 
     Returns:
         A rule. With `fixed`, its state is B itself: put the parameters in its place, and it is backprop.
@@ -97,18 +98,28 @@ def feedback_alignment(net: Layer, loss: Loss, *, feedback: str | Feedback = "fi
     return LocalRule(name, lambda key, params: chosen.init(net, key, params), value_and_grad, net.apply, loss, signals, matrices)
 
 
-fixed = Feedback("fixed", lambda net, key, params: drawn(net, key, params), lambda net, state, params, x: (state, state))
+def random_feedback(draw: Draw | None = None) -> Feedback:
+    """B is drawn once and never changes.
+
+    Args:
+        draw: `(key) -> tree like the params`, such as the `init` of the same net with another `kernel_init`; the net's own, if None.
+
+    >>> random_feedback().name
+    'fixed'
+    """
+    return Feedback("fixed", lambda net, key, params: drawn(draw or net.init, key, params), lambda net, state, params, x: (state, state))
 
 
-def sign_symmetric(magnitude: str = "uniform") -> Feedback:
+def sign_symmetric(magnitude: str = "uniform", draw: Draw | None = None) -> Feedback:
     """B has the signs of w.
 
     Args:
         magnitude: `"uniform"`, the root mean square of each leaf as the net draws it; `"fixed"`, sizes drawn once; `"redrawn"`, sizes
             drawn at every step.
+        draw: what sizes are drawn by, as for `random_feedback`.
 
     Raises:
-        ValueError: it is none of these.
+        ValueError: the magnitude is none of these.
 
     >>> sign_symmetric("redrawn").name
     'sign_symmetric redrawn'
@@ -119,19 +130,19 @@ def sign_symmetric(magnitude: str = "uniform") -> Feedback:
         return jnp.full_like(leaf, jnp.sqrt(jnp.mean(leaf**2))) if magnitude == "uniform" else jnp.abs(leaf)
 
     def init(net: Layer, key: Key, params: Params) -> State:
-        return key if magnitude == "redrawn" else jax.tree.map(size, drawn(net, key, params))
+        return key if magnitude == "redrawn" else jax.tree.map(size, drawn(draw or net.init, key, params))
 
     def step(net: Layer, state: State, params: Params, x: Array) -> tuple[Params, State]:
         sizes = state
         if magnitude == "redrawn":
             state, key = jax.random.split(state)
-            sizes = jax.tree.map(size, drawn(net, key, params))
+            sizes = jax.tree.map(size, drawn(draw or net.init, key, params))
         return jax.tree.map(lambda w, m: jnp.sign(w) * m, params, sizes), state
 
     return Feedback("sign_symmetric" if magnitude == "uniform" else f"sign_symmetric {magnitude}", init, step)
 
 
-def kolen_pollack(decay: float = 1e-2) -> Feedback:
+def kolen_pollack(decay: float = 1e-2, draw: Draw | None = None) -> Feedback:
     """B takes every step that w takes, and both lose the share `decay` of themselves: what they differ by decays.
 
         w <- (1 - decay) w + step,    B <- (1 - decay) B + step,    so    B - w <- (1 - decay) (B - w)
@@ -142,6 +153,7 @@ def kolen_pollack(decay: float = 1e-2) -> Feedback:
 
     Args:
         decay: the share per step, above 0 and at most 1.
+        draw: what B starts from, as for `random_feedback`.
 
     >>> kolen_pollack().name
     'kolen_pollack'
@@ -149,7 +161,7 @@ def kolen_pollack(decay: float = 1e-2) -> Feedback:
     _share("decay", decay)
 
     def init(net: Layer, key: Key, params: Params) -> State:
-        return jax.tree.map(jnp.subtract, drawn(net, key, params), params)
+        return jax.tree.map(jnp.subtract, drawn(draw or net.init, key, params), params)
 
     def step(net: Layer, state: State, params: Params, x: Array) -> tuple[Params, State]:
         return jax.tree.map(jnp.add, params, state), jax.tree.map(lambda d: (1 - decay) * d, state)
@@ -157,7 +169,7 @@ def kolen_pollack(decay: float = 1e-2) -> Feedback:
     return Feedback("kolen_pollack", init, step)
 
 
-def weight_mirror(decay: float = 1e-2, noise: float = 1.0) -> Feedback:
+def weight_mirror(decay: float = 1e-2, noise: float = 1.0, draw: Draw | None = None) -> Feedback:
     """B learns w from noise: every block is fed `a ~ N(0, noise^2)`, and where it answers y, B takes the local gradient of y.
 
         B <- (1 - decay) B + decay / noise^2  mean over the batch of a^T (y (.) f'(z))
@@ -168,6 +180,7 @@ def weight_mirror(decay: float = 1e-2, noise: float = 1.0) -> Feedback:
     Args:
         decay: the share per step, above 0 and at most 1.
         noise: the standard deviation of what the blocks are fed.
+        draw: what B starts from, as for `random_feedback`.
 
     >>> weight_mirror().name
     'weight_mirror'
@@ -176,15 +189,15 @@ def weight_mirror(decay: float = 1e-2, noise: float = 1.0) -> Feedback:
     _check.positive("noise", noise)
 
     def init(net: Layer, key: Key, params: Params) -> State:
-        draw, key = jax.random.split(key)
-        return drawn(net, draw, params), key
+        first, key = jax.random.split(key)
+        return drawn(draw or net.init, first, params), key
 
     def step(net: Layer, state: State, params: Params, x: Array) -> tuple[Params, State]:
         (matrices, key), chain = state, blocks(net)
-        key, draw = jax.random.split(key)
+        key, noise_key = jax.random.split(key)
         parts, found = chain.split(params), list(chain.split(matrices))
         inputs = jax.eval_shape(lambda: chain.forward(parts, x)[0][:-1])
-        keys = jax.random.split(draw, len(inputs))
+        keys = jax.random.split(noise_key, len(inputs))
         for i in range(1, len(inputs)):  # the first block hands its error to nobody
             a = noise * jax.random.normal(keys[i], inputs[i].shape, inputs[i].dtype)
             y, residuals = chain.layers[i].forward(parts[i], a)
@@ -197,9 +210,12 @@ def weight_mirror(decay: float = 1e-2, noise: float = 1.0) -> Feedback:
     return Feedback("weight_mirror", init, step)
 
 
-def drawn(net: Layer, key: Key, params: Params) -> Params:
-    """Feedback matrices as the net draws its own start, in the dtypes of the params."""
-    return jax.tree.map(lambda b, p: b.astype(p.dtype), net.init(key), params)
+def drawn(draw: Draw, key: Key, params: Params) -> Params:
+    """Feedback matrices in the dtypes of the params."""
+    matrices = draw(key)
+    if jax.tree.map(jnp.shape, matrices) != jax.tree.map(jnp.shape, params):
+        raise ValueError("`draw` must return a tree like the params. Pass the `init` of a net of the same layers and sizes.")
+    return jax.tree.map(lambda b, p: b.astype(p.dtype), matrices, params)
 
 
 def _share(name: str, value: Any) -> None:
@@ -208,6 +224,6 @@ def _share(name: str, value: Any) -> None:
         raise ValueError(f"`{name}` must be at most 1, the whole of it, got {value!r}.")
 
 
-_KINDS = (fixed, sign_symmetric(), sign_symmetric("fixed"), sign_symmetric("redrawn"), kolen_pollack(), weight_mirror())
+_KINDS = (random_feedback(), sign_symmetric(), sign_symmetric("fixed"), sign_symmetric("redrawn"), kolen_pollack(), weight_mirror())
 FEEDBACKS = {kind.name: kind for kind in _KINDS}
 """Every kind of feedback by its name, with its default settings: the tests run over it."""
