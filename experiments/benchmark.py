@@ -34,6 +34,7 @@ from experiments._timing import compile_times, fresh, geometric_mean, interleave
 NETS = {"784-512-512-10": (784, 512, 512, 10), "784-128-10": (784, 128, 10), "64-32-10": (64, 32, 10), "5x256": (256,) * 6}
 LOSS = fnn.losses.softmax_cross_entropy_with_integer_labels
 STATISTICS = ("norms", "clipped", "moments", "gram")
+RULES = {"fa": fnn.rules.feedback_alignment, "dfa": fnn.rules.direct_feedback_alignment}
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,8 @@ class Row(NamedTuple):
     clipped: float
     moments: float
     gram: float
+    fa: float  # a step of other rules, over the manual gradient
+    dfa: float
 
 
 class Memory(NamedTuple):
@@ -138,13 +141,25 @@ def measure_net(name: str, batch: int, config: Config, rng: random.Random) -> Ro
     if batch > config.gram_batch:
         del functions["gram"]
     compiled = {key: jax.jit(fresh(f)).lower(*args).compile() for key, f in functions.items()}
-    times = interleaved({key: (lambda f=f: f(*args)) for key, f in compiled.items()}, config.seconds, rng)
+    calls = {key: (lambda f=f: f(*args)) for key, f in compiled.items()}
+    times = interleaved(calls | rule_calls(name, *args), config.seconds, rng)
     ratios = {key: times[key] / times["automatic"] if key in times else float("nan") for key in ("manual", "again", *STATISTICS)}
     memory = temporary_bytes(compiled["manual"]) / temporary_bytes(compiled["automatic"])
     compiling = compile_times({key: functions[key] for key in ("automatic", "manual")}, args, config.compilations, rng)
-    rest = (ratios[key] for key in STATISTICS)
+    rest = *(ratios[key] for key in STATISTICS), *(times[key] / times["manual"] for key in RULES)
     microseconds = times["automatic"] * 1e6
     return Row(name, batch, microseconds, ratios["manual"], ratios["again"], memory, compiling["manual"] / compiling["automatic"], *rest)
+
+
+def rule_calls(name: str, params: Any, x: Any, t: Any) -> dict[str, Callable[[], Any]]:
+    """A step of every rule of `RULES`, compiled, with its state as an argument."""
+    calls = {}
+    for key, make in RULES.items():
+        rule = make(fnn.mlp(NETS[name]), LOSS)
+        args = params, rule.init(fnn.key(0), params), x, t
+        step = jax.jit(fresh(lambda params, state, x, t, rule=rule: rule.value_and_grad(params, state, x, t)[:2])).lower(*args).compile()
+        calls[key] = lambda step=step, args=args: step(*args)
+    return calls
 
 
 def measure_memory(name: str, batch: int, config: Config) -> Memory:
@@ -242,6 +257,7 @@ def main(config: Config) -> None:
         result = run(config, advance)
     _print_rows("Time of jax.grad, and ratios to it", result.rows, ("microseconds", "time", "noise", "memory", "compiling"))
     _print_rows("Per-example statistics: ratios of time", result.rows, STATISTICS)
+    _print_rows("A step of other rules: ratios to the manual gradient", result.rows, tuple(RULES))
     _print_rows("Temporary memory of jax.grad (MB), and ratios to it", result.memory, ("megabytes", "norms", "clipped"))
     rivals = [(r.library, r.way, f"{r.milliseconds:.2f}", f"{r.to_plain:.2f}", f"{r.to_fnn:.2f}") for r in result.rivals]
     title = f"Clipped gradients elsewhere, {next(iter(NETS))} at batch {config.rival_batch}"
