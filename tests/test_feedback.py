@@ -362,7 +362,14 @@ def test_bad_input_is_a_clear_error(call, kind, message):
         call()
 
 
-GRADIENT_RULES = (rules.backprop, rules.autodiff, rules.per_example_sgd, rules.feedback_alignment, rules.direct_feedback_alignment)
+GRADIENT_RULES = (
+    rules.backprop,
+    rules.autodiff,
+    rules.per_example_sgd,
+    rules.private_sgd,
+    rules.feedback_alignment,
+    rules.direct_feedback_alignment,
+)
 
 
 @pytest.mark.parametrize("rule", GRADIENT_RULES, ids=lambda r: r.__name__)

@@ -6,7 +6,7 @@ import jax
 
 from fnn._types import Layer, Loss, Rule
 from fnn.backprop import mean_loss
-from fnn.rules.backprop import stateless
+from fnn.rules.backprop import stateless, warn_if_flat
 
 
 def autodiff(net: Layer, loss: Loss) -> Rule:
@@ -26,4 +26,6 @@ def autodiff(net: Layer, loss: Loss) -> Rule:
     >>> autodiff(fnn.mlp((3, 2)), fnn.losses.l2_loss)
     autodiff
     """
-    return stateless("autodiff", net, loss, jax.value_and_grad(mean_loss(net, loss)))
+    function = jax.value_and_grad(mean_loss(net, loss))
+    warn_if_flat("autodiff", net)
+    return stateless("autodiff", net, loss, function)

@@ -8,6 +8,7 @@ Source: Rumelhart, Hinton, Williams (1986), doi:10.1038/323533a0; lectures 001 a
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 from fnn._types import Array, Layer, Loss, Params, Rule
@@ -34,25 +35,30 @@ def backprop(net: Layer, loss: Loss) -> Rule:
     >>> params = net.init(jax.random.key(0))
     >>> value, grads, state = rule.value_and_grad(params, rule.init(jax.random.key(1), params), jnp.ones((5, 3)), jnp.ones((5, 2)))
     """
-    return stateless("backprop", net, loss, value_and_grad(net, loss))
+    function = value_and_grad(net, loss)
+    warn_if_flat("backprop", net)
+    return stateless("backprop", net, loss, function)
 
 
 def warn_if_flat(rule: str, net: Layer) -> None:
-    """Warns where an activation's derivative is 0 everywhere: no error passes it."""
-    for layer in net.layers:
-        warn_if_flat(rule, layer)
-    if isinstance(net, Elementwise) and is_flat(net):
+    """Warns where an activation's derivative is 0 everywhere: no error passes it. To be called by a rule's constructor."""
+    flat = next((layer for layer in _all_layers(net) if isinstance(layer, Elementwise) and is_flat(layer)), None)
+    if flat is not None:
         warnings.warn(
-            f"{rule}: the derivative of `{net.name}` is 0 everywhere, so that nothing before it will be learned. Take another activation, "
+            f"{rule}: the derivative of `{flat.name}` is 0 everywhere, so that nothing before it will be learned. Take another activation, "
             "or a rule that needs no derivative, such as `fnn.rules.evolution_strategies`.",
             stacklevel=3,
         )
 
 
+def _all_layers(net: Layer) -> Iterator[Layer]:
+    yield net
+    for layer in net.layers:
+        yield from _all_layers(layer)
+
+
 def stateless(name: str, net: Layer, loss: Loss, function: Any) -> Rule:
     """A rule without state from `(params, x, targets, weights) -> (value, grads)`."""
-
-    warn_if_flat(name, net)
 
     def with_state(params: Params, state: Any, x: Array, targets: Array, weights: Array | None = None) -> tuple[Array, Params, Any]:
         return *function(params, x, targets, weights), state

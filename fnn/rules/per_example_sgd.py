@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from fnn._types import Array, Layer, Loss, Params, Rule
 from fnn.backprop import value_and_grad, weighted_mean
 from fnn.per_example import by_vmap
-from fnn.rules.backprop import stateless
+from fnn.rules.backprop import stateless, warn_if_flat
 
 Aggregate = Callable[[Array, Array], Array]
 
@@ -51,6 +51,7 @@ def per_example_sgd(net: Layer, loss: Loss, *, aggregate: Aggregate = mean) -> R
     if not callable(aggregate):
         raise TypeError(f"`aggregate` must be a function (gradients [batch, ...], weights [batch]) -> [...], got {aggregate!r}.")
     each = by_vmap(value_and_grad(net, loss))
+    warn_if_flat("per_example_sgd", net)
 
     def function(params: Params, x: Array, targets: Array, weights: Array | None) -> tuple[Array, Params]:
         values, gradients = each(params, x, targets)

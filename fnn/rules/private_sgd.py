@@ -38,6 +38,7 @@ import numpy as np
 from fnn import _check, per_example
 from fnn._types import Array, Key, Layer, Loss, Params, Rule
 from fnn.backprop import factors, weighted_mean
+from fnn.rules.backprop import warn_if_flat
 
 ACCOUNTANTS = ("pld", "rdp")
 
@@ -127,6 +128,7 @@ def private_sgd(
     if batch_size is not None:
         _check.positive("batch_size", batch_size, whole=True)
     clipped = per_example.clipped_gradient(factors(net, loss), max_norm, reduction="sum")
+    warn_if_flat("private_sgd", net)
     if microbatch_size is not None:
         clipped = per_example.accumulate(clipped, microbatch_size)
 
