@@ -5,6 +5,7 @@ from fnn import alignment as alignment
 from fnn import graph as graph
 from fnn import losses as losses
 from fnn import per_example as per_example
+from fnn import reservoir as reservoir
 from fnn import rules as rules
 from fnn._check import key as key
 from fnn._types import Layer as Layer

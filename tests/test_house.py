@@ -10,8 +10,8 @@ import pytest
 import fnn
 
 ROOT = Path(__file__).parents[1]
-ORDER = ["_types", "_check", "_sums", "factors", "activations", "layers", "combinators", "nets", "blocks", "losses", "backprop"]
-ORDER += ["per_example", "graph", "checks", "data", "steps", "rules", "alignment", "train", "many", "__init__"]
+ORDER = ["_types", "_check", "_sums", "factors", "activations", "layers", "combinators", "nets", "blocks", "losses", "backprop", "_ridge"]
+ORDER += ["reservoir", "per_example", "graph", "checks", "data", "steps", "rules", "alignment", "train", "many", "__init__"]
 PACKAGES = {"factors", "per_example", "graph", "rules"}  # their files may import one another
 FILES = sorted((ROOT / "fnn").rglob("*.py"))
 
@@ -85,6 +85,7 @@ def test_annotations_hold_at_run_time():
 def test_every_public_name_of_the_design_is_there():
     names = (
         "mlp serial repeat iterate residual dense layer_norm rms_norm embedding summary collapse value_and_grad factors with_manual_vjp",
-        "compare_gradients check_layer check_loss fit fit_many evaluate activations losses rules per_example graph Layer Loss Rule",
+        "compare_gradients check_layer check_loss fit fit_many evaluate activations losses rules per_example graph",
+        "reservoir alignment Layer Loss Rule",
     )
     assert [name for line in names for name in line.split() if not hasattr(fnn, name)] == []

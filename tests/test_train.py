@@ -67,23 +67,35 @@ def test_an_iterable_of_batches_is_the_same_loop():
 
 GRADIENTS = (rules.backprop, rules.autodiff, rules.per_example_sgd)
 OWN_VALUE = (rules.forward_forward,)  # whose forward pass is another than the net's
-EPOCHS = {rules.forward_forward: 40}
+EPOCHS = {rules.forward_forward: 40, rules.weight_perturbation: 30}
+OPTIMIZERS = {rules.extreme_learning: optax.sgd(1.0)}  # which sets what such rules solve for
+FITS = (rules.extreme_learning,)  # least squares: right about the classes, no good logits
 
 
 def quiet(rule):
     """The rule for `NET` and `LOSS`, with next to no noise where it has any."""
-    return rule(NET, LOSS, noise_multiplier=0.01) if rule is rules.private_sgd else rule(NET, LOSS)
+    settings = {rules.private_sgd: {"noise_multiplier": 0.01}, rules.forward_gradient: {"tangents": 16}}
+    return rule(NET, LOSS, **settings.get(rule, {}))
 
 
 @pytest.mark.parametrize("rule", rules.RULES, ids=lambda r: r.__name__)
 def test_every_rule_lowers_the_loss_and_is_reproducible(rule):
     data = blobs()
     runs = [
-        fnn.fit(quiet(rule), optax.adam(0.05), PARAMS, data, epochs=EPOCHS.get(rule, 10), batch_size=5, key=KEY, validation=data)
+        fnn.fit(
+            quiet(rule),
+            OPTIMIZERS.get(rule, optax.adam(0.05)),
+            PARAMS,
+            data,
+            epochs=EPOCHS.get(rule, 10),
+            batch_size=5,
+            key=KEY,
+            validation=data,
+        )
         for _ in range(2)
     ]
     (params, history), (again, _) = runs
-    assert history.loss[-1] < 0.5 * history.loss[0]
+    assert history.loss[-1] < (1.0 if rule in FITS else 0.5) * history.loss[0]
     assert history.validation["accuracy"][-1] >= 0.8
     chex.assert_trees_all_equal(params, again)
     assert not any(leaf.weak_type for leaf in jax.tree.leaves(params))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import shutil
 import subprocess
 from pathlib import Path
@@ -31,7 +32,8 @@ _SIGNS = {
 }
 _SIGNS |= {"integer_pow": "^{y}", "square": "^2", "broadcast_in_dim": "copies", "transpose": "ᵀ", "logistic": "σ", "select_n": "select"}
 _SIGNS |= {"convert_element_type": "dtype", "stop_gradient": "stop"}
-GAP, ROW = 1.15, 0.8  # inches between boxes for the text on an edge, and from row to row
+GAP, ROW = 0.8, 0.85  # inches: the least between boxes, and from row to row
+FONT = 10  # points
 
 
 class Edge(NamedTuple):
@@ -188,17 +190,24 @@ class Arranged(NamedTuple):
 
 
 def arranged(graph: Graph) -> Arranged:
-    """The layout of a graph in inches."""
+    """The layout of a graph in inches; between boxes there is room for the widest text on an edge."""
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import text_to_path
+
+    def width(text: str) -> float:
+        return text_to_path.get_text_width_height_descent(text, FontProperties(size=FONT), False)[0] / 72
+
     nodes, found = shown(graph), edges(graph)
     at, ways = layout(nodes, found)
-    half = {i: 0.042 * len(label(graph, i)) + 0.12 for i in nodes}
+    half = {i: width(label(graph, i)) / 2 + 0.35 * FONT / 72 for i in nodes}  # with the padding of `paint`
+    gap = max([width(text) + 0.3 for edge in found for text in (edge.value, edge.gradient)] + [GAP])
     widest = [max(half[i] for i in nodes if at[i][0] == c) for c in range(1 + max(c for c, _ in at.values()))]
-    x = [sum(2 * w + GAP for w in widest[:c]) + widest[c] + 0.2 for c in range(len(widest))]
+    x = [sum(2 * w + gap for w in widest[:c]) + widest[c] + 0.2 for c in range(len(widest))]
     rows = [y for way in ways for _, y in way] + [y for _, y in at.values()]
     low, high = min(rows), max(rows)
 
     def place(c: int, y: float) -> tuple[float, float]:
-        return x[c], ROW * (y - low) + 0.5
+        return x[c], ROW * (y - low) + 0.4
 
     lines = []
     for edge, way in zip(found, ways, strict=True):
@@ -206,7 +215,7 @@ def arranged(graph: Graph) -> Arranged:
         points[0] = points[0][0] + half[edge.start], points[0][1]
         points[-1] = points[-1][0] - half[edge.end], points[-1][1]
         lines.append((edge, points))
-    return Arranged({i: place(*at[i]) for i in nodes}, half, lines, (x[-1] + widest[-1] + 0.2, ROW * (high - low) + 1.0))
+    return Arranged({i: place(*at[i]) for i in nodes}, half, lines, (x[-1] + widest[-1] + 0.2, ROW * (high - low) + 0.8))
 
 
 def paint(axes: Any, graph: Graph, found: Arranged) -> None:
@@ -216,7 +225,8 @@ def paint(axes: Any, graph: Graph, found: Arranged) -> None:
     for i, (x, y) in found.centres.items():
         thick = 2.2 if i in graph.outputs else 1.0
         box = {"boxstyle": "round,pad=0.35", "facecolor": _colour(graph.nodes[i]), "edgecolor": "black", "linewidth": thick}
-        axes.text(x, y, label(graph, i), bbox=box, ha="center", va="center", fontsize=9, zorder=3, parse_math=False)
+        text = label(graph, i).replace("-", "−")
+        axes.text(x, y, text, bbox=box, ha="center", va="center", fontsize=FONT, zorder=3, parse_math=False)
 
 
 def _with_matplotlib(graph: Graph, path: Path) -> None:
@@ -237,16 +247,19 @@ def _with_matplotlib(graph: Graph, path: Path) -> None:
 
 
 def _draw_edge(axes: Any, edge: Edge, points: list[tuple[float, float]]) -> None:
-    """A line with an arrow at its end, beside its beginning the value above it and the gradient below."""
+    """A line with an arrow at its end; along its beginning the value on one side of it and the gradient on the other."""
     axes.plot(*zip(*points, strict=True), color="#888888", linewidth=1, zorder=1, solid_joinstyle="round")
     axes.annotate("", points[-1], points[-2], arrowprops={"arrowstyle": "-|>", "color": "#888888", "shrinkA": 0, "shrinkB": 0}, zorder=1)
     (x0, y0), (x1, y1) = points[:2]
-    share = min(0.5, 0.5 * GAP / (x1 - x0))
-    x, y = x0 + share * (x1 - x0), y0 + share * (y1 - y0)
+    dx, dy, length = x1 - x0, y1 - y0, math.hypot(x1 - x0, y1 - y0)
+    share = 0.45 if len(points) == 2 else 0.5
     paper = {"facecolor": "white", "edgecolor": "none", "pad": 0.3, "alpha": 0.75}
-    axes.text(x, y - 0.03, edge.value, color=VALUE, ha="center", va="bottom", fontsize=7.5, bbox=paper, zorder=2)
-    if edge.gradient:
-        axes.text(x, y + 0.04, edge.gradient, color=GRADIENT, ha="center", va="top", fontsize=7.5, bbox=paper, zorder=2)
+    turned = {"rotation": math.degrees(math.atan2(dy, dx)), "rotation_mode": "anchor", "transform_rotates_text": True, "ha": "center"}
+    for text, colour, side, place in ((edge.value, VALUE, -1, "bottom"), (edge.gradient, GRADIENT, 1, "top")):
+        if text:
+            at = x0 + share * dx - side * 0.04 * dy / length, y0 + share * dy + side * 0.04 * dx / length
+            text = "0" if text == "-0" else text.replace("-", "−")
+            axes.text(*at, text, color=colour, va=place, fontsize=FONT, bbox=paper, zorder=2, **turned)
 
 
 def _colour(node: Node) -> str:

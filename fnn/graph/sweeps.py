@@ -10,13 +10,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Literal
 
 from fnn import _check
 from fnn._types import Array
 from fnn.graph import board, drawing
 from fnn.graph.gates import is_differentiable
-from fnn.graph.tracing import Node, build, floating
+from fnn.graph.tracing import Node, build, floating, what_depends
 
 
 class NoReverseError(ValueError):
@@ -242,7 +241,7 @@ class Graph:
         used = [k for k, seed in enumerate(seeds) if seed is not None]
         floats, of = floating(lambda *xs: [jax.tree.leaves(_bound(node)(*xs))[k] for k in used], values, takes)
         try:
-            found = iter(_what_depends(jax.vjp(of, *floats)[1], [seeds[k] for k in used]))
+            found = iter(what_depends(jax.vjp(of, *floats)[1], [seeds[k] for k in used]))
         except (ValueError, NotImplementedError) as error:
             raise NoReverseError(
                 f"`{node.label}` ({node.name}) cannot be differentiated backward; perhaps `jvp` goes forward. JAX says: {error}"
@@ -268,16 +267,6 @@ class Graph:
             raise NoForwardError(
                 f"`{node.label}` ({node.name}) cannot be differentiated forward; perhaps `gradients` goes backward. JAX says: {error}"
             ) from None
-
-
-def _what_depends(pull: Callable[..., Any], seeds: list[Any]) -> list[Any]:
-    """`pull(seeds)`, with None for what does not depend on them: a pull is linear, and a 0 that is no result must not meet an infinity."""
-    jaxpr = jax.make_jaxpr(pull)(seeds).jaxpr
-    reached = set(jaxpr.invars)
-    for eqn in jaxpr.eqns:
-        if any(not isinstance(v, Literal) and v in reached for v in eqn.invars):
-            reached |= set(eqn.outvars)
-    return [g if not isinstance(v, Literal) and v in reached else None for v, g in zip(jaxpr.outvars, pull(seeds), strict=True)]
 
 
 def _layout(tree: Any) -> str:

@@ -256,6 +256,16 @@ def floating(f: Callable[..., Any], values: Sequence[Array], takes: Sequence[boo
     return [values[i] for i in places], of
 
 
+def what_depends(pull: Callable[..., Any], seeds: list[Any]) -> list[Any]:
+    """`pull(seeds)`, with None for what does not depend on them: a pull is linear, and a 0 that is no result must not meet an infinity."""
+    jaxpr = jax.make_jaxpr(pull)(seeds).jaxpr
+    reached = set(jaxpr.invars)
+    for eqn in jaxpr.eqns:
+        if any(not isinstance(v, Literal) and v in reached for v in eqn.invars):
+            reached |= set(eqn.outvars)
+    return [g if not isinstance(v, Literal) and v in reached else None for v, g in zip(jaxpr.outvars, pull(seeds), strict=True)]
+
+
 def _pruned(nodes: list[Node], inputs: list[int], outputs: list[int]) -> tuple[list[Node], list[int], list[int]]:
     """Without what the outputs do not depend on; named in the order of evaluation."""
     needed, todo = set(inputs), list(outputs)

@@ -3,6 +3,7 @@
 from fnn.rules.autodiff import autodiff as autodiff
 from fnn.rules.backprop import backprop as backprop
 from fnn.rules.direct_feedback_alignment import direct_feedback_alignment as direct_feedback_alignment
+from fnn.rules.extreme_learning import extreme_learning as extreme_learning
 from fnn.rules.feedback_alignment import FEEDBACKS as FEEDBACKS
 from fnn.rules.feedback_alignment import Feedback as Feedback
 from fnn.rules.feedback_alignment import feedback_alignment as feedback_alignment
@@ -12,10 +13,18 @@ from fnn.rules.feedback_alignment import sign_symmetric as sign_symmetric
 from fnn.rules.feedback_alignment import weight_mirror as weight_mirror
 from fnn.rules.forward_forward import ForwardForward as ForwardForward
 from fnn.rules.forward_forward import forward_forward as forward_forward
+from fnn.rules.forward_gradient import forward_gradient as forward_gradient
 from fnn.rules.local import LocalRule as LocalRule
 from fnn.rules.per_example_sgd import per_example_sgd as per_example_sgd
+from fnn.rules.perturbation import node_perturbation as node_perturbation
+from fnn.rules.perturbation import weight_perturbation as weight_perturbation
 from fnn.rules.private_sgd import PrivateRule as PrivateRule
 from fnn.rules.private_sgd import private_sgd as private_sgd
 
-RULES = (backprop, autodiff, per_example_sgd, private_sgd, feedback_alignment, direct_feedback_alignment, forward_forward)
+RULES = (
+    backprop, autodiff, per_example_sgd, private_sgd,
+    feedback_alignment, direct_feedback_alignment, forward_forward,
+    forward_gradient, node_perturbation, weight_perturbation,
+    extreme_learning,
+)  # fmt: skip
 """Every rule's constructor: the tests, and `experiments train --rule NAME`, run over this tuple."""
