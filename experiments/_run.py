@@ -4,8 +4,9 @@ An experiment is one module with
     a docstring      the question; the command; what to expect; how long it takes
     Config           a frozen dataclass, a docstring under every field (the command line's help); has `out: Path | None = None`
     TINY             a `Config` that runs in a second or two, for the tests
+    check(config)    raises an error that names the first flag that cannot be meant; called before `folder` and by `run`
     run(config)      pure: returns the numbers, and prints and writes nothing
-    main(config)     runs it, prints a table, saves a picture and `metrics.json` into `folder(name, config.out)`
+    main(config)     makes `folder(name, config.out)`, runs, prints a table, saves a picture and `metrics.json` there
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from fnn import _check
+
 # Okabe and Ito (2008), told apart by every kind of colour vision; yellow, too pale for a line on white, is left out.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLE: dict[Any, Any] = {
@@ -52,11 +55,45 @@ def folder(name: str, out: Path | None = None) -> Path:
     """The run folder, made if need be: `out`, or `runs/<name>` under the current folder.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: it cannot be made, or not be written to.
     """
     path = Path("runs") / name if out is None else Path(out)
     path.mkdir(parents=True, exist_ok=True)
+    if not os.access(path, os.W_OK):
+        raise PermissionError(f"The run folder {path} cannot be written to. Give another one: `--out FOLDER`.")
     return path
+
+
+def check_positive(config: Any, *names: str, whole: bool = False) -> None:
+    """Raises a TypeError or ValueError that names the first of these flags that is not above 0; of a tuple, the entry.
+
+    >>> from types import SimpleNamespace
+    >>> check_positive(SimpleNamespace(sizes=(8, 0)), "sizes", whole=True)
+    Traceback (most recent call last):
+    ValueError: `sizes[1]` must be a whole number above 0, got 0.
+    """
+    for name in names:
+        value = getattr(config, name)
+        entries = {f"{name}[{i}]": entry for i, entry in enumerate(value)} if isinstance(value, tuple) else {name: value}
+        for label, entry in entries.items():
+            _check.positive(label, entry, whole=whole)
+
+
+def check_not_negative(config: Any, *names: str) -> None:
+    """Raises a ValueError that names the first of these flags that is not a finite number from 0 on."""
+    for name in names:
+        if not 0 <= getattr(config, name) < math.inf:
+            raise ValueError(f"`{name}` must be a finite number from 0 on, got {getattr(config, name)}.")
+
+
+def check_seeds(seeds: Sequence[int]) -> None:
+    """Raises a TypeError or ValueError unless there are seeds, each once, that `fnn.key` takes."""
+    if not seeds:
+        raise ValueError("`seeds` is empty: give one at least, `--seeds 0`.")
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"`seeds` has repeats, {seeds}: a seed gives the same net twice. Give each once.")
+    for seed in seeds:
+        _check.key(seed)
 
 
 def save_metrics(path: Path, config: Any, results: Any) -> Path:
@@ -154,8 +191,16 @@ def plain_numbers(axis: Any) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
+def image(axis: Any, pixels: np.ndarray, cmap: str = "gray_r", low: float = 0, high: float = 1) -> None:
+    """Shows a square image, `[pixels]`, on an Axes without ticks."""
+    side = math.isqrt(len(pixels))
+    axis.imshow(np.reshape(pixels, (side, side)), cmap=cmap, vmin=low, vmax=high)
+    axis.set(xticks=[], yticks=[])
+    axis.grid(False)
+
+
 @contextlib.contextmanager
-def figure(path: Path, title: str, columns: int = 1, size: tuple[float, float] = (7.0, 4.0)) -> Iterator[tuple[Figure, Any]]:
+def figure(path: Path, title: str, columns: int = 1, size: tuple[float, float] = (7.0, 4.0), rows: int = 1) -> Iterator[tuple[Figure, Any]]:
     """A picture, saved to `path` at 150 dots an inch when the block ends without an error.
 
     Args:
@@ -163,13 +208,14 @@ def figure(path: Path, title: str, columns: int = 1, size: tuple[float, float] =
         title: the sentence that the picture shows; wrapped to its width.
         columns: how many axes stand side by side.
         size: width and height in inches.
+        rows: how many rows of axes there are.
 
     Yields:
-        `(figure, axes)`: one Axes for one column, else an array of them.
+        `(figure, axes)`: one Axes, or an array of them.
     """
     with matplotlib.rc_context(STYLE):
         fig = Figure(figsize=size, dpi=150, layout="constrained")
-        axes = fig.subplots(1, columns)
+        axes = fig.subplots(rows, columns)
         yield fig, axes
         fig.suptitle(textwrap.fill(title, int(size[0] * 11)), x=0.01, ha="left", fontsize=12)
         fig.savefig(path)

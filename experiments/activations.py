@@ -3,15 +3,17 @@
     python -m experiments activations
 
 Draws every activation of fnn.activations with its hand-written derivative, from the one that is flat least to the one that is flat
-most. It saturates where |derivative| < 0.01, as a share of [-8, 8]: there hardly anything of a gradient comes through. Expect 0 % for
-identity, leaky_relu (whose slope on the left is just 0.01), soft_sign and squareplus, 50 % for relu, 43 % for sigmoid, 63 % for tanh
-and 100 % for the threshold neuron `step`, through which backprop learns nothing. Of softmax, which is no function of one number, the
-first of two outputs stands here, softmax(x, 0), which is sigmoid(x).
+most. It saturates where |derivative| < 0.005, as a share of [-8, 8]: there hardly anything of a gradient comes through. Expect 0 % for
+identity, leaky_relu (whose slope on the left is 0.01), soft_sign and squareplus, 34 % for sigmoid, 50 % for relu, 58 % for tanh and 100 %
+for the threshold neuron `step`, through which backprop learns nothing. Of softmax, which is no function of one number, the first of two
+outputs stands here, softmax(x, 0), which is sigmoid(x).
+
+For inputs from N(0, 1) the outputs of sigmoid are 0.5 on average and those of relu 0.4: they are not zero-centred. Those of tanh are, at 0.
 
 Softplus, ln(1 + e^x), is nearly the sum of the shifted sigmoids s(x + 1/2 - i) over i = 1, 2, 3, ...: the greatest error is 0.01058, at
 x = 0. Summed from i = 0, as the lecture prints it, it is nearly ln(1 + e^(x + 1)) instead, and up to 1 too large. Takes about 4 seconds.
 
-Source: lectures 000 (threshold, sigmoid, ReLU, softplus), 002 (tanh, drawbacks), 003 (leaky ReLU); all in float64.
+Source: lectures 000 (threshold, sigmoid, ReLU, softplus), 002 (tanh; saturation, not zero-centred), 003 (leaky ReLU); all in float64.
 """
 
 from __future__ import annotations
@@ -24,10 +26,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.scipy.special import ndtri
 
 import fnn
-from experiments._run import COLOURS, figure, folder, print_table, save_metrics
-from fnn import _check
+from experiments._run import COLOURS, check_positive, figure, folder, print_table, save_metrics
 from fnn.activations import ACTIVATIONS, sigmoid, softmax, softplus
 
 
@@ -35,7 +37,7 @@ from fnn.activations import ACTIVATIONS, sigmoid, softmax, softplus
 class Config:
     limit: float = 8.0
     """Activations are measured and drawn for inputs from -limit to limit."""
-    threshold: float = 0.01
+    threshold: float = 0.005
     """An activation saturates where the derivative is nearer to 0 than this."""
     points: int = 16_001
     """Inputs on the axis, evenly spaced; an odd number has 0 among them."""
@@ -53,6 +55,7 @@ class Curve(NamedTuple):
     derivative: np.ndarray  # [points]
     saturated: float  # share of the axis, 0 ... 1
     greatest: float  # the greatest |derivative|
+    mean: float  # of the outputs, for inputs from N(0, 1)
 
 
 class Softplus(NamedTuple):
@@ -73,11 +76,17 @@ class Result(NamedTuple):
     softplus: Softplus
 
 
+def check(config: Config) -> None:
+    """Raises a TypeError or ValueError that names the first flag that cannot be meant."""
+    check_positive(config, "limit", "threshold")
+    check_positive(config, "points", whole=True)
+    if config.limit > 100:
+        raise ValueError(f"`limit` must be at most 100, since softplus is summed up of as many sigmoids; got {config.limit:g}.")
+
+
 def run(config: Config) -> Result:
     """Evaluates every activation and its derivative in float64."""
-    for name in ("limit", "threshold"):
-        _check.positive(name, getattr(config, name))
-    _check.positive("points", config.points, whole=True)
+    check(config)
     with jax.enable_x64(True):
         x = jnp.linspace(-config.limit, config.limit, config.points)
         curves = {activation.name: curve(activation, x, config.threshold) for activation in ACTIVATIONS}
@@ -86,15 +95,21 @@ def run(config: Config) -> Result:
 
 
 def curve(activation: fnn.Layer, x: Any, threshold: float) -> Curve:
+    """Outputs and derivatives on the axis, and what the outputs are on average for inputs from N(0, 1): for as many of its quantiles."""
+    y, slope = outputs(activation, x)
+    mean, _ = outputs(activation, ndtri(jnp.asarray((np.arange(len(x)) + 0.5) / len(x))))
+    saturated, greatest = float((jnp.abs(slope) < threshold).mean()), float(jnp.abs(slope).max())
+    return Curve(np.asarray(y), np.asarray(slope), saturated, greatest, float(mean.mean()))
+
+
+def outputs(activation: fnn.Layer, x: Any) -> tuple[Any, Any]:
     """Outputs, and derivatives by the layer's own backward pass; of softmax its first output for the inputs (x, 0)."""
     if activation is softmax:
         y, residuals = softmax.forward((), jnp.stack([x, jnp.zeros_like(x)], axis=-1))
         first = jnp.stack([jnp.ones_like(x), jnp.zeros_like(x)], axis=-1)
-        y, slope = y[:, 0], softmax.backward((), residuals, first)[1][:, 0]
-    else:
-        y, residuals = activation.forward((), x)
-        slope = activation.backward((), residuals, jnp.ones_like(y))[1]
-    return Curve(np.asarray(y), np.asarray(slope), float((jnp.abs(slope) < threshold).mean()), float(jnp.abs(slope).max()))
+        return y[:, 0], softmax.backward((), residuals, first)[1][:, 0]
+    y, residuals = activation.forward((), x)
+    return y, activation.backward((), residuals, jnp.ones_like(y))[1]
 
 
 def softplus_sums(x: Any, terms: int) -> Softplus:
@@ -112,19 +127,29 @@ def worst(x: np.ndarray, error: np.ndarray) -> tuple[float, float]:
 
 
 def main(config: Config) -> None:
+    check(config)
+    path = folder("activations", config.out)
     result = run(config)
-    rows = [(name, f"{100 * c.saturated:.1f} %", f"{c.greatest:.3f}") for name, c in ordered(result)]
-    columns = ("activation", f"|derivative| < {config.threshold:g}", "greatest |derivative|")
-    print_table(f"Saturation for inputs from -{config.limit:g} to {config.limit:g}", columns, rows)
+    rows = [(name, f"{100 * c.saturated:.1f} %", f"{c.greatest:.3f}", decimals(c.mean, 3)) for name, c in ordered(result)]
+    columns = ("activation", f"|derivative| < {config.threshold:g}", "greatest |derivative|", "mean output")
+    print_table(f"Saturation for inputs from -{config.limit:g} to {config.limit:g}; mean output for N(0, 1)", columns, rows)
     sums = {name: worst(result.x, error) for name, error in result.softplus._asdict().items() if name.startswith("error")}
     names = ("from i = 1, against ln(1 + e^x)", "from i = 0, against ln(1 + e^x)", "from i = 0, against ln(1 + e^(x+1))")
     rows = [(name, f"{error:.5f}", f"{x:.2f}") for name, (error, x) in zip(names, sums.values(), strict=True)]
     print_table("Sums of the sigmoids s(x + 1/2 - i)", ("sum", "greatest error", "at x ="), rows)
-    path = folder("activations", config.out)
     draw(path / "activations.png", result, config)
-    shares = {name: {"saturated": c.saturated, "greatest_derivative": c.greatest} for name, c in result.curves.items()}
+    shares = {name: {"saturated": c.saturated, "greatest_derivative": c.greatest, "mean": c.mean} for name, c in result.curves.items()}
     save_metrics(path, config, {"activations": shares, "softplus": sums})
     print(f"picture and metrics in {path}")
+
+
+def decimals(value: float, digits: int = 2) -> str:
+    """A number, whose 0 has no sign.
+
+    >>> decimals(-0.001), decimals(-0.81)
+    ('0.00', '−0.81')
+    """
+    return f"{round(value, digits) + 0.0:.{digits}f}".replace("-", "−")
 
 
 def ordered(result: Result) -> list[tuple[str, Curve]]:
@@ -132,16 +157,22 @@ def ordered(result: Result) -> list[tuple[str, Curve]]:
     return sorted(result.curves.items(), key=lambda item: item[1].saturated)
 
 
+def sentence(result: Result, config: Config) -> str:
+    """What the picture shows."""
+    saturated = {name: f"{100 * curve.saturated:.1f} %" for name, curve in result.curves.items()}
+    mean = {name: decimals(curve.mean) for name, curve in result.curves.items()}
+    error, where = worst(result.x, result.softplus.error_from_one)
+    return (
+        f"The slope is below {config.threshold:g} on {saturated['sigmoid']} of [−{config.limit:g}, {config.limit:g}] for sigmoid, on "
+        f"{saturated['tanh']} for tanh, {saturated['relu']} for ReLU, {saturated['leaky_relu']} for leaky ReLU; for inputs from N(0, 1) "
+        f"the mean output is {mean['sigmoid']} of sigmoid, {mean['tanh']} of tanh, {mean['relu']} of ReLU; softplus is a sum of shifted "
+        f"sigmoids to within {error:.4f}, at x = {decimals(where, 1)}"
+    )
+
+
 def draw(path: Path, result: Result, config: Config) -> None:
     """A panel for every activation; below, softplus and the sums of sigmoids."""
-    saturated = {name: f"{100 * curve.saturated:.0f} %" for name, curve in result.curves.items()}
-    error, where = worst(result.x, result.softplus.error_from_one)
-    title = (
-        f"The slope is below {config.threshold:g} on {saturated['sigmoid']} of [−{config.limit:g}, {config.limit:g}] for sigmoid, on "
-        f"{saturated['tanh']} for tanh, {saturated['relu']} for ReLU, {saturated['leaky_relu']} for leaky ReLU; "
-        f"softplus is a sum of shifted sigmoids to within {error:.4f}, at x = {where:.1f}"
-    )
-    with figure(path, title, size=(10, 11)) as (fig, axes):
+    with figure(path, sentence(result, config), size=(10, 12)) as (fig, axes):
         axes.remove()
         parts: Any = fig.subfigures(2, 1, height_ratios=(3, 1.1))
         draw_activations(parts[0], result, config)
@@ -157,12 +188,14 @@ def draw_activations(fig: Any, result: Result, config: Config) -> None:
         axis.fill_between(result.x, 0, 1, where=flat, transform=axis.get_xaxis_transform(), color="#DDDDDD", linewidth=0, label="saturated")
         axis.plot(result.x, found.y, color=COLOURS[0], label="activation")
         axis.plot(result.x, found.derivative, color=COLOURS[1], linestyle="--", label="derivative")
-        axis.set_title(f"{name}, {100 * found.saturated:.0f} %", fontsize=10)
+        axis.set_title(f"{name}\n{100 * found.saturated:.1f} %, mean {decimals(found.mean)}", fontsize=9.5)
         axis.set(xlim=(-config.limit, config.limit), ylim=(-1.3, 2.3), yticks=(-1, 0, 1, 2))
     for axis in panels[len(result.curves) :]:
         axis.axis("off")
     panels[-1].legend(*panels[0].get_legend_handles_labels(), loc="center", fontsize=11)
-    fig.supxlabel("input x; the percentage is the saturated (shaded) share", fontsize=11)
+    fig.supxlabel(
+        "input x; the percentage is the saturated (shaded) share, the mean that of the outputs for inputs from N(0, 1)", fontsize=10
+    )
 
 
 def draw_softplus(axes: Any, result: Result) -> None:

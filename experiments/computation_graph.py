@@ -4,8 +4,9 @@
 
 The worked examples of the lectures, traced from plain Python functions: each prints as it stands on the board, gate by gate, and is drawn
 with the value and the gradient on every edge. Lecture 000: f = x1 x2 + sin x1 at (2, 5); 003: y = x1^2 (x2 x3 - 2 x1^2) at (1, 2, 3);
-002: 1 + e^(w0 + w1 x) and the neuron 1 / (1 + e^-(w0 x0 + w1 x1 + w2)). Expect gradients that equal those of jax.grad to rounding.
-The last graph is the loss of a small net. Takes about 5 seconds.
+002: 1 + e^(w0 + w1 x), the logistic 1 / (1 + e^-(w0 + w1 x)), the neuron 1 / (1 + e^-(w0 x0 + w1 x1 + w2)), and the gates together in
+2 (x y + max(z, w)): mul swaps the multipliers, add distributes, max routes. Expect gradients that equal those of jax.grad to rounding. The
+last graph, an SVG of its own as all are, is the loss of a small net. Takes about 5 seconds.
 """
 
 from __future__ import annotations
@@ -20,8 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import fnn
-from experiments._run import figure, folder, print_table, save_metrics
-from fnn import _check
+from experiments._run import check_positive, figure, folder, print_table, save_metrics
 from fnn.graph import Graph, trace
 from fnn.graph.drawing import arranged, paint
 
@@ -67,11 +67,23 @@ def neuron(w0, w1, w2, x0, x1):
     return 1 / (1 + jnp.exp(-(w0 * x0 + w1 * x1 + w2)))
 
 
+def logistic(x, w0, w1):
+    """Lecture 002, as it is meant."""
+    return 1 / (1 + jnp.exp(-(w0 + w1 * x)))
+
+
+def gates(x, y, z, w):
+    """Lecture 002: mul, add and max."""
+    return 2 * (x * y + jnp.maximum(z, w))
+
+
 EXAMPLES: dict[str, tuple[Callable[..., Any], tuple[float, ...]]] = {
-    "x1 x2 + sin x1 (lecture 000)": (product_plus_sine, (2.0, 5.0)),
-    "x1^2 (x2 x3 - 2 x1^2) (lecture 003)": (polynomial, (1.0, 2.0, 3.0)),
-    "1 + e^(w0 + w1 x) (lecture 002)": (exponential, (0.5, 1.0, -2.0)),
-    "a sigmoid neuron (lecture 002)": (neuron, (2.0, -3.0, -3.0, -1.0, -2.0)),
+    "x₁x₂ + sin x₁ (lecture 000)": (product_plus_sine, (2.0, 5.0)),
+    "x₁²(x₂x₃ − 2x₁²) (lecture 003)": (polynomial, (1.0, 2.0, 3.0)),
+    "1 + exp(w₀ + w₁x) (lecture 002)": (exponential, (0.5, 1.0, -2.0)),
+    "2(xy + max(z, w)) (gates of lecture 002)": (gates, (3.0, -4.0, 2.0, -1.0)),
+    "1 / (1 + exp(−(w₀ + w₁x))) (lecture 002)": (logistic, (0.5, 1.0, -2.0)),
+    "1 / (1 + exp(−(w₀x₀ + w₁x₁ + w₂))) (a neuron, lecture 002)": (neuron, (2.0, -3.0, -3.0, -1.0, -2.0)),
 }
 
 
@@ -91,14 +103,22 @@ class Result(NamedTuple):
     examples: dict[str, Example]
 
 
+def check(config: Config) -> None:
+    """Raises a TypeError or ValueError that names the first flag that cannot be meant."""
+    if len(config.sizes) < 2:
+        raise ValueError(f"`sizes` must be those of inputs and outputs at least, got {config.sizes}.")
+    check_positive(config, "sizes", "batch", whole=True)
+    fnn.key(config.seed)
+
+
 def run(config: Config) -> Result:
     """Traces every example in float64, the net in float32."""
+    check(config)
     found = {}
     with jax.enable_x64(True):
         for name, (f, point) in EXAMPLES.items():
             found[name] = _example(f, *map(jnp.asarray, point))
     net, loss = fnn.mlp(config.sizes, "tanh"), fnn.losses.l2_loss
-    _check.positive("batch", config.batch, whole=True)
     keys = jax.random.split(fnn.key(config.seed), 3)
     x = jax.random.normal(keys[1], (config.batch, config.sizes[0]))
     targets = jax.random.normal(keys[2], (config.batch, config.sizes[-1]))
@@ -115,34 +135,63 @@ def _example(f: Callable[..., Any], *args: Any) -> Example:
 
 
 def main(config: Config) -> None:
+    check(config)
+    path = folder("computation-graph", config.out)
     result = run(config)
     for name, example in result.examples.items():
         print(f"{name}\n\n{example.graph}\n")
     rows = [(name, f"{e.value:.6g}", e.nodes, f"{e.difference:.1e}") for name, e in result.examples.items()]
     print_table("Computational graphs", ("function", "value", "nodes", "greatest difference to jax.grad"), rows)
-    path = folder("computation-graph", config.out)
     draw(path, result)
     save_metrics(path, config, {name: example._asdict() | {"graph": str(example.graph)} for name, example in result.examples.items()})
     print(f"pictures and metrics in {path}")
 
 
+def sentence(examples: list[Example]) -> str:
+    """What the picture of these examples shows."""
+    worst = max(e.difference for e in examples)
+    return (
+        "Forward, every gate gives a value (blue); backward, it multiplies the gradient from above by its local derivative (orange): "
+        + (f"within {worst:.0e} of jax.grad" if worst else "equal to jax.grad")
+    )
+
+
 def draw(path: Path, result: Result) -> None:
-    """Each graph as an SVG of its own; those of lectures 000, 003 and 002 together as a PNG."""
+    """Each graph as an SVG of its own; those of the lectures together as a PNG."""
     for number, example in enumerate(result.examples.values()):
         example.graph.draw(path / f"graph-{number}.svg")
-    worst = max(e.difference for e in result.examples.values())
-    title = (
-        f"Forward, every gate gives a value (blue); backward, it multiplies the gradient from above by its local derivative (orange): "
-        f"within {worst:.0e} of jax.grad"
-    )
-    boards = [(name, example.graph, arranged(example.graph)) for name, example in list(result.examples.items())[:4]]
-    width, heights = max(b.size[0] for *_, b in boards), [b.size[1] + 0.3 for *_, b in boards]
-    with figure(path / "computation-graph.png", title, size=(width, sum(heights) + 0.8)) as (fig, axes):
+    examples = {name: result.examples[name] for name in EXAMPLES}
+    boards = [(name, e.graph, arranged(e.graph)) for name, e in examples.items()]
+    full = max(board.size[0] for *_, board in boards)
+    rows = in_rows([board.size[0] for *_, board in boards], full)
+    heights = [max(boards[i][2].size[1] for i in row) + 0.25 for row in rows]
+    width, height = full + 0.3, sum(heights) + 0.6
+    with figure(path / "computation-graph.png", sentence(list(examples.values())), size=(width, height)) as (fig, axes):
         axes.remove()
-        grid = fig.add_gridspec(len(boards), 1, height_ratios=heights)
-        for row, (name, graph, board) in enumerate(boards):
-            panel = fig.add_subplot(grid[row])
-            panel.set(xlim=(0, width), ylim=(board.size[1], -0.3))
-            panel.axis("off")
-            panel.text(0, -0.1, name, fontsize=11)
-            paint(panel, graph, board)
+        fig.set_layout_engine("none")  # the panels have their places
+        top = sum(heights)
+        for row, tall in zip(rows, heights, strict=True):
+            left, free = 0.15, full - sum(boards[i][2].size[0] for i in row)
+            for i in row:
+                name, graph, board = boards[i]
+                panel = fig.add_axes((left / width, (top - tall) / height, board.size[0] / width, tall / height))
+                panel.set(xlim=(0, board.size[0]), ylim=(tall - 0.25, -0.25))  # an inch is an inch
+                panel.axis("off")
+                panel.text(0, -0.05, name, fontsize=12)
+                paint(panel, graph, board)
+                left += board.size[0] + free / max(len(row) - 1, 1)
+            top -= tall
+
+
+def in_rows(widths: list[float], full: float) -> list[list[int]]:
+    """The numbers of panels, in order, as many in a row as fit.
+
+    >>> in_rows([3, 2, 4, 5], 5)
+    [[0, 1], [2], [3]]
+    """
+    rows: list[list[int]] = [[]]
+    for i, width in enumerate(widths):
+        if rows[-1] and sum(widths[j] for j in rows[-1]) + width > full + 1e-9:
+            rows.append([])
+        rows[-1].append(i)
+    return rows

@@ -14,7 +14,6 @@ Source: lecture 001, image recognition.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ from sklearn.metrics import confusion_matrix
 
 import fnn
 from experiments._data import Dataset, load
-from experiments._run import figure, folder, print_table, progress, save_metrics
+from experiments._run import check_not_negative, check_positive, figure, folder, image, print_table, progress, save_metrics
 from fnn import _check
 
 MISTAKES, UNITS = 9, 16  # how many are shown
@@ -70,15 +69,18 @@ class Result(NamedTuple):
     weights: np.ndarray  # [units, pixels] of the first layer, by falling norm of what follows
 
 
+def check(config: Config) -> None:
+    """Raises a TypeError or ValueError that names the first flag that cannot be meant; before any data are read."""
+    _check.one_of("dataset", config.dataset, ("digits", "mnist", "fashion-mnist"))
+    check_positive(config, "learning_rate")
+    check_not_negative(config, "weight_decay")
+    check_positive(config, "sizes", "epochs", "batch_size", whole=True)
+    fnn.key(config.seed)
+
+
 def run(config: Config, advance: Callable[[str], Any] = lambda text: None) -> tuple[Dataset, Result]:
     """Trains and tests. `advance(text)` is called after every epoch."""
-    _check.one_of("dataset", config.dataset, ("digits", "mnist", "fashion-mnist"))
-    for name in ("learning_rate", "weight_decay"):
-        _check.positive(name, getattr(config, name))
-    for name in ("epochs", "batch_size"):
-        _check.positive(name, getattr(config, name), whole=True)
-    for i, size in enumerate(config.sizes):
-        _check.positive(f"sizes[{i}]", size, whole=True)
+    check(config)
     data = load(config.dataset, seed=config.seed, data_dir=config.data_dir)
     net = fnn.mlp((data.features, *config.sizes, data.classes))
     rule, params = fnn.rules.backprop(net, data.loss), train(config, data, net, advance)
@@ -130,6 +132,8 @@ def worst(data: Dataset, result: Result) -> np.ndarray:
 
 
 def main(config: Config) -> None:
+    check(config)
+    path = folder("digits", config.out)
     with progress(config.epochs, "training") as advance:
         data, result = run(config, advance)
     right = np.diag(result.confusion)
@@ -139,7 +143,6 @@ def main(config: Config) -> None:
     ]
     title = f"{data.name}: {100 * result.test_accuracy:.1f} % of the test images right, {100 * result.train_accuracy:.1f} % in training"
     print_table(title, ("class", "test images", "found (%)", "right when said (%)"), rows)
-    path = folder("digits", config.out)
     draw(path / "digits.png", data, result)
     mistakes = [{"image": int(i), "label": int(data.t_test[i]), "answer": int(result.answers[i])} for i in worst(data, result)]
     accuracies = {"train_accuracy": result.train_accuracy, "test_accuracy": result.test_accuracy}
@@ -157,15 +160,26 @@ def draw(path: Path, data: Dataset, result: Result) -> None:
         sides: Any = fig.subfigures(1, 3, width_ratios=(1.15, 1, 1))
         draw_confusion(sides[0].subplots(), result.confusion)
         shown = mistakes[:MISTAKES]
-        sides[1].suptitle(f"the {len(shown)} mistakes of the highest loss" if len(shown) else "no mistakes", fontsize=11)
+        sides[1].suptitle(shown_mistakes(len(mistakes)), fontsize=11)
         for axis, i in zip(cells(sides[1], 3, MISTAKES // 3), shown, strict=False):
-            image(axis, data.x_test[i], "gray_r", 0, 1)
+            image(axis, data.x_test[i])
             axis.set_title(f"is {data.t_test[i]}, said {result.answers[i]}", fontsize=9)
         units = result.weights[:UNITS]
         limit = float(np.abs(units).max())
         sides[2].suptitle("weights of first-layer units: + purple, − orange", fontsize=11)
         for axis, unit in zip(cells(sides[2], 4, UNITS // 4), units, strict=False):
             image(axis, unit, "PuOr", -limit, limit)
+
+
+def shown_mistakes(count: int) -> str:
+    """What the middle of the picture shows.
+
+    >>> [shown_mistakes(count) for count in (0, 1, 8, 30)]
+    ['no mistakes', 'the one mistake', 'all 8 mistakes, by falling loss', 'of 30 mistakes the 9 of the highest loss']
+    """
+    if count > MISTAKES:
+        return f"of {count:,} mistakes the {MISTAKES} of the highest loss"
+    return f"all {count} mistakes, by falling loss" if count > 1 else "the one mistake" if count else "no mistakes"
 
 
 def draw_confusion(axis: Any, confusion: np.ndarray) -> None:
@@ -185,9 +199,3 @@ def cells(side: Any, columns: int, rows: int) -> list[Any]:
     for axis in found:
         axis.set_axis_off()
     return found
-
-
-def image(axis: Any, pixels: np.ndarray, cmap: str, low: float, high: float) -> None:
-    """A square image."""
-    side = math.isqrt(len(pixels))
-    axis.imshow(pixels.reshape(side, side), cmap=cmap, vmin=low, vmax=high)

@@ -6,9 +6,10 @@ TracIn (Pruthi, Liu, Kale, Sundararajan 2020, arXiv:2002.08484): to first order,
 test image j by (rate / batch size) <g_i, g_j>. Summed over a checkpoint per epoch that is the score: the largest have helped j most,
 the smallest, below 0, have hurt it most. The inner products come from factors; no gradient is formed.
 
-Two checks can fail: helpers should carry the test image's label, and what hurts another one; and steps on single images from the last
-checkpoint should change test losses as predicted, the better the smaller the step. Expect more than 95 %, and correlations above 0.95
-for the step of training and 0.9999 for a hundredth of it. Takes about 5 seconds, 8 with 10,000 images of mnist.
+Two checks stand in the title: helpers should carry the test image's label, and what hurts another one; and steps on single images from
+the last checkpoint should change test losses as predicted, the better the smaller the step. Expect more than 99 % of both (10 % and 90 %
+by chance), and predictions that are 3 to 14 % off for the step of training and 0.03 to 0.14 % for a hundredth of it (seeds 0, 1, 2).
+Takes about 5 seconds, 8 with 10,000 images of mnist.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import optax
 
 import fnn
 from experiments._data import Dataset, load
-from experiments._run import COLOURS, figure, folder, print_table, progress, save_metrics
+from experiments._run import COLOURS, check_positive, figure, folder, image, print_table, progress, save_metrics
 from fnn import _check
 
 
@@ -47,7 +48,7 @@ class Config:
     test_images: int = 360
     """How many test images, the first ones, are explained; all if there are fewer."""
     top: int = 4
-    """How many helpers, and how many that hurt, count and are shown."""
+    """How many helpers, and how many that hurt, count and are shown; at most 8."""
     pairs: int = 200
     """Random pairs of a training and a test image whose prediction is held against a step."""
     seed: int = 0
@@ -65,15 +66,23 @@ class Result(NamedTuple):
     scores: np.ndarray  # [train, test]
     said: np.ndarray  # [test]: the net's answers
     losses: np.ndarray  # [test]
-    changes: np.ndarray  # [2, pairs]: of test losses by a step on one training image, predicted and measured
-    correlation: tuple[float, float]  # of predicted and measured changes, by a step of training and by a hundredth of it
+    changes: np.ndarray  # [2, 2, pairs]: of test losses, by a step of training and by a hundredth of it; predicted and measured
+    off: tuple[float, float]  # |predicted - measured| / |measured|, root mean squares over the pairs, for both steps
+
+
+def check(config: Config) -> None:
+    """Raises a TypeError or ValueError that names the first flag that cannot be meant."""
+    _check.one_of("dataset", config.dataset, ("digits", "mnist", "fashion-mnist"))
+    check_positive(config, "learning_rate")
+    check_positive(config, "sizes", "epochs", "batch_size", "test_images", "top", "pairs", whole=True)
+    if config.top > 8:
+        raise ValueError(f"`top` must be at most 8, which is what fits into a row of the picture; got {config.top}.")
+    fnn.key(config.seed)
 
 
 def run(config: Config, advance: Callable[[str], Any] = lambda text: None) -> tuple[Dataset, Result]:
     """Trains, scores and checks; the data come back with the test images that were explained. `advance(text)` after every epoch."""
-    _check.one_of("dataset", config.dataset, ("digits", "mnist", "fashion-mnist"))
-    for name in ("epochs", "test_images", "top", "pairs"):
-        _check.positive(name, getattr(config, name), whole=True)
+    check(config)
     data = load(config.dataset, seed=config.seed, data_dir=config.data_dir)
     data = data._replace(x_test=data.x_test[: config.test_images], t_test=data.t_test[: config.test_images])
     train, test = (data.x_train, data.t_train), (data.x_test, data.t_test)
@@ -90,10 +99,10 @@ def run(config: Config, advance: Callable[[str], Any] = lambda text: None) -> tu
     rng = np.random.default_rng(config.seed)
     i, j = (rng.integers(0, len(part[0]), config.pairs) for part in (train, test))
     pairs = (train[0][i], train[1][i]), (test[0][j], test[1][j])
-    changes, small = (single_steps(net, data.loss, params, size, *pairs) for size in (step, step / 100))
+    changes = np.stack([single_steps(net, data.loss, params, size, *pairs) for size in (step, step / 100)])
     said, losses = net.apply(params, jnp.asarray(test[0])).argmax(-1), source(params, *test)[0]
-    correlation = float(np.corrcoef(changes)[0, 1]), float(np.corrcoef(small)[0, 1])
-    return data, Result(scores, np.asarray(said), np.asarray(losses), changes, correlation)
+    off = np.linalg.norm(changes[:, 0] - changes[:, 1], axis=1) / np.linalg.norm(changes[:, 1], axis=1)
+    return data, Result(scores, np.asarray(said), np.asarray(losses), changes, (float(off[0]), float(off[1])))
 
 
 def single_steps(net: fnn.Layer, loss: fnn.Loss, params: Any, step: float, train: Any, test: Any) -> np.ndarray:
@@ -130,59 +139,83 @@ def chosen(data: Dataset, result: Result) -> list[int]:
     return [*order[~right][:3], *order[right][:1], *order[right][1:][(right.sum() - 1) // 2 :][:1]]
 
 
+def by_chance(data: Dataset) -> tuple[float, float, float]:
+    """What `shares` would be if the score knew nothing."""
+    same = float(np.mean(data.t_train[:, None] == data.t_test[None]))
+    return same, 1 - same, 1 / data.classes
+
+
+def sentence(data: Dataset, result: Result, config: Config) -> str:
+    """What the picture shows. Changes are as predicted where the predictions are less than 25 % off, of the small steps 2.5 %."""
+    (own, other, _), chances = shares(data, result, config.top).values(), by_chance(data)
+    step, small = result.off[0] < 0.25, result.off[1] < 0.025
+    predicted = "as predicted" if step and small else "as predicted only if the step is small" if small else "NOT as predicted"
+    return (
+        f"With {100 * (result.said == data.t_test).mean():.1f} % of the test images right, {100 * own:.1f} % of the training images that "
+        f"helped one most carry its label ({100 * chances[0]:.0f} % by chance), {100 * other:.1f} % of those that hurt it most another "
+        f"({100 * chances[1]:.0f} %); steps on one image change a loss {predicted} ({100 * result.off[0]:.2g} % off, a hundredth of the "
+        f"step {100 * result.off[1]:.2g} %)"
+    )
+
+
 def main(config: Config) -> None:
+    check(config)
+    path = folder("influence", config.out)
     with progress(config.epochs, "training") as advance:
         data, result = run(config, advance)
     found = shares(data, result, config.top)
-    chances = (np.mean(data.t_train[:, None] == data.t_test[None]), np.mean(data.t_train[:, None] != data.t_test[None]), 1 / data.classes)
-    rows = [(name, f"{100 * share:.1f} %", f"{100 * chance:.1f} %") for (name, share), chance in zip(found.items(), chances, strict=True)]
+    rows = [(name, f"{100 * m:.1f} %", f"{100 * c:.1f} %") for (name, m), c in zip(found.items(), by_chance(data), strict=True)]
     accuracy = float((result.said == data.t_test).mean())
     title = f"Labels of the {config.top} of the highest and lowest score, {len(data.t_test)} test images, {100 * accuracy:.1f} % right"
     print_table(title, ("share", "measured", "by chance"), rows)
-    step, small = result.correlation
-    print(f"{config.pairs} steps on one image, predicted and measured change: correlation {step:.4f}, by a hundredth of a step {small:.6f}")
-    path = folder("influence", config.out)
+    step, small = (f"{100 * off:.2g} %" for off in result.off)
+    print(f"{config.pairs} steps on one image change a test loss as predicted but for {step} of it; of a hundredth of a step, for {small}")
     draw(path / "influence.png", data, result, config)
-    save_metrics(path, config, {"shares": found, "test_accuracy": accuracy, "correlation": result.correlation})
+    save_metrics(path, config, {"shares": found, "test_accuracy": accuracy, "off": result.off})
     print(f"picture and metrics in {path}")
 
 
 def draw(path: Path, data: Dataset, result: Result, config: Config) -> None:
     """A row for each test image: the image, what helped it most, what hurt it most; beside, predicted and measured changes."""
-    images, found, top = chosen(data, result), list(shares(data, result, config.top).values()), config.top
-    title = (
-        f"{100 * found[0]:.1f} % of the training images that helped most carry the label of the test image, {100 * found[1]:.1f} % of "
-        f"those that hurt most another; steps on one image change the loss as predicted (correlation {result.correlation[0]:.4f})"
-    )
-    with figure(path, title, size=(13, 1.2 * len(images) + 1)) as (fig, axes):
+    images, top = chosen(data, result), config.top
+    widths = (1.05, 1.05 * top, 1.05 * top, 3.5)
+    with figure(path, sentence(data, result, config), size=(sum(widths), max(1.25 * len(images), 5) + 1)) as (fig, axes):
         axes.remove()
-        sides: Any = fig.subfigures(1, 4, width_ratios=(1, top, top, 4.5))
+        sides: Any = fig.subfigures(1, 4, width_ratios=widths)
         grids = []
         for side, columns, head in zip(sides, (1, top, top), ("test image", "helped it most", "hurt it most"), strict=False):
-            side.suptitle(head if columns == 1 else f"{head}: label, score (nats)", fontsize=11)
+            side.suptitle(head if columns < 3 else f"{head}: label, score (nats)", fontsize=11)
             grids.append(side.subplots(len(images), columns, squeeze=False))
         for row, j in enumerate(images):
-            _image(grids[0][row, 0], data.x_test[j], f"is {data.t_test[j]}, said {result.said[j]}", "black")
+            _framed(grids[0][row, 0], data.x_test[j], f"is {data.t_test[j]}, said {result.said[j]}", "black")
             order = np.argsort(-result.scores[:, j])
             for grid, best, colour in ((grids[1], order[:top], COLOURS[2]), (grids[2], order[: -top - 1 : -1], COLOURS[1])):
                 for axis, i in zip(grid[row], best, strict=True):
-                    _image(axis, data.x_train[i], f"{data.t_train[i]},  {result.scores[i, j]:+.2f}".replace("-", "−"), colour)
-        axis = sides[3].subplots()
-        axis.axline((0, 0), slope=1, color="black", linewidth=1, label="measured = predicted")
-        axis.plot(*result.changes, ".", alpha=0.6, label="a pair of images")
-        axis.set(xlabel="predicted change (nats)", ylabel="measured change (nats)", box_aspect=1)
-        axis.set_title("change of a test loss by a step on one image", fontsize=10)
-        for scale, axle in ((axis.set_xscale, axis.xaxis), (axis.set_yscale, axis.yaxis)):
-            scale("symlog", linthresh=1e-5)
-            axle.set_ticks([-1e-1, -1e-3, -1e-5, 1e-5, 1e-3, 1e-1])
-        axis.legend(fontsize=9)
+                    _framed(axis, data.x_train[i], f"{data.t_train[i]},  {result.scores[i, j]:+#.3g}".replace("-", "−"), colour)
+        for axis, changes, what in zip(
+            sides[3].subplots(2, 1), result.changes, ("a step on one image", "a hundredth of the step"), strict=True
+        ):
+            draw_changes(axis, changes)
+            axis.set_title(what, fontsize=11)
 
 
-def _image(axis: Any, pixels: np.ndarray, text: str, colour: str) -> None:
-    """A square picture without ticks, framed, with text above."""
-    side = math.isqrt(len(pixels))
-    axis.imshow(pixels.reshape(side, side), cmap="gray_r")
-    axis.set(xticks=[], yticks=[])
+def draw_changes(axis: Any, changes: np.ndarray) -> None:
+    """Measured against predicted changes, over four powers of ten to either side of 0."""
+    limit = 10.0 ** math.ceil(math.log10(np.abs(changes).max() or 1.0))
+    axis.plot([-limit, limit], [-limit, limit], color="black", linewidth=1, label="measured = predicted")
+    axis.plot(*changes, ".", alpha=0.6, label="a pair of images")
+    axis.set(xlabel="predicted change of a loss (nats)", ylabel="measured change (nats)", box_aspect=1)
+    for scale, axle, extent in ((axis.set_xscale, axis.xaxis, axis.set_xlim), (axis.set_yscale, axis.yaxis, axis.set_ylim)):
+        scale("symlog", linthresh=1e-4 * limit)
+        extent(-limit, limit)
+        axle.set_ticks([sign * power * limit for sign, power in ((-1, 1), (-1, 1e-2), (-1, 1e-4), (1, 1e-4), (1, 1e-2), (1, 1))])
+    axis.tick_params(labelsize=8)
+    axis.legend(fontsize=9, handletextpad=0.4)
+
+
+def _framed(axis: Any, pixels: np.ndarray, text: str, colour: str) -> None:
+    """A square image in a frame, with text above."""
+    image(axis, pixels)
     axis.set_title(text, fontsize=9, color=colour)
     for spine in axis.spines.values():
         spine.set(visible=True, color=colour, linewidth=1.5)

@@ -24,8 +24,18 @@ import optax
 
 import fnn
 from experiments._data import load
-from experiments._run import COLOURS, figure, folder, mean_std, plain_numbers, print_table, progress, save_metrics
-from fnn import _check
+from experiments._run import (
+    COLOURS,
+    check_positive,
+    check_seeds,
+    figure,
+    folder,
+    mean_std,
+    plain_numbers,
+    print_table,
+    progress,
+    save_metrics,
+)
 
 
 @dataclass(frozen=True)
@@ -63,12 +73,18 @@ class SeedResult(NamedTuple):
     test_accuracy: float
 
 
+def check(config: Config) -> None:
+    """Raises a TypeError or ValueError that names the first flag that cannot be meant."""
+    if not 0 < config.flipped < 1:
+        raise ValueError(f"`flipped` must be a share between 0 and 1, got {config.flipped}.")
+    check_positive(config, "learning_rate")
+    check_positive(config, "sizes", "epochs", "batch_size", "measurements", whole=True)
+    check_seeds(config.seeds)
+
+
 def run(config: Config, advance=lambda text="": None) -> tuple[SeedResult, ...]:
     """Trains and measures, once for every seed. `advance(text)` is called after every epoch."""
-    for name in ("epochs", "measurements"):
-        _check.positive(name, getattr(config, name), whole=True)
-    if not config.seeds:
-        raise ValueError("`seeds` is empty: give one at least, `--seeds 0`.")
+    check(config)
     net = fnn.mlp((64, *config.sizes, 10))
     rule, optimizer = fnn.rules.backprop(net, fnn.losses.softmax_cross_entropy_with_integer_labels), optax.sgd(config.learning_rate)
     source = fnn.factors(net, rule.loss)
@@ -83,6 +99,9 @@ def run(config: Config, advance=lambda text="": None) -> tuple[SeedResult, ...]:
     def train(seed: int) -> SeedResult:
         data, rng = load("digits", seed=seed), np.random.default_rng(seed)
         targets, wrong = flip(data.t_train, data.classes, config.flipped, rng)
+        if config.batch_size > (most := len(targets) // config.measurements):
+            between = f"the examples from one of {config.measurements} measurements to the next"
+            raise ValueError(f"`batch_size` must be at most {most}, {between}; got {config.batch_size}. Lower it, or `measurements`.")
         init_key, key = jax.random.split(fnn.key(seed))
         params, measured = jax.jit(net.init)(init_key), []
         for epoch_key in jax.random.split(key, config.epochs):
@@ -126,7 +145,22 @@ def noise_scale_of(results: tuple[SeedResult, ...]) -> np.ndarray:
     return trace / squared_gradient
 
 
+def sentence(results: tuple[SeedResult, ...]) -> str:
+    """What the picture shows. To point at wrong labels is to be nearer to nothing but them than to what chance gives."""
+    found, chance = [100 * precision_at(r.norms, r.wrong) for r in results], 100 * np.mean([r.wrong.mean() for r in results])
+    gain = (np.mean(found) - chance) / (100 - chance)
+    point = "point" if gain > 0.5 else "point more often than by chance" if gain > 0.05 else "do NOT point"
+    every, right = (f"{scale:.0f} examples" if scale > 0 else "more examples than can be told" for scale in noise_scale_of(results)[-1])
+    return (
+        f"The largest gradients {point} at wrong labels: {mean_std(found, 0)} % of those flagged are wrong where {100 * RECALL:.0f} % are "
+        f"found ({chance:.0f} % by chance). The noise scale ends at {every}, without the wrong labels at {right}"
+        f"{' (pale: single seeds)' if len(results) > 1 else ''}"
+    )
+
+
 def main(config: Config) -> None:
+    check(config)
+    path = folder("per-example", config.out)
     with progress(len(config.seeds) * config.epochs, "training") as advance:
         results = run(config, advance)
     rows = [
@@ -136,12 +170,11 @@ def main(config: Config) -> None:
     columns = ("seed", "by norm", "by loss", "test accuracy", "noise scale", "without wrong ones")
     print_table(f"Precision at recall {RECALL}, and the last epoch's noise scale", columns, rows)
     flipped, cuts = int(results[0].wrong.sum()), []
-    for flags in (max(1, round(times * flipped)) for times in (0.25, 0.5, 1, 1.5, 2)):
+    for flags in (min(max(1, round(times * flipped)), len(results[0].wrong)) for times in (0.25, 0.5, 1, 1.5, 2)):
         norms, losses = np.transpose([[hits(scores, r.wrong)[flags - 1] for scores in (r.norms, r.losses)] for r in results])
         cuts.append((flags, *(mean_std(list(share), 3) for share in (norms / flags, norms / flipped, losses / flags))))
     columns = ("flagged", "precision by norm", "recall by norm", "precision by loss")
     print_table(f"The largest norms and losses; {flipped} of {len(results[0].wrong)} labels are wrong", columns, cuts)
-    path = folder("per-example", config.out)
     draw(path / "per-example.png", results, config)
     summary = [{"seed": r.seed, "precision": precision_at(r.norms, r.wrong), "noise_scale": noise_scale_of((r,))} for r in results]
     save_metrics(path, config, {"seeds": summary, "noise_scale": noise_scale_of(results), "cut_offs": cuts})
@@ -151,12 +184,8 @@ def main(config: Config) -> None:
 def draw(path: Path, results: tuple[SeedResult, ...], config: Config) -> None:
     """Norms of right and wrong labels; precision against recall; the noise scale, epoch by epoch."""
     wrong, norms = (np.concatenate([getattr(r, name) for r in results]) for name in ("wrong", "norms"))
-    precision, noise = mean_std([100 * precision_at(r.norms, r.wrong) for r in results], 0), noise_scale_of(results)
-    title = (
-        f"The largest gradients point at wrong labels: {precision} % of those flagged are wrong where {100 * RECALL:.0f} % are found. "
-        f"The noise scale ends at {noise[-1, 0]:.0f} examples, at {noise[-1, 1]:.0f} without the wrong labels (pale: single seeds)"
-    )
-    with figure(path, title, columns=3, size=(13, 4.4)) as (_, (left, middle, right)):
+    noise = noise_scale_of(results)
+    with figure(path, sentence(results), columns=3, size=(13, 4.4)) as (_, (left, middle, right)):
         for mask, label in ((~wrong, "right label"), (wrong, "wrong label")):
             weights = np.full(mask.sum(), 100 / mask.sum())
             left.hist(norms[mask], np.geomspace(norms.min(), norms.max(), 40), weights=weights, label=label, alpha=0.6)
@@ -168,7 +197,6 @@ def draw(path: Path, results: tuple[SeedResult, ...], config: Config) -> None:
             middle.plot(recall, np.transpose(curves), color=colour, alpha=0.25, linewidth=1)
             middle.plot(recall, np.mean(curves, axis=0), color=colour, label=f"largest {name}")
         middle.axhline(wrong.mean(), color="gray", linestyle=":", label="by chance")
-        middle.plot(RECALL, 0.6, "kx", markersize=9, label="the aim, 0.6 at 0.6")
         middle.set(xlabel="recall", ylabel="precision", ylim=(0, 1.03), xlim=(0, 1.01))
         for i, label in enumerate(("all training examples", "without the wrong labels")):
             right.plot(steps, np.transpose([noise_scale_of((r,))[:, i] for r in results]), color=COLOURS[1 - i], alpha=0.25, linewidth=1)

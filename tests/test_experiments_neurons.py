@@ -21,8 +21,8 @@ def curves():
 def test_saturated_shares_are_those_of_the_formulas(curves):
     assert set(curves.curves) == {activation.name for activation in ACTIVATIONS}
     edge = {
-        "sigmoid": np.log((1 + np.sqrt(0.96)) / (1 - np.sqrt(0.96))),  # s(1 - s) = 0.01
-        "tanh": np.arctanh(np.sqrt(0.99)),  # 1 - tanh^2 = 0.01
+        "sigmoid": np.log((1 + np.sqrt(0.98)) / (1 - np.sqrt(0.98))),  # s(1 - s) = 0.005
+        "tanh": np.arctanh(np.sqrt(0.995)),  # 1 - tanh^2 = 0.005
         "hard_tanh": 1.0,
     }
     for name, x in edge.items():
@@ -107,6 +107,12 @@ def test_ln_odds_give_the_share_of_malignant_tumours(logistic):
     assert logistic.malignant.sum() == 212
 
 
+def test_the_interval_of_a_share_is_wilsons_and_has_a_width_at_0_and_1():
+    low, high = logistic_regression.wilson(np.array([0.0, 0.5, 1.0]), np.array([57, 100, 57]))
+    np.testing.assert_allclose(low, [0, 0.4038, 57 / (57 + 1.96**2)], atol=5e-5)
+    np.testing.assert_allclose(high, [1.96**2 / (57 + 1.96**2), 0.5962, 1], atol=5e-5)
+
+
 def test_weights_grow_without_end_where_the_features_separate_the_classes(logistic):
     data, targets, _ = logistic_regression.tumours()
     solution = logistic_regression.separator(data, targets)
@@ -155,6 +161,15 @@ def test_more_steps_an_epoch_are_faster_and_their_noise_sets_a_floor(descent):
     assert one[-10:].mean() > 3 * some[-10:].mean()
     assert (np.diff(whole) < 0).all()
     assert descent.excess.min() > -1e-6
+    assert descent.examples == 353
+
+
+def test_the_running_mean_is_over_a_tenth_more_and_less_and_ends_as_the_last_tenth():
+    excess = np.random.default_rng(0).uniform(size=301)
+    mean = gradient_descent.running_mean(excess[1:])
+    assert mean.shape == (300,)
+    np.testing.assert_allclose(mean[[0, 9, 99]], [excess[1], excess[9:12].mean(), excess[90:111].mean()])
+    np.testing.assert_allclose(mean[-1], gradient_descent.final(excess[None])[0], atol=0.02)
 
 
 # ---------------------------------------------------------------- dead-relu
@@ -181,30 +196,3 @@ def test_a_dead_unit_does_not_come_back_nor_move(nets):
     for net in relu:
         assert net.revived == net.moved == 0
         assert (np.diff(net.share) >= 0).all()
-
-
-# ---------------------------------------------------------------- flags
-
-BAD_FLAGS = [
-    (activations, {"limit": 0.0}, "`limit` must be a finite number above 0, got 0.0"),
-    (activations, {"points": 0}, "`points` must be a whole number above 0, got 0"),
-    (softmax_from_bayes, {"priors": (0.5, 0.3, 0.3)}, r"`priors` must be three numbers with the sum 1, got \(0.5, 0.3, 0.3\)"),
-    (softmax_from_bayes, {"priors": (0.5, 0.5, 0.0)}, r"`priors\[2\]` must be a finite number above 0"),
-    (logistic_regression, {"features": ("mean radios",)}, "Unknown feature 'mean radios'. Did you mean 'mean radius'"),
-    (logistic_regression, {"features": ()}, "`features` must name at least one feature"),
-    (logistic_regression, {"steps": 3}, "`steps` must be at least 10, got 3"),
-    (gradient_descent, {"fractions": ()}, "`fractions` is empty"),
-    (gradient_descent, {"curvatures": (1.0, -1.0)}, r"`curvatures\[1\]` must be a finite number above 0, got -1.0"),
-    (gradient_descent, {"batch_sizes": (354,)}, "`batch_size` is 354 but `data` has only 353 examples"),
-    (dead_relu, {"activations": ("rleu",)}, "Unknown activation 'rleu'. Did you mean 'relu'"),
-    (dead_relu, {"watched": 0.5}, r"`watched` must be one of the rates \(0.1, 4.0\), got 0.5"),
-    (dead_relu, {"biases": (0.0,)}, r"`biases\[0\]` must be a finite number other than 0"),
-    (dead_relu, {"rates": (4.0, 4.0)}, "`rates` has repeats"),
-    (dead_relu, {"seed": -1}, "`seed` must be in"),
-]
-
-
-@pytest.mark.parametrize(("module", "flags", "message"), BAD_FLAGS, ids=[str(flags) for _, flags, _ in BAD_FLAGS])
-def test_a_bad_flag_is_an_error_that_names_it(module, flags, message):
-    with pytest.raises(ValueError, match=message):
-        module.run(dataclasses.replace(module.TINY, **flags))
