@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import linecache
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,13 +74,16 @@ def _known(name: str) -> None:
 
 
 def _raised_by_us(trace: TracebackType | None) -> bool:
-    """Whether the innermost frame is the project's own, which raises only with a message that explains itself."""
+    """Whether a `raise` of the project's own did it, whose message explains itself; 1 / 0 in a file of ours is a bug."""
     import fnn
 
-    while trace is not None and trace.tb_next is not None:
+    if trace is None:
+        return False
+    while trace.tb_next is not None:
         trace = trace.tb_next
-    file = Path(trace.tb_frame.f_code.co_filename) if trace is not None else Path()
-    return any(file.is_relative_to(package) for package in (HERE, *fnn.__path__))
+    file = trace.tb_frame.f_code.co_filename
+    ours = any(Path(file).is_relative_to(package) for package in (HERE, *fnn.__path__))
+    return ours and linecache.getline(file, trace.tb_lineno).lstrip().startswith("raise")
 
 
 def _first_line(path: Path) -> str:

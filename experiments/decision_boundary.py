@@ -28,10 +28,9 @@ import optax
 
 import fnn
 from experiments._data import Dataset, load
-from experiments._run import figure, folder, mean_std, print_table, progress, save_metrics
+from experiments._plane import Extent, draw_regions, draw_values, grid, train_starts
+from experiments._run import check_positive, figure, folder, mean_std, print_table, progress, save_metrics
 from fnn import _check, activations
-
-CLASSES = ("#B35806", "#542788")  # the two ends of the colour map PuOr
 
 
 @dataclass(frozen=True)
@@ -74,15 +73,7 @@ class Nets(NamedTuple):
 
 def run(config: Config, advance: Callable[[str], Any] = lambda text: None) -> tuple[Dataset, tuple[Nets, ...]]:
     """Trains the nets of every width. `advance(text)` is called after every width."""
-    _check.one_of("dataset", config.dataset, ("spirals", "moons", "flower"))
-    for name in ("epochs", "batch_size", "starts", "pixels"):
-        _check.positive(name, getattr(config, name), whole=True)
-    for i, width in enumerate(config.widths):
-        _check.positive(f"widths[{i}]", width, whole=True)
-    if not 1 <= len(config.widths) <= 6:
-        raise ValueError(f"`widths` must be one to six whole numbers above 0, got {config.widths}.")
-    _check.positive("learning_rate", config.learning_rate)
-    activations.get(config.activation)
+    check(config)
     data, found = load(config.dataset, seed=config.seed), []
     for width in config.widths:
         found.append(train(config, data, width))
@@ -90,32 +81,32 @@ def run(config: Config, advance: Callable[[str], Any] = lambda text: None) -> tu
     return data, tuple(found)
 
 
+def check(config: Config) -> None:
+    """Raises a TypeError or ValueError that names the first flag that cannot be meant."""
+    _check.one_of("dataset", config.dataset, ("spirals", "moons", "flower"))
+    check_positive(config, "epochs", "batch_size", "starts", "pixels", "widths", whole=True)
+    if not 1 <= len(config.widths) <= 6:
+        raise ValueError(f"`widths` must be one to six whole numbers above 0, got {config.widths}.")
+    if config.pixels < 2:
+        raise ValueError(f"`pixels` must be at least 2, since boundaries are drawn, got {config.pixels}.")
+    check_positive(config, "learning_rate")
+    activations.get(config.activation)
+    fnn.key(config.seed)
+
+
 def train(config: Config, data: Dataset, width: int) -> Nets:
     """Trains the nets of one width at once and maps that of median accuracy."""
     net = fnn.mlp((2, width, 2), config.activation)
-    keys = jax.random.split(fnn.key(config.seed), config.starts)
-    settings = {"epochs": config.epochs, "batch_size": config.batch_size, "keys": keys}
     rule, optimizer = fnn.rules.backprop(net, data.loss), optax.adam(config.learning_rate)
-    params, _ = fnn.fit_many(rule, optimizer, net.init, (data.x_train, data.t_train), **settings)
-    each = [jax.tree.map(lambda leaf, i=i: leaf[i], params) for i in range(config.starts)]
-    on_train, on_test = (
-        np.array([fnn.evaluate(rule, p, part)["accuracy"] for p in each])
-        for part in ((data.x_train, data.t_train), (data.x_test, data.t_test))
-    )
-    shown = int(np.argsort(on_train)[config.starts // 2])
-    plane = jnp.asarray(grid(data, config.pixels))
-    probability = jax.nn.softmax(net.apply(each[shown], plane))[..., 1]
-    unit_maps = jnp.moveaxis(net.layers[0].apply(each[shown][0], plane), -1, 0)
-    return Nets(width, on_train, on_test, shown, np.asarray(probability), np.asarray(unit_maps))
+    settings = {"epochs": config.epochs, "batch_size": config.batch_size, "starts": config.starts, "seed": config.seed}
+    nets = train_starts(rule, optimizer, net, (data.x_train, data.t_train), (data.x_test, data.t_test), **settings)
+    plane = jnp.asarray(grid(edges(data), config.pixels))
+    probability = jax.nn.softmax(net.apply(nets.params, plane))[..., 1]
+    unit_maps = jnp.moveaxis(net.layers[0].apply(nets.params[0], plane), -1, 0)
+    return Nets(width, nets.train_accuracy, nets.test_accuracy, nets.shown, np.asarray(probability), np.asarray(unit_maps))
 
 
-def grid(data: Dataset, pixels: int) -> np.ndarray:
-    """The points of the square that `edges` bound, `[pixels, pixels, 2]`."""
-    left, right, bottom, top = edges(data)
-    return np.stack(np.meshgrid(np.linspace(left, right, pixels), np.linspace(bottom, top, pixels)), axis=-1).astype(np.float32)
-
-
-def edges(data: Dataset) -> tuple[float, float, float, float]:
+def edges(data: Dataset) -> Extent:
     """Left, right, bottom and top of the square around the training points, with a margin."""
     low, high = data.x_train.min(0), data.x_train.max(0)
     (x, y), half = (low + high) / 2, 0.55 * float((high - low).max())
@@ -123,11 +114,12 @@ def edges(data: Dataset) -> tuple[float, float, float, float]:
 
 
 def main(config: Config) -> None:
+    check(config)
+    path = folder("decision-boundary", config.out)
     with progress(len(config.widths), config.dataset) as advance:
         data, found = run(config, advance)
     rows = [(n.units, mean_std(list(100 * n.train_accuracy), 1), mean_std(list(100 * n.test_accuracy), 1)) for n in found]
     print_table(f"{config.dataset}, {config.starts} starts", ("hidden units", "train accuracy (%)", "test accuracy (%)"), rows)
-    path = folder("decision-boundary", config.out)
     draw(path / "decision-boundary.png", data, found, config)
     fields = ("units", "train_accuracy", "test_accuracy", "shown")
     save_metrics(path, config, [{name: getattr(nets, name) for name in fields} for nets in found])
@@ -144,13 +136,8 @@ def draw(path: Path, data: Dataset, found: tuple[Nets, ...], config: Config) -> 
         sides: Any = fig.subfigures(2, len(found), height_ratios=(1.2, 1), squeeze=False)
         for column, nets in enumerate(found):
             axis = sides[0, column].subplots()
-            _plane(axis, nets.probability, data, 0.0, 1.0)
-            axis.contour(nets.probability, levels=[0.5], colors="black", extent=edges(data), linewidths=1.5)
-            for label, colour in enumerate(CLASSES):
-                axis.scatter(*data.x_train[data.t_train == label].T, s=9, color=colour, edgecolors="white", linewidths=0.3)
-            axis.set_title(f"{nets.units} hidden units: {100 * nets.train_accuracy[nets.shown]:.1f} % right")
-            axis.set(xlabel="x₁", ylabel="x₂")
-            axis.locator_params(nbins=5)
+            draw_regions(axis, nets.probability, edges(data), data.x_train, data.t_train)
+            axis.set_title(f"{nets.units} hidden unit{'s' * (nets.units > 1)}: {100 * nets.train_accuracy[nets.shown]:.1f} % right")
             columns = min(nets.units, max(3, math.ceil(math.sqrt(nets.units))))
             sides[1, column].suptitle("output of each hidden unit", fontsize=11)
             grids = sides[1, column].subplots(math.ceil(nets.units / columns), columns, squeeze=False).ravel()
@@ -159,13 +146,8 @@ def draw(path: Path, data: Dataset, found: tuple[Nets, ...], config: Config) -> 
                 cell.set_anchor("N")
             for cell, unit_map in zip(grids, nets.unit_maps, strict=False):
                 limit = float(np.abs(unit_map).max()) or 1.0
-                _plane(cell, unit_map, data, -limit, limit)
+                draw_values(cell, unit_map, edges(data), -limit, limit)
 
 
 def _figures(found: tuple[Nets, ...]) -> tuple[list[str], list[str]]:
     return [str(n.units) for n in found], [f"{100 * n.train_accuracy.mean():.1f}" for n in found]
-
-
-def _plane(axis: Any, values: np.ndarray, data: Dataset, low: float, high: float) -> None:
-    axis.imshow(values, origin="lower", extent=edges(data), cmap="PuOr", vmin=low, vmax=high, alpha=0.6)
-    axis.grid(False)

@@ -28,8 +28,7 @@ import optax
 from jax.nn.initializers import normal
 
 import fnn
-from experiments._run import COLOURS, figure, folder, mean_std, plain_numbers, print_table, progress, save_metrics
-from fnn import _check
+from experiments._run import COLOURS, check_positive, figure, folder, mean_std, plain_numbers, print_table, progress, save_metrics
 
 X = np.linspace(-3, 3, 601, dtype=np.float32)[:, None]  # where errors are measured and pictures drawn
 
@@ -83,15 +82,7 @@ def function(x: np.ndarray) -> np.ndarray:
 
 def run(config: Config, advance: Callable[[str], Any] = lambda text: None) -> Result:
     """Fits nets of every width. `advance(text)` is called after every width."""
-    for name in ("samples", "epochs", "batch_size", "starts"):
-        _check.positive(name, getattr(config, name), whole=True)
-    for i, width in enumerate(config.widths):
-        _check.positive(f"widths[{i}]", width, whole=True)
-    if not config.widths:
-        raise ValueError("`widths` is empty: give one at least, `--widths 8`.")
-    for name in ("noise", "learning_rate"):
-        _check.positive(name, getattr(config, name))
-    fnn.key(config.seed)
+    check(config)
     rng = np.random.default_rng(config.seed)
     x = rng.uniform(-3, 3, (config.samples, 1)).astype(np.float32)
     y = (function(x) + rng.normal(0, config.noise, x.shape)).astype(np.float32)
@@ -102,6 +93,15 @@ def run(config: Config, advance: Callable[[str], Any] = lambda text: None) -> Re
     return Result(x, y, tuple(fits))
 
 
+def check(config: Config) -> None:
+    """Raises a TypeError or ValueError that names the first flag that cannot be meant."""
+    check_positive(config, "widths", "samples", "epochs", "batch_size", "starts", whole=True)
+    if not config.widths:
+        raise ValueError("`widths` is empty: give one at least, `--widths 8`.")
+    check_positive(config, "noise", "learning_rate")
+    fnn.key(config.seed)
+
+
 def fit(config: Config, width: int, x: np.ndarray, y: np.ndarray) -> Fits:
     """Fits the nets of one width at once."""
     spread = normal(2.0)
@@ -110,7 +110,9 @@ def fit(config: Config, width: int, x: np.ndarray, y: np.ndarray) -> Fits:
     optimizer = optax.adam(optax.cosine_decay_schedule(config.learning_rate, steps))
     keys = jax.random.split(fnn.key(config.seed), config.starts)
     settings = {"epochs": config.epochs, "batch_size": config.batch_size, "keys": keys}
-    params, _ = fnn.fit_many(fnn.rules.backprop(net, fnn.losses.l2_loss), optimizer, net.init, (x, y), **settings)
+    params, history = fnn.fit_many(fnn.rules.backprop(net, fnn.losses.l2_loss), optimizer, net.init, (x, y), **settings)
+    if not np.isfinite(history.loss).all():
+        raise ValueError(f"Nets of {width} units diverge. Choose a lower `learning_rate`.")
     predict = jax.jit(jax.vmap(net.apply, in_axes=(0, None)))
     curves, at_samples = np.split(np.asarray(predict(params, jnp.asarray(np.concatenate([X, x]))))[..., 0], [len(X)], axis=1)
     error = np.sqrt(((curves - function(X)[None, :, 0]) ** 2).mean(1))
@@ -119,12 +121,13 @@ def fit(config: Config, width: int, x: np.ndarray, y: np.ndarray) -> Fits:
 
 
 def main(config: Config) -> None:
+    check(config)
+    path = folder("function-approximation", config.out)
     with progress(len(config.widths), "fitting") as advance:
         result = run(config, advance)
     rows = [(fits.units, mean_std(list(fits.error), 3), mean_std(list(fits.residual), 3)) for fits in result.fits]
     title = f"Root-mean-square errors, {config.starts} starts, {config.samples} samples, noise {config.noise:g}"
     print_table(title, ("hidden units", "to the function", "to the noisy samples"), rows)
-    path = folder("function-approximation", config.out)
     draw(path / "function-approximation.png", result, config)
     save_metrics(path, config, [fits._asdict() | {"median": None} for fits in result.fits])
     print(f"picture and metrics in {path}")

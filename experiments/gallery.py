@@ -3,9 +3,9 @@
     python -m experiments gallery
 
 Runs every experiment with its own settings, two at a time, each in a process of its own, and writes its picture, its metrics and what it
-printed into a folder of its own, beside `index.html` (no network needed) and a contact sheet. `benchmark` is left out: it needs the machine
-to itself. Nothing is downloaded: an experiment that would download has settings of its own for this page, `GALLERY`. Takes about five
-minutes on two cores.
+printed into a folder of its own, beside `index.html` (no network needed) and a contact sheet. What an earlier run left in these folders
+goes. `benchmark` is left out: it needs the machine to itself. Nothing is downloaded: an experiment that would download has settings of its
+own for this page, `GALLERY`. Takes two to five minutes on two cores.
 """
 
 from __future__ import annotations
@@ -17,9 +17,12 @@ import importlib
 import math
 import multiprocessing
 import os
+import shlex
 import time
 import traceback
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +34,7 @@ from experiments._run import figure, folder, print_table, progress, save_metrics
 from fnn import _check
 
 LEFT_OUT = ("benchmark", "gallery")
+WRITTEN = (".png", ".svg", ".json", ".txt", ".part")  # what experiments leave in their folders
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class Config:
     """Run folder; runs/gallery if not given."""
 
 
-TINY = Config(names=("linear-collapse", "zero-initialisation"), tiny=True)
+TINY = Config(names=("wide-net-saturation",), tiny=True)
 
 
 class Shown(NamedTuple):
@@ -55,8 +59,11 @@ class Shown(NamedTuple):
 
     name: str
     question: str
+    command: str
     seconds: float
     pictures: tuple[str, ...]
+    printed: str
+    metrics: bool  # whether there are any
     error: str
 
 
@@ -68,30 +75,33 @@ class Result(NamedTuple):
 
 def run(config: Config) -> dict[str, str]:
     """The experiments to run, with their questions."""
-    _check.positive("jobs", config.jobs, whole=True)
-    known = {name: question for name, question in discover().items() if name != "gallery"}
-    for name in config.names:
-        _check.one_of("experiment", name, known)
+    check(config)
+    known = discover()
     return {name: known[name] for name in config.names or known if config.names or name not in LEFT_OUT}
+
+
+def check(config: Config) -> None:
+    """Raises a TypeError or ValueError that names the first flag that cannot be meant."""
+    _check.positive("jobs", config.jobs, whole=True)
+    for name in config.names:
+        _check.one_of("experiment", name, [known for known in discover() if known != "gallery"])
 
 
 def main(config: Config) -> None:
     todo, path = run(config), folder("gallery", config.out)
-    shown, environment = [], multiprocessing.get_context("spawn")
-    with progress(len(todo), "experiments") as advance, ProcessPoolExecutor(config.jobs, environment, max_tasks_per_child=1) as pool:
-        waiting = {pool.submit(one, name, path / name, config): name for name in todo}
+    shown = []
+    with progress(len(todo), "experiments") as advance, ThreadPoolExecutor(config.jobs) as threads:
+        waiting = {threads.submit(apart, one, name, path / name, config): name for name in todo}
         for done in as_completed(waiting):
-            seconds, error = done.result()
             name = waiting[done]
-            pictures = tuple(sorted(file.name for file in (path / name).glob("*.png")))
-            shown.append(Shown(name, todo[name], seconds, pictures, error))
+            shown.append(collect(name, todo[name], path / name, config, *done.result()))
             advance(name)
     shown.sort(key=lambda s: list(todo).index(s.name))
     rows = [(s.name, f"{s.seconds:.1f}", s.error.splitlines()[-1] if s.error else s.question) for s in shown]
     print_table("Gallery", ("experiment", "seconds", "question"), rows)
     (path / "index.html").write_text(page(shown), encoding="utf-8")
     draw(path / "gallery.png", path, shown)
-    save_metrics(path, config, Result(shown))
+    save_metrics(path, config, Result([s._replace(printed="") for s in shown]))
     print(f"page, pictures and metrics in {path}: open {path / 'index.html'}")
     if failed := [s.name for s in shown if s.error]:
         raise ValueError(
@@ -99,20 +109,59 @@ def main(config: Config) -> None:
         )
 
 
-def one(name: str, out: Path, config: Config) -> tuple[float, str]:
-    """Runs one experiment, what it prints in `output.txt`; the seconds it took, and its error if there was one."""
+def apart(function: Callable[..., str], *arguments: Any) -> tuple[float, str]:
+    """Calls a function, which returns its error or "", in a process of its own: the seconds it took, and the error."""
+    start = time.perf_counter()
+    try:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            error = pool.submit(function, *arguments).result()
+    except BrokenProcessPool:
+        error = "Its process was killed, perhaps for want of memory."
+    return time.perf_counter() - start, error
+
+
+def one(name: str, out: Path, config: Config) -> str:
+    """Runs one experiment in a folder cleared of an earlier run, what it prints in `output.txt`; its error if there was one."""
     out.mkdir(parents=True, exist_ok=True)
-    start, error = time.perf_counter(), ""
+    for file in out.iterdir():
+        if file.suffix in WRITTEN:
+            file.unlink()
+    error = ""
     with open(out / "output.txt", "w", encoding="utf-8") as file, contextlib.redirect_stdout(file):
         os.environ["COLUMNS"] = "140"  # of the tables
         try:
-            module: Any = importlib.import_module(f"experiments.{name.replace('-', '_')}")
-            settings = module.TINY if config.tiny else getattr(module, "GALLERY", module.Config())
+            module, settings = settings_of(name, config)
             module.main(dataclasses.replace(settings, out=out))
         except Exception:
             error = traceback.format_exc()
             file.write(error)
-    return time.perf_counter() - start, error
+    return error
+
+
+def settings_of(name: str, config: Config) -> tuple[Any, Any]:
+    """An experiment's module, and the `Config` that the page runs it with."""
+    module: Any = importlib.import_module(f"experiments.{name.replace('-', '_')}")
+    return module, module.TINY if config.tiny else getattr(module, "GALLERY", module.Config())
+
+
+def collect(name: str, question: str, out: Path, config: Config, seconds: float, error: str) -> Shown:
+    """What one experiment left in its folder."""
+    pictures = tuple(sorted(file.name for file in out.glob("*.png")))
+    printed = (out / "output.txt").read_text(encoding="utf-8") if (out / "output.txt").exists() else ""
+    return Shown(name, question, command(name, config), seconds, pictures, printed, (out / "metrics.json").exists(), error)
+
+
+def command(name: str, config: Config) -> str:
+    """The command that draws what the page shows: the flags are those settings that are not the experiment's own."""
+    words = ["python -m experiments", name]
+    with contextlib.suppress(Exception):  # of an import: the page says so already
+        module, settings = settings_of(name, config)
+        for field in dataclasses.fields(settings):
+            value = getattr(settings, field.name)
+            if value != getattr(module.Config(), field.name):
+                values = () if value is True else value if isinstance(value, tuple) else (value,)
+                words += [f"--{field.name.replace('_', '-')}", *(shlex.quote(str(v)) for v in values)]
+    return " ".join(words)
 
 
 def page(shown: list[Shown]) -> str:
@@ -121,18 +170,18 @@ def page(shown: list[Shown]) -> str:
     for s in shown:
         pictures = "".join(f'<a href="{s.name}/{p}"><img src="{s.name}/{p}" alt="{html.escape(s.question)}"></a>' for p in s.pictures)
         failed = f"<pre>{html.escape(s.error)}</pre>" if s.error else ""
+        numbers = f' · <a href="{s.name}/metrics.json">its numbers</a>' if s.metrics else ""
         parts.append(
             f'<section id="{s.name}"><h2>{html.escape(s.question)}</h2>'
-            f"<p><code>python -m experiments {s.name}</code> ({s.seconds:.0f} s) · "
-            f'<a href="{s.name}/output.txt">what it printed</a> · <a href="{s.name}/metrics.json">its numbers</a></p>'
-            f"{failed}{pictures}</section>"
+            f"<p><code>{html.escape(s.command)}</code> ({s.seconds:.0f} s){numbers}</p>{failed}{pictures}"
+            f"<details><summary>what it printed</summary><pre>{html.escape(s.printed)}</pre></details></section>"
         )
     index = "".join(f'<li><a href="#{s.name}">{s.name}</a></li>' for s in shown)
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8"><title>fnn: the experiments</title><style>'
         "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}img{max-width:100%}h2{margin-top:3rem}"
-        "ul{columns:3;padding-left:1.2rem}</style>"
-        f"<h1>fnn: the experiments</h1><ul>{index}</ul>{''.join(parts)}</html>\n"
+        "ul{columns:3;padding-left:1.2rem}pre{overflow-x:auto;font-size:12px}</style>"
+        f'<h1>fnn: the experiments</h1><ul>{index}</ul><p><a href="gallery.png">All pictures on one sheet</a></p>{"".join(parts)}</html>\n'
     )
 
 

@@ -30,7 +30,7 @@ from sklearn import datasets
 from sklearn.linear_model import LogisticRegression
 
 import fnn
-from experiments._run import COLOURS, figure, folder, print_table, save_metrics
+from experiments._run import COLOURS, check_positive, figure, folder, print_table, save_metrics
 from fnn import _check, steps
 from fnn.layers import Dense
 
@@ -70,8 +70,8 @@ class Result(NamedTuple):
 
 def run(config: Config) -> Result:
     """Fits the chosen features, and follows gradient descent on these and on all."""
+    check(config)
     data, targets, names = tumours()
-    check(config, names)
     chosen = data[:, [names.index(name) for name in config.features]]
     if separator(chosen, targets) is not None:
         raise ValueError(f"`features` separate the classes without an error, so there is no optimum. Choose fewer than {len(names)}.")
@@ -92,15 +92,17 @@ def tumours() -> tuple[np.ndarray, np.ndarray, list[str]]:
     return x, 1.0 - data.target[:, None], [str(name) for name in data.feature_names]
 
 
-def check(config: Config, names: list[str]) -> None:
+def check(config: Config) -> None:
     """Raises a TypeError or ValueError that names the first flag that cannot be meant."""
+    data, _, names = tumours()
     if not config.features or len(set(config.features)) < len(config.features):
         raise ValueError(f"`features` must name at least one feature and each once, got {config.features}.")
     for name in config.features:
         _check.one_of("feature", name, names)
-    for name in ("steps", "bins"):
-        _check.positive(name, getattr(config, name), whole=True)
-    _check.positive("learning_rate", config.learning_rate)
+    check_positive(config, "steps", "bins", whole=True)
+    check_positive(config, "learning_rate")
+    if config.bins > len(data):
+        raise ValueError(f"`bins` is {config.bins} but there are only {len(data)} tumours.")
     if config.steps < 10:
         raise ValueError(f"`steps` must be at least 10, got {config.steps}: the norm at the end is compared with that at a tenth of them.")
 
@@ -129,7 +131,10 @@ def descend(x: np.ndarray, targets: np.ndarray, config: Config) -> np.ndarray:
         return state, jnp.linalg.norm(state.params.w)
 
     state = steps.init(rule, optimizer, Dense(jnp.zeros((x.shape[1], 1)), jnp.zeros(1)), fnn.key(0))
-    return np.append(0.0, jax.jit(lambda state: lax.scan(body, state, length=config.steps))(state)[1])
+    norms = np.append(0.0, jax.jit(lambda state: lax.scan(body, state, length=config.steps))(state)[1])
+    if not np.isfinite(norms).all():
+        raise ValueError(f"Gradient descent diverges at `learning_rate` {config.learning_rate:g}. Choose a lower one.")
+    return norms
 
 
 def separator(x: np.ndarray, targets: np.ndarray) -> np.ndarray | None:
@@ -153,7 +158,16 @@ def growth(norms: np.ndarray) -> np.ndarray:
     return norms[:, -1] / norms[:, (norms.shape[1] - 1) // 10]
 
 
+def wilson(share: np.ndarray, count: np.ndarray, z: float = 1.96) -> tuple[np.ndarray, np.ndarray]:
+    """The ends of Wilson's interval (95 %) for a share that was found among `count`; it has a width at 0 and 1 too."""
+    centre = (share + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z / (1 + z**2 / count) * np.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
+    return centre - half, centre + half
+
+
 def main(config: Config) -> None:
+    check(config)
+    path = folder("logistic-regression", config.out)
     result = run(config)
     names = (*config.features, "intercept")
     rows = [
@@ -166,7 +180,6 @@ def main(config: Config) -> None:
     print(f"chosen features {end:.3f}, {of_chosen:.4f} times that at a tenth of them; all 30 features {end_all:.3f}, {of_all:.4f} times")
     scales = ", ".join(f"{value:.3g} at {scale:g} times" for scale, value in result.scaled.items())
     print(f"cross-entropy on all 30 features along a separating solution: {scales} (nats)")
-    path = folder("logistic-regression", config.out)
     draw(path / "logistic-regression.png", result, config)
     numbers = {name: getattr(result, name) for name in ("coefficients", "scikit_learn", "gradient", "scaled")}
     save_metrics(path, config, {**numbers, "norms_at_the_end": result.norms[:, -1], "growth": growth(result.norms)})
@@ -199,13 +212,20 @@ def draw(path: Path, result: Result, config: Config) -> None:
 
 
 def draw_probabilities(axis: Any, result: Result, bins: int) -> None:
-    """The sigmoid, and the share of malignant tumours in groups of the same size by z, with its standard error."""
+    """The sigmoid, and in groups of the same size by z the mean P and the share of malignant tumours, with Wilson's interval.
+
+    Where the curve bends, the mean P of a wide group is not the P of its mean z.
+    """
     groups = np.array_split(np.argsort(result.z), bins)
-    mean, share = (np.array([values[group].mean() for group in groups]) for values in (result.z, result.malignant))
-    error = np.sqrt(share * (1 - share) / [len(group) for group in groups])
+    values = result.z, 1 / (1 + np.exp(-result.z)), result.malignant
+    mean, predicted, share = (np.array([of_all[group].mean() for group in groups]) for of_all in values)
+    low, high = wilson(share, np.array([len(group) for group in groups]))
     limit = 1.1 * np.abs(mean).max()
     z = np.linspace(-limit, limit, 201)
     axis.plot(z, np.asarray(fnn.activations.sigmoid.apply((), z.astype(np.float32))), color=COLOURS[0], label="P = sigmoid(z)")
-    axis.errorbar(mean, share, error, fmt="o", color=COLOURS[1], label="measured")
-    axis.set(xlabel="z = ln odds", ylabel="share of malignant tumours", xlim=(-limit, limit))
+    axis.plot(mean, predicted, "s", color=COLOURS[0], markersize=9, fillstyle="none", label="mean P of a group")
+    bars = np.maximum([share - low, high - share], 0)  # an end at a share of 0 or 1 may be off by rounding
+    axis.errorbar(mean, share, bars, fmt="o", color=COLOURS[1], markersize=5, label="measured share (95 % interval)")
+    axis.set(xlabel="z = ln odds (groups at their mean)", ylabel="share of malignant tumours", xlim=(-limit, limit))
+    axis.set(ylim=(-0.05, 1.35), yticks=np.linspace(0, 1, 6))  # room for the legend
     axis.legend(loc="upper left", fontsize=10)

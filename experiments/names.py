@@ -31,7 +31,7 @@ from names import FILES
 from sklearn.decomposition import PCA
 
 import fnn
-from experiments._run import COLOURS, figure, folder, print_table, progress, save_metrics
+from experiments._run import COLOURS, check_positive, figure, folder, print_table, progress, save_metrics
 from fnn import _check
 from fnn.factors import total
 
@@ -113,10 +113,8 @@ def check(config: Config) -> None:
     """Raises a TypeError or ValueError that names the first flag that cannot be meant."""
     fnn.key(config.seed)
     _check.one_of("census", config.census, CENSUS)
-    for name in ("embedding", "hidden", "epochs", "batch_size", "samples"):
-        _check.positive(name, getattr(config, name), whole=True)
-    for name in ("learning_rate", "embedding_scale"):
-        _check.positive(name, getattr(config, name))
+    check_positive(config, "embedding", "hidden", "epochs", "batch_size", "samples", whole=True)
+    check_positive(config, "learning_rate", "embedding_scale")
     if config.embedding < 2:
         raise ValueError(f"`embedding` must be at least 2, since the picture shows it in the plane, got {config.embedding}.")
 
@@ -200,6 +198,8 @@ def vowel_distances(embedding: np.ndarray) -> tuple[float, float]:
 
 def main(config: Config) -> None:
     """Prints the losses and the names, saves `names.png` and `metrics.json`."""
+    check(config)
+    path = folder("names", config.out)
     with progress(config.epochs, "training") as advance:
         result = run(config, advance)
     rows = [(name, *(f"{loss:.4f}" for loss in losses)) for name, losses in (("net", result.losses), ("bigrams", result.bigram))]
@@ -209,7 +209,6 @@ def main(config: Config) -> None:
     print(f"{result.known} of these {len(result.samples)} are names of the data")
     to_vowels, to_consonants = vowel_distances(result.embedding)
     print(f"mean distance of a vowel to another {to_vowels:.2f}, to a consonant {to_consonants:.2f}")
-    path = folder("names", config.out)
     draw(path / "names.png", result)
     save_metrics(path, config, {**result._asdict(), "vowel_to_vowel": to_vowels, "vowel_to_consonant": to_consonants})
     print(f"picture and metrics in {path}")

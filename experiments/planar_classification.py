@@ -29,11 +29,11 @@ from sklearn.linear_model import LogisticRegression
 
 import fnn
 from experiments._data import Dataset, load
-from experiments._run import COLOURS, figure, folder, mean_std, plain_numbers, print_table, progress, save_metrics
-from fnn import _check
+from experiments._plane import draw_regions, grid, train_starts
+from experiments._run import COLOURS, check_positive, figure, folder, mean_std, plain_numbers, print_table, progress, save_metrics
 
-CLASSES = ("#B35806", "#542788")  # the two ends of the colour map PuOr
 EDGE = 4.8  # the petals end at 4, noise aside
+SQUARE = (-EDGE, EDGE, -EDGE, EDGE)
 
 
 @dataclass(frozen=True)
@@ -77,45 +77,48 @@ class Result(NamedTuple):
 
 def run(config: Config, advance: Callable[[str], Any] = lambda text: None) -> tuple[Dataset, Result]:
     """Trains both models. `advance(text)` is called after each."""
-    for name in ("hidden", "steps", "starts", "pixels"):
-        _check.positive(name, getattr(config, name), whole=True)
-    _check.positive("learning_rate", config.learning_rate)
+    check(config)
     data = load("flower", seed=config.seed)
     hidden = train(config, data, fnn.mlp((2, config.hidden, 1), "tanh"))
     advance(f"{100 * hidden.train_accuracy.mean():.1f} %")
     logistic = train(config, data, fnn.dense(2, 1))
     advance(f"{100 * logistic.train_accuracy.mean():.1f} %")
-    check = LogisticRegression(C=math.inf).fit(data.x_train, data.t_train)
-    scores = float(check.score(data.x_train, data.t_train)), float(check.score(data.x_test, data.t_test))
+    theirs = LogisticRegression(C=math.inf).fit(data.x_train, data.t_train)
+    scores = float(theirs.score(data.x_train, data.t_train)), float(theirs.score(data.x_test, data.t_test))
     return data, Result(hidden, logistic, scores)
+
+
+def check(config: Config) -> None:
+    """Raises a TypeError or ValueError that names the first flag that cannot be meant."""
+    check_positive(config, "hidden", "steps", "starts", "pixels", whole=True)
+    check_positive(config, "learning_rate")
+    if config.pixels < 2:
+        raise ValueError(f"`pixels` must be at least 2, since boundaries are drawn, got {config.pixels}.")
+    fnn.key(config.seed)
 
 
 def train(config: Config, data: Dataset, net: fnn.Layer) -> Model:
     """Trains one net from every start at once, each step on the whole training set."""
     rule = fnn.rules.backprop(net, fnn.losses.sigmoid_binary_cross_entropy)
     train, test = ((x, t[:, None].astype(np.float32)) for x, t in ((data.x_train, data.t_train), (data.x_test, data.t_test)))
-    keys = jax.random.split(fnn.key(config.seed), config.starts)
-    settings = {"epochs": config.steps, "batch_size": len(data.x_train), "keys": keys}
-    params, history = fnn.fit_many(rule, optax.sgd(config.learning_rate), net.init, train, **settings)
-    each = [jax.tree.map(lambda leaf, i=i: leaf[i], params) for i in range(config.starts)]
-    on_train, on_test = (np.array([fnn.evaluate(rule, p, part)["accuracy"] for p in each]) for part in (train, test))
-    shown = int(np.argsort(on_train)[config.starts // 2])
-    line = np.linspace(-EDGE, EDGE, config.pixels, dtype=np.float32)
-    plane = jnp.asarray(np.stack(np.meshgrid(line, line), axis=-1))
-    probability = jax.nn.sigmoid(net.apply(each[shown], plane))[..., 0]
-    return Model(on_train, on_test, np.asarray(history.loss), shown, np.asarray(probability))
+    settings = {"epochs": config.steps, "batch_size": len(data.x_train), "starts": config.starts, "seed": config.seed}
+    nets = train_starts(rule, optax.sgd(config.learning_rate), net, train, test, **settings)
+    probability = jax.nn.sigmoid(net.apply(nets.params, jnp.asarray(grid(SQUARE, config.pixels))))[..., 0]
+    return Model(nets.train_accuracy, nets.test_accuracy, nets.loss, nets.shown, np.asarray(probability))
 
 
 def main(config: Config) -> None:
+    check(config)
+    path = folder("planar-classification", config.out)
     with progress(2, "training") as advance:
         data, result = run(config, advance)
-    models = ((f"{config.hidden} hidden units", result.hidden), ("logistic regression", result.logistic))
-    rows = [(name, _percent(m.train_accuracy), _percent(m.test_accuracy), mean_std(list(m.loss[:, -1]), 3)) for name, m in models]
+    models = ((_units(config), result.hidden), ("logistic regression", result.logistic))
+    measured = ((name, list(100 * m.train_accuracy), list(100 * m.test_accuracy), list(m.loss[:, -1])) for name, m in models)
+    rows = [(name, mean_std(train, 1), mean_std(test, 1), mean_std(loss, 3)) for name, train, test, loss in measured]
     on_train, on_test = (f"{100 * score:.1f}" for score in result.sklearn)
     rows.append(("by scikit-learn", on_train, on_test, "-"))
     columns = ("model", "train (% right)", "test (% right)", "train loss (nats)")
     print_table(f"flower, {config.starts} starts; ln 2 = {math.log(2):.3f}", columns, rows)
-    path = folder("planar-classification", config.out)
     draw(path / "planar-classification.png", data, result, config)
     saved = {name: {"train_accuracy": m.train_accuracy, "test_accuracy": m.test_accuracy, "loss": m.loss[:, -1]} for name, m in models}
     save_metrics(path, config, saved | {"scikit-learn": result.sklearn})
@@ -124,25 +127,21 @@ def main(config: Config) -> None:
 
 def draw(path: Path, data: Dataset, result: Result, config: Config) -> None:
     """The regions of both models, and their losses during training."""
-    name, accuracies = f"{config.hidden} hidden units", [100 * model.train_accuracy.mean() for model in (result.hidden, result.logistic)]
-    title = f"{name} get {accuracies[0]:.1f} % of the flower's training points right, logistic regression {accuracies[1]:.1f} %"
+    name, accuracies = _units(config), [100 * model.train_accuracy.mean() for model in (result.hidden, result.logistic)]
+    get = f"{name} get{'s' * (config.hidden == 1)} {accuracies[0]:.1f} %"
+    title = f"{get} of the flower's training points right, logistic regression {accuracies[1]:.1f} %"
     with figure(path, title, columns=3, size=(11.5, 4.1)) as (_, (left, middle, right)):
         for axis, model, label in ((left, result.hidden, name), (middle, result.logistic, "logistic regression")):
-            extent = (-EDGE, EDGE, -EDGE, EDGE)
-            axis.imshow(model.probability, origin="lower", extent=extent, cmap="PuOr", vmin=0, vmax=1, alpha=0.6)
-            axis.contour(model.probability, levels=[0.5], colors="black", extent=extent, linewidths=1.5)
-            for t, colour in enumerate(CLASSES):
-                axis.scatter(*data.x_train[data.t_train == t].T, s=12, color=colour, edgecolors="white", linewidths=0.3)
-            axis.set(xlabel="x₁", ylabel="x₂", title=f"{label}: {100 * model.train_accuracy[model.shown]:.1f} % right")
-            axis.grid(False)
+            draw_regions(axis, model.probability, SQUARE, data.x_train, data.t_train)
+            axis.set_title(f"{label}: {100 * model.train_accuracy[model.shown]:.1f} % right")
         for model, colour, label in ((result.hidden, COLOURS[0], name), (result.logistic, COLOURS[1], "logistic regression")):
             right.plot(np.arange(1, config.steps + 1), model.loss.T, color=colour, linewidth=1, alpha=0.5)
             right.plot([], color=colour, label=label)
         right.axhline(math.log(2), color="black", linestyle="--", linewidth=1, label="ln 2, a coin")
-        right.set(xlabel="step", xscale="log", ylabel="training loss (nats)", ylim=(0, 1), title=f"{config.starts} starts")
+        right.set(xlabel="step", xscale="log", ylabel="training loss (nats)", ylim=(0, None), title=f"{config.starts} starts")
         plain_numbers(right.xaxis)
-        right.legend(fontsize=9, loc="lower left")
+        right.legend(fontsize=9, loc="upper right")
 
 
-def _percent(shares: np.ndarray) -> str:
-    return mean_std(list(100 * shares), 1)
+def _units(config: Config) -> str:
+    return f"{config.hidden} hidden unit{'s' * (config.hidden > 1)}"

@@ -28,6 +28,7 @@ from scipy import stats
 import fnn
 from experiments import _run
 from experiments._data import Dataset, load
+from fnn import activations
 
 LIMIT = 5.0  # standard errors
 KS_LIMIT = 2.4  # sqrt(samples) times the distance; a chance of 2e-5
@@ -82,6 +83,7 @@ class Result(NamedTuple):
 
 def run(config: Config) -> Result:
     """Trains a little, and measures noise and shares."""
+    check(config)
     data = load("digits", seed=config.seed)
     net = fnn.mlp((data.features, *config.sizes, data.outputs), config.activation)
     init_key, fit_key, noise_key = jax.random.split(fnn.key(config.seed), 3)
@@ -107,8 +109,18 @@ def run(config: Config) -> Result:
     )  # fmt: skip
 
 
+def check(config: Config) -> None:
+    """Raises a TypeError or ValueError that names the first flag that cannot be meant."""
+    activations.get(config.activation)
+    _run.check_positive(config, "sizes", "epochs", "batch_size", "draws", "batches", whole=True)
+    _run.check_positive(config, "max_norm", "noise_multiplier")
+    fnn.key(config.seed)
+
+
 def main(config: Config) -> None:
     """Prints the table, saves `privacy-audit.png` and `metrics.json`; raises an error where a bound is broken."""
+    check(config)
+    folder = _run.folder("privacy-audit", config.out)
     result = run(config)
     rows: list[tuple[str, ...]] = [
         ("noise: standard deviation / (noise_multiplier max_norm)", f"{result.std:.5f}", f"1 ± {LIMIT / (2 * result.samples) ** 0.5:.5f}"),
@@ -117,7 +129,6 @@ def main(config: Config) -> None:
     ]
     title = f"{result.samples:,} draws of noise, {result.neighbours:,} pairs of neighbouring batches, {100 * result.clipped:.0f} % clipped"
     _run.print_table(title, ("", "measured", "bound"), rows)
-    folder = _run.folder("privacy-audit", config.out)
     draw(result, folder / "privacy-audit.png")
     print(f"Saved {_run.save_metrics(folder, config, result)} and {folder / 'privacy-audit.png'}")
     if result.broken:

@@ -27,13 +27,13 @@ from matplotlib.colors import ListedColormap
 from scipy.stats import multivariate_normal
 
 import fnn
-from experiments._run import COLOURS, figure, folder, print_table, save_metrics
-from fnn import _check
+from experiments._run import COLOURS, check_positive, figure, folder, print_table, save_metrics
 
 MEANS = np.array([[-1.5, -0.5], [1.5, -1.0], [0.5, 1.8]])
 SHARED = np.array([[[1.0, 0.3], [0.3, 0.8]]] * 3)
 OWN = np.array([[[0.4, 0.0], [0.0, 1.5]], [[1.5, 0.6], [0.6, 0.6]], [[0.3, -0.1], [-0.1, 0.3]]])
 FAR = np.array([[120.0, 80.0]])
+SHOWN = 400  # points in the picture
 LOSS = fnn.losses.softmax_cross_entropy_with_integer_labels
 
 
@@ -98,13 +98,13 @@ def run(config: Config) -> Result:
 
 def check(config: Config) -> None:
     """Raises a TypeError or ValueError that names the first flag that cannot be meant."""
-    for k, prior in enumerate(config.priors):
-        _check.positive(f"priors[{k}]", prior)
+    check_positive(config, "priors")
     if len(config.priors) != 3 or abs(sum(config.priors) - 1) > 1e-9:
         raise ValueError(f"`priors` must be three numbers with the sum 1, got {config.priors} with the sum {sum(config.priors):g}.")
-    for name in ("grid", "examples", "epochs"):
-        _check.positive(name, getattr(config, name), whole=True)
-    _check.positive("learning_rate", config.learning_rate)
+    check_positive(config, "grid", "examples", "epochs", whole=True)
+    check_positive(config, "learning_rate")
+    if config.grid < 2:
+        raise ValueError(f"`grid` must be at least 2, since boundaries are drawn, got {config.grid}.")
     fnn.key(config.seed)
 
 
@@ -150,6 +150,8 @@ def train(config: Config, x: np.ndarray, t: np.ndarray) -> Any:
 
 
 def main(config: Config) -> None:
+    check(config)
+    path = folder("softmax-from-bayes", config.out)
     result = run(config)
     rows = [("greatest |softmax(z) - Bayes|, shared covariance", f"{result.shared.difference:.1e}")]
     rows += [("greatest |softmax(z) - Bayes|, own covariances", f"{result.own.difference:.1e}")]
@@ -159,7 +161,6 @@ def main(config: Config) -> None:
     rows += [("test points right, learnt dense layer", f"{100 * result.accuracy[1]:.2f} %")]
     rows += [("mean distance of its probabilities to Bayes'", f"{result.learnt_error:.4f}")]
     print_table("Softmax and Bayes' rule", ("", "measured"), rows)
-    path = folder("softmax-from-bayes", config.out)
     draw(path / "softmax-from-bayes.png", result)
     numbers = {name: getattr(result, name) for name in ("learnt_error", "accuracy", "far")}
     differences = {"shared": result.shared.difference, "own": result.own.difference}
@@ -175,11 +176,13 @@ def draw(path: Path, result: Result) -> None:
         f"{100 * result.accuracy[1]:.1f} % right, Bayes' rule {100 * result.accuracy[0]:.1f} %"
     )
     with figure(path, title, columns=3, size=(13, 4.9)) as (_, (left, middle, right)):
-        some = slice(0, 400)
+        some = slice(0, SHOWN)
         left.scatter(*result.points[some].T, c=[COLOURS[k] for k in result.labels[some]], s=7, linewidths=0)
         draw_regions(left, result.axis, result.shared.bayes, "one covariance for all classes")
         draw_boundaries(left, result.axis, result.learnt, colors="black", linestyles="dashed", linewidths=1.5)
         left.plot([], [], "k--", linewidth=1.5, label="boundaries, learnt")
+        shown, examples = min(SHOWN, len(result.points)), len(result.points)
+        left.plot([], [], ".", color="#777777", label=f"points, {shown:,} of {examples:,}" if shown < examples else f"{examples:,} points")
         left.legend(loc="lower left", fontsize=9, frameon=True, framealpha=1)
         draw_regions(middle, result.axis, result.own.bayes, "a covariance for every class")
         row = int(np.abs(result.axis - 0.5).argmin())

@@ -30,8 +30,7 @@ from sklearn.neural_network import MLPRegressor
 
 import fnn
 from experiments._data import Dataset, load
-from experiments._run import COLOURS, figure, folder, mean_std, print_table, progress, save_metrics
-from fnn import _check
+from experiments._run import COLOURS, check_positive, figure, folder, mean_std, print_table, progress, save_metrics
 
 
 @dataclass(frozen=True)
@@ -66,13 +65,7 @@ class Split(NamedTuple):
 
 def run(config: Config, advance: Callable[[str], Any] = lambda text: None) -> tuple[Split, ...]:
     """Fits all models on every split. `advance(text)` is called after every split."""
-    for name in ("epochs", "batch_size", "splits"):
-        _check.positive(name, getattr(config, name), whole=True)
-    for i, size in enumerate(config.sizes):
-        _check.positive(f"sizes[{i}]", size, whole=True)
-    if not config.sizes:
-        raise ValueError("`sizes` is empty: scikit-learn's net needs a hidden layer, `--sizes 32`.")
-    _check.positive("learning_rate", config.learning_rate)
+    check(config)
     found = []
     net = fnn.mlp((10, *config.sizes, 1), "relu", kernel_init=glorot_uniform())
     rule, optimizer = fnn.rules.backprop(net, fnn.losses.l2_loss), optax.adam(config.learning_rate)
@@ -84,6 +77,16 @@ def run(config: Config, advance: Callable[[str], Any] = lambda text: None) -> tu
         found.append(Split(rmse(data, mean), rmse(data, ridge.predict(data.x_test)), ours, train_sklearn(config, data, seed)))
         advance(f"ridge {found[-1].ridge:.3f}, fnn {ours[-1]:.3f}")
     return tuple(found)
+
+
+def check(config: Config) -> None:
+    """Raises a TypeError or ValueError that names the first flag that cannot be meant."""
+    check_positive(config, "sizes", "epochs", "batch_size", "splits", whole=True)
+    if not config.sizes:
+        raise ValueError("`sizes` is empty: scikit-learn's net needs a hidden layer, `--sizes 32`.")
+    check_positive(config, "learning_rate")
+    for seed in (config.seed, config.seed + config.splits - 1):
+        fnn.key(seed)
 
 
 def rmse(data: Dataset, predicted: np.ndarray) -> float:
@@ -122,6 +125,8 @@ def errors(splits: tuple[Split, ...]) -> dict[str, list[float]]:
 
 
 def main(config: Config) -> None:
+    check(config)
+    path = folder("tabular-regression", config.out)
     with progress(config.splits, "fitting") as advance:
         splits = run(config, advance)
     found = errors(splits)
@@ -130,7 +135,6 @@ def main(config: Config) -> None:
     print_table(f"Test error (standard deviations), {config.splits} splits", ("model", "after training", "least of any epoch"), rows)
     difference = np.subtract(found["net, fnn"], found["net, scikit-learn"])
     print(f"fnn's net minus scikit-learn's, split by split: {mean_std(list(difference), 3)}")
-    path = folder("tabular-regression", config.out)
     draw(path / "tabular-regression.png", splits, config)
     save_metrics(path, config, {"errors": found, "splits": splits})
     print(f"picture and metrics in {path}")

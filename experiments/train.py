@@ -109,19 +109,10 @@ def check(config: Config) -> None:
     names = {"dataset": _data.LOADERS, "rule": RULES}
     for kind, choices in {**names, "optimizer": OPTIMIZERS, "schedule": SCHEDULES, "dtype": DTYPES}.items():
         _check.one_of(kind, getattr(config, kind), choices)
-    for i, size in enumerate(config.sizes):
-        _check.positive(f"sizes[{i}]", size, whole=True)
-    _check.positive("learning_rate", config.learning_rate)
-    _check.positive("epochs", config.epochs, whole=True)
-    _check.positive("batch_size", config.batch_size, whole=True)
-    if config.clip_norm is not None:
-        _check.positive("clip_norm", config.clip_norm)
-    if not config.seeds:
-        raise ValueError("`seeds` is empty: give one at least, `--seeds 0`.")
-    if len(set(config.seeds)) < len(config.seeds):
-        raise ValueError(f"`seeds` has repeats, {config.seeds}: a seed gives the same net twice. Give each once.")
-    for seed in (*config.seeds, config.data_seed):
-        fnn.key(seed)
+    _run.check_positive(config, "sizes", "epochs", "batch_size", whole=True)
+    _run.check_positive(config, "learning_rate", *(["clip_norm"] if config.clip_norm is not None else []))
+    _run.check_seeds(config.seeds)
+    fnn.key(config.data_seed)
 
 
 def run(config: Config, on_epoch: OnEpoch | None = None) -> Result:
@@ -153,10 +144,10 @@ def run(config: Config, on_epoch: OnEpoch | None = None) -> Result:
 def main(config: Config) -> None:
     """Prints the table, saves `train.png` and `metrics.json`."""
     check(config)
+    folder = _run.folder("train", config.out)
     with _run.progress(len(config.seeds) * config.epochs, f"{config.dataset}, {config.rule}") as advance:
         result = run(config, lambda epoch, metrics: advance(f"loss {metrics['loss']:.4f}"))
     title = f"{result.dataset}: {config.rule}, {config.optimizer}, {result.parameters:,} parameters, {config.epochs} epochs"
-    folder = _run.folder("train", config.out)
     _run.print_table(title, ("seed", "train loss", "test loss", "test accuracy"), _rows(result))
     draw(result, config, folder / "train.png")
     print(f"Saved {_run.save_metrics(folder, config, result)} and {folder / 'train.png'}")
@@ -172,14 +163,17 @@ def make_optimizer(config: Config, examples: int) -> optax.GradientTransformatio
 
 def draw(result: Result, config: Config, path: Path) -> None:
     """Learning curves: a pale line for every seed, a strong one for their mean."""
-    accuracy = result.seeds[0].test_accuracy is not None
+    several, accuracy = len(result.seeds) > 1, result.seeds[0].test_accuracy is not None
     with _run.figure(path, _sentence(result, config), columns=1 + accuracy) as (_, axes):
         left, *right = np.atleast_1d(axes)
-        _curves(left, [seed.epoch_loss for seed in result.seeds], _run.COLOURS[0], "train, during the epoch")
-        _curves(left, [seed.epoch_test_loss for seed in result.seeds], _run.COLOURS[1], "test, after it")
-        left.set(ylabel="mean loss per example", yscale="log")
+        mean = ", mean" if several else ""
+        _curves(left, [seed.epoch_loss for seed in result.seeds], _run.COLOURS[0], f"train, during the epoch{mean}")
+        _curves(left, [seed.epoch_test_loss for seed in result.seeds], _run.COLOURS[1], f"test, after it{mean}")
+        if several:
+            left.plot([], color="#777777", alpha=0.5, linewidth=1, label="each seed")
+        left.set(ylabel="loss (nats)" if accuracy else "loss (half the squared error)", yscale="log")
         _run.plain_numbers(left.yaxis)
-        left.legend()
+        left.legend(fontsize=9)
         for axis in right:
             _curves(
                 axis, [100 * seed.epoch_test_accuracy for seed in result.seeds if seed.epoch_test_accuracy is not None], _run.COLOURS[1]

@@ -29,8 +29,8 @@ import numpy as np
 from jax.nn.initializers import normal
 
 import fnn
-from experiments._run import COLOURS, figure, folder, plain_numbers, print_table, progress, save_metrics
-from fnn import _check, activations
+from experiments._run import COLOURS, check_positive, figure, folder, plain_numbers, print_table, progress, save_metrics
+from fnn import activations
 
 LIMITS = {"tanh": math.atanh(0.99), "sigmoid": math.log(99)}  # beyond this |z| a unit is saturated
 STEEPEST = {"tanh": 1.0, "sigmoid": 0.25}
@@ -68,12 +68,7 @@ class Curve(NamedTuple):
 
 def run(config: Config, advance: Callable[[str], Any] = lambda text: None) -> list[Curve]:
     """Measures every activation with both kinds of weights. `advance(text)` is called after every width."""
-    for name in ("layers", "examples", "nets"):
-        _check.positive(name, getattr(config, name), whole=True)
-    if not config.widths:
-        raise ValueError("`widths` is empty: give one at least, `--widths 100`.")
-    for i, width in enumerate(config.widths):
-        _check.positive(f"widths[{i}]", width, whole=True)
+    check(config)
     found: dict[tuple[str, str], list[np.ndarray]] = {(unit, weights): [] for unit in LIMITS for weights in WEIGHTS}
     for width in config.widths:
         for kind, measured in measure(config, width).items():
@@ -86,6 +81,14 @@ def run(config: Config, advance: Callable[[str], Any] = lambda text: None) -> li
         saturated, slope = np.moveaxis(np.array(measured), 1, 0)
         curves.append(Curve(unit, weights, saturated, slope, expected))
     return curves
+
+
+def check(config: Config) -> None:
+    """Raises a TypeError or ValueError that names the first flag that cannot be meant."""
+    check_positive(config, "layers", "examples", "nets", "widths", whole=True)
+    if not config.widths:
+        raise ValueError("`widths` is empty: give one at least, `--widths 100`.")
+    fnn.key(config.seed)
 
 
 def share_beyond(limit: float) -> float:
@@ -120,6 +123,8 @@ def layer_means(unit: str, dense: fnn.Layer, layers: int, params: Any, x: Any) -
 
 def main(config: Config) -> None:
     """Prints the table, saves `wide-net-saturation.png` and `metrics.json`."""
+    check(config)
+    path = folder("wide-net-saturation", config.out)
     with progress(len(config.widths), "measuring") as advance:
         curves = run(config, advance)
     for name, what in (("saturated", "Saturated units (%)"), ("slope", "Mean slope (% of the greatest)")):
@@ -130,7 +135,6 @@ def main(config: Config) -> None:
         ]
         rows += [(f"{c.activation}, {c.weights}, expected", *(f"{100 * s:.2f}" for s in c.expected)) for c in curves if name == "saturated"]
         print_table(f"{what} by width", ("units, weights, layer", *map(str, config.widths)), rows)
-    path = folder("wide-net-saturation", config.out)
     draw(path / "wide-net-saturation.png", curves, config)
     save_metrics(path, config, curves)
     print(f"picture and metrics in {path}")
@@ -139,7 +143,7 @@ def main(config: Config) -> None:
 def sentence(curves: list[Curve], config: Config) -> str:
     of = {kind: [f"{100 * c.saturated[-1, 0]:.2g} % of {c.activation}" for c in curves if c.weights == kind] for kind in WEIGHTS}
     shares = " units; ".join(f"weights from {kind} saturate {' and '.join(parts)}" for kind, parts in of.items())
-    return f"At width {config.widths[-1]:,} {shares} units".replace("N(0, 1", "N(0,\N{NO-BREAK SPACE}1")
+    return f"In the first layer, {config.widths[-1]:,} units wide, {shares} units".replace("N(0, 1", "N(0,\N{NO-BREAK SPACE}1")
 
 
 def draw(path: Path, curves: list[Curve], config: Config) -> None:

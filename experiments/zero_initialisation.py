@@ -29,8 +29,8 @@ from jax.nn.initializers import he_normal, zeros
 
 import fnn
 from experiments._data import load
-from experiments._run import COLOURS, figure, folder, print_table, progress, save_metrics
-from fnn import _check, steps
+from experiments._run import COLOURS, check_positive, figure, folder, print_table, progress, save_metrics
+from fnn import steps
 
 ACTIVATIONS = ("sigmoid", "relu")
 STARTS = {"zero": zeros, "random": he_normal()}
@@ -56,12 +56,12 @@ TINY = Config(width=3, steps=20)
 
 
 class Training(NamedTuple):
-    """One net; the first axis is the step, before it is taken."""
+    """One net; parameters are those before the first step and after each."""
 
-    loss: np.ndarray  # [steps], nats
-    weights: np.ndarray  # [steps, width]: from the first input to the units of the first layer
-    spread: np.ndarray  # [steps]: greatest difference between the units of a hidden layer
-    last_bias: np.ndarray  # [steps]
+    loss: np.ndarray  # [steps], nats, before each step
+    weights: np.ndarray  # [steps + 1, width]: from the first input to the units of the first layer
+    spread: np.ndarray  # [steps + 1]: greatest difference between the units of a hidden layer
+    last_bias: np.ndarray  # [steps + 1]
     others_moved: float  # how far any other parameter has ever been from its start
     accuracy: float  # after the last step
 
@@ -74,11 +74,7 @@ class Result(NamedTuple):
 
 def run(config: Config, advance: Callable[[str], Any] = lambda text: None) -> Result:
     """Trains the four nets. `advance(text)` is called after each."""
-    for name in ("width", "steps", "keep"):
-        _check.positive(name, getattr(config, name), whole=True)
-    _check.positive("learning_rate", config.learning_rate)
-    if config.width < 2:
-        raise ValueError(f"`width` must be at least 2, since units are compared, got {config.width}.")
+    check(config)
     data = load("flower", seed=config.seed)
     x, t = np.concatenate([data.x_train, data.x_test]), np.concatenate([data.t_train, data.t_test])
     rows = np.concatenate([np.flatnonzero(t == 0), np.flatnonzero(t == 1)[:: config.keep]])
@@ -90,6 +86,15 @@ def run(config: Config, advance: Callable[[str], Any] = lambda text: None) -> Re
             advance(f"{activation} {start}")
     share = float(y.mean())
     return Result(share, float(np.log(share / (1 - share))), nets)
+
+
+def check(config: Config) -> None:
+    """Raises a TypeError or ValueError that names the first flag that cannot be meant."""
+    check_positive(config, "width", "steps", "keep", whole=True)
+    check_positive(config, "learning_rate")
+    if config.width < 2:
+        raise ValueError(f"`width` must be at least 2, since units are compared, got {config.width}.")
+    fnn.key(config.seed)
 
 
 def train(config: Config, activation: str, start: str, x: np.ndarray, y: np.ndarray) -> Training:
@@ -108,8 +113,11 @@ def train(config: Config, activation: str, start: str, x: np.ndarray, y: np.ndar
         return jax.lax.scan(body, steps.init(rule, optimizer, net.init(init_key), rule_key), None, length=config.steps)
 
     state, (loss, path) = jax.tree.map(np.asarray, descend())
-    (first, _), (second, _), last = path  # every leaf [steps, ...]
-    spread = np.max([np.ptp(leaf, axis=-1).reshape(config.steps, -1).max(-1) for leaf in (*first, *second)], axis=0)
+    if not np.isfinite(loss).all():
+        raise ValueError(f"The {activation} net diverges from {start} weights. Choose a lower `learning_rate`.")
+    path = jax.tree.map(lambda before, end: np.append(before, end[None], axis=0), path, state.params)
+    (first, _), (second, _), last = path  # every leaf [steps + 1, ...]
+    spread = np.max([np.ptp(leaf, axis=-1).reshape(config.steps + 1, -1).max(-1) for leaf in (*first, *second)], axis=0)
     moved = max(float(np.abs(leaf - leaf[:1]).max()) for leaf in (*first, *second, last.w))
     accuracy = fnn.evaluate(rule, state.params, (x, y))["accuracy"]
     return Training(loss, first.w[:, 0], spread, last.b[:, 0], moved, accuracy)
@@ -117,6 +125,8 @@ def train(config: Config, activation: str, start: str, x: np.ndarray, y: np.ndar
 
 def main(config: Config) -> None:
     """Prints a table, saves `zero-initialisation.png` and `metrics.json`."""
+    check(config)
+    path = folder("zero-initialisation", config.out)
     with progress(len(ACTIVATIONS) * len(STARTS), "training") as advance:
         result = run(config, advance)
     rows = [
@@ -127,7 +137,6 @@ def main(config: Config) -> None:
     print_table(f"{config.steps} steps from zero and from random weights: greatest spread between the units of a layer", head, rows)
     larger = 100 * max(result.share, 1 - result.share)
     print(f"mean y {result.share:.4f}, its logit {result.logit:.4f}; the larger class is {larger:.1f} % of the points")
-    path = folder("zero-initialisation", config.out)
     draw(path / "zero-initialisation.png", result)
     save_metrics(path, config, result._replace(nets={name: net._replace(weights=()) for name, net in result.nets.items()}))
     print(f"picture and metrics in {path}")

@@ -27,6 +27,13 @@ def x64():
         yield
 
 
+@pytest.fixture
+def as_users_run():
+    """JAX's own dtype promotion inside the test: optax's Adam and schedules do not run under the strict one."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder with real data; the test is skipped where there is none."""

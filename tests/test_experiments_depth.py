@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import jax
@@ -12,14 +11,6 @@ import pytest
 
 import fnn
 from experiments import linear_collapse, names, vanishing_gradients, wide_net_saturation, zero_initialisation
-
-
-@pytest.fixture
-def as_users_run():
-    """JAX's own dtype promotion, for optax's schedules."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
-
 
 # ---------------------------------------------------------------- linear-collapse
 
@@ -47,6 +38,12 @@ def test_the_title_denies_a_collapse_that_was_not_measured(collapsed):
     assert "are one matrix" in linear_collapse.sentence(collapsed, 3)
     other = collapsed._replace(linear=collapsed.linear._replace(difference=1e-3))
     assert "are NOT one matrix (outputs differ by 1e-03)" in linear_collapse.sentence(other, 3)
+
+
+def test_the_title_opposes_the_two_accuracies_only_where_they_differ(collapsed):
+    assert ", but " in linear_collapse.sentence(collapsed, 3)
+    alike = collapsed.nonlinear._replace(accuracy=0.43, matrix_accuracy=0.43)
+    assert linear_collapse.sentence(collapsed._replace(nonlinear=alike), 3).endswith("43.0 %, and as many once multiplied out")
 
 
 # ---------------------------------------------------------------- vanishing-gradients
@@ -96,7 +93,8 @@ def from_zero():
 def test_sigmoid_units_that_start_at_zero_are_identical_after_2000_steps(from_zero):
     """004, eqs 14-20."""
     zero, random = from_zero.nets["sigmoid zero"], from_zero.nets["sigmoid random"]
-    assert zero.spread.shape == (2000,)
+    assert zero.loss.shape == (2000,)
+    assert zero.spread.shape == (2001,)  # before the first step and after each, the last one too
     assert zero.spread.max() == 0
     assert zero.others_moved > 0.1  # they have learnt, all the same
     assert random.spread.min() > 0.5
@@ -109,6 +107,9 @@ def test_of_a_relu_net_from_zero_only_the_last_bias_moves_to_the_logit_of_the_me
     zero = from_zero.nets["relu zero"]
     assert zero.others_moved == 0
     assert from_zero.share == pytest.approx(67 / 267)
+    random = from_zero.nets["relu random"]
+    assert (random.weights[-1] != random.weights[-2]).any()  # the last step counts
+    assert zero.last_bias[:2] == pytest.approx([0, -0.5 * (0.5 - 67 / 267)])  # the first step
     assert zero.last_bias[-1] == pytest.approx(math.log(67 / 200), abs=1e-5)
     assert from_zero.nets["relu random"].others_moved > 1
 
@@ -128,6 +129,9 @@ def test_unscaled_weights_saturate_a_wide_net_as_the_normal_distribution_says():
         else:
             assert curve.saturated.max() < 0.02
             assert curve.slope.min() > 0.5
+    title = wide_net_saturation.sentence(curves, wide_net_saturation.Config(widths=(100, 400)))
+    assert title.startswith("In the first layer, 400 units wide, weights from N(0,")
+    assert f"saturate {100 * found['tanh', 'N(0, 1)'].saturated[1, 0]:.2g} % of tanh" in title
     assert found["tanh", "N(0, 1)"].expected[1] == pytest.approx(math.erfc(math.atanh(0.99) / 20 / math.sqrt(2)))
 
 
@@ -192,35 +196,3 @@ def test_the_net_comes_below_2_2_nats_on_32033_names(shared_data):
     assert result.start == pytest.approx(3.30, abs=0.05)
     assert result.losses[1] <= 2.20
     assert result.bigram[1] > 2.4
-
-
-BAD_FLAGS = [
-    (linear_collapse, {"dataset": "digits"}, "Unknown dataset 'digits'"),
-    (linear_collapse, {"activation": "rleu"}, "Did you mean 'relu'"),
-    (linear_collapse, {"depth": 0}, "`depth` must be a whole number above 0, got 0"),
-    (linear_collapse, {"depths": ()}, "`depths` is empty"),
-    (vanishing_gradients, {"depths": (8, 4)}, r"`depths` must be rising whole numbers from 2 on, got \(8, 4\)"),
-    (vanishing_gradients, {"depths": (1, 4)}, "`depths` must be rising"),
-    (vanishing_gradients, {"examples": 0}, "`examples` must be a whole number above 0, got 0"),
-    (zero_initialisation, {"width": 1}, "`width` must be at least 2"),
-    (zero_initialisation, {"learning_rate": -1.0}, "`learning_rate` must be a finite number above 0"),
-    (zero_initialisation, {"seed": -1}, "`seed` must be in"),
-    (wide_net_saturation, {"widths": (0,)}, r"`widths\[0\]` must be a whole number above 0, got 0"),
-    (wide_net_saturation, {"widths": ()}, "`widths` is empty"),
-    (names, {"seed": 2**32}, "`seed` must be in"),
-    (names, {"census": "frist"}, "Did you mean 'first'"),
-    (names, {"embedding": 1}, "`embedding` must be at least 2"),
-    (names, {"embedding_scale": 0.0}, "`embedding_scale` must be a finite number above 0"),
-]
-
-
-@pytest.mark.parametrize(("module", "flags", "message"), BAD_FLAGS, ids=[f"{m.__name__} {flags}" for m, flags, _ in BAD_FLAGS])
-def test_a_bad_flag_is_an_error_that_names_it(module, flags, message):
-    with pytest.raises(ValueError, match=message):
-        module.run(dataclasses.replace(module.TINY, **flags))
-
-
-def test_a_file_without_names_is_an_error_that_says_so(tmp_path):
-    (tmp_path / "numbers.txt").write_text("1\n2\n3\n")
-    with pytest.raises(ValueError, match=r"`file` must hold at least 10 distinct names .* has 0"):
-        names.run(names.Config(file=tmp_path / "numbers.txt"))

@@ -18,8 +18,11 @@ from jax import lax
 from jax.nn import initializers
 
 import fnn
+from experiments._data import load
+from experiments.computation_graph import exponential, logistic, neuron, polynomial, product_plus_sine
 from fnn import losses, steps
 from fnn.activations import identity, leaky_relu, relu, sigmoid, softmax, softplus, step, tanh
+from fnn.graph import trace
 from fnn.layers import Dense
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -419,12 +422,16 @@ def test_empirical_risk_is_the_mean_loss():
     def L(i):
         return sum(0.5 * (W[j] @ x[i] + b[j, 0] - y[i, j]) ** 2 for j in range(2))
 
-    function = fnn.value_and_grad(fnn.dense(3, 2), losses.l2_loss)
-    plain, weighted = jax.jit(lambda p, *d: (function(p, *d[:2]), function(p, *d)))(rows(W, b), x, y, np.array(often, np.float64))
+    net, params = fnn.dense(3, 2), rows(W, b)
+    risk = jax.jit(fnn.mean_loss(net, losses.l2_loss))
+    same(risk(params, x, y), sum(L(i) for i in range(5)) / 5)
+    same(risk(params, x, y, np.array(often, np.float64)), sum(often[i] * L(i) for i in range(5)) / 7)
+    function = fnn.value_and_grad(net, losses.l2_loss)
+    plain, weighted = jax.jit(lambda p, *d: (function(p, *d[:2]), function(p, *d)))(params, x, y, np.array(often, np.float64))
     same(plain[0], sum(L(i) for i in range(5)) / 5)
     same(weighted[0], sum(often[i] * L(i) for i in range(5)) / 7)
     index = np.repeat(np.arange(5), often)
-    same(weighted[1].w, gradient(fnn.dense(3, 2), losses.l2_loss, rows(W, b), x[index], y[index])[1].w)
+    same(weighted[1].w, gradient(net, losses.l2_loss, params, x[index], y[index])[1].w)
 
 
 def test_gradient_descent_on_a_quadratic_has_its_closed_form():
@@ -507,6 +514,9 @@ def test_vector_chain_has_an_outer_and_a_hadamard_product():
     _, g = gradient(net, losses.l2_loss, (rows(V, v), (), rows(U, u), ()), x.T, target.T)
     same_layer(g[0], np.outer(de_dp, x), de_dp)
     same_layer(g[2], np.outer(de_dq, y), de_dq)
+    _, kept = fnn.factors(net, losses.l2_loss)((rows(V, v), (), rows(U, u), ()), x.T, target.T)  # the two vectors, not multiplied
+    same(kept[0].w.a, x.T)
+    same(kept[0].w.dz, de_dp.T)
 
 
 def test_index_forms_of_the_last_and_the_hidden_layers():
@@ -612,6 +622,80 @@ def test_deep_net_with_samples_as_columns():
             same(factor.w.dz.T, dz[layer])
 
 
+# ---------------------------------------------------------------- Derivatives of any function
+
+
+def test_the_logistic_neuron_of_one_and_of_two_inputs():
+    """002: 1/(1+e^-(w0+w1 x)) at w0 = 1, w1 = -2, x = .5 and at z = -1; the sigmoid circuit w = (2, -3, -3), x = (-1, -2)."""
+    at_zero = trace(logistic, 0.5, 1.0, -2.0)
+    assert float(at_zero.value) == 0.5
+    assert [float(d) for d in at_zero.gradients()] == [-0.5, 0.25, 0.125]  # by x, w0, w1: s'(0) = 1/4 times w1, 1, x
+    below = trace(logistic, 2.0, 1.0, -1.0)
+    np.testing.assert_allclose(below.value, 0.268941, atol=5e-7)
+    np.testing.assert_allclose(below.gradients(), (-0.196612, 0.196612, 0.393224), atol=5e-7)
+    circuit = trace(neuron, 2.0, -3.0, -3.0, -1.0, -2.0)
+    np.testing.assert_allclose(circuit.value, 0.731059, atol=5e-7)
+    np.testing.assert_allclose(circuit.gradients(), (-0.1966, -0.3932, 0.1966, 0.3932, -0.5898), atol=5e-5)
+
+
+GRAPHS = {  # a graph of the lectures; the point a; by hand: df/dt at t = 1 along the path x_i = a_i t^i, i = 1, 2, ...
+    "000": (product_plus_sine, (2.0, 5.0), 30 + 2 * math.cos(2)),  # 10 t^3 + sin 2t
+    "003": (polynomial, (1.0, 2.0, 3.0), 42 - 8),  # 6 t^7 - 2 t^4
+    "002, exponential": (exponential, (0.5, 1.0, -2.0), 2 - 4),  # 1 + e^(t^2 - t^4)
+    "002, one input": (logistic, (0.5, 1.0, -2.0), (2 - 4) / 4),  # s(t^2 - t^4)
+    "002, two inputs": (neuron, (2.0, -3.0, -3.0, -1.0, -2.0), (-10 + 42 - 9) * s(1) * (1 - s(1))),  # s(-2 t^5 + 6 t^7 - 3 t^3)
+}
+
+
+@pytest.mark.parametrize(("f", "a", "by_hand"), GRAPHS.values(), ids=GRAPHS)
+def test_chain_rule_and_total_derivative_on_the_graphs_of_the_lectures(f, a, by_hand):
+    """002, 003: df(g(x))/dx = f'(g(x)) g'(x), for one input that moves; sum D_i f dg_i/dx, for all of them."""
+    path = [lambda t, a=a, i=i: a * t**i for i, a in enumerate(a, start=1)]
+    inner = [float(trace(g, 1.0).gradients()[0]) for g in path]
+    assert inner == [i * a for i, a in enumerate(a, start=1)]
+    outer = trace(f, *a)
+    for i, (partial, slope) in enumerate(zip(outer.gradients(), inner, strict=True)):
+        moved = trace(lambda t, i=i: f(*(g(t) if j == i else a[j] for j, g in enumerate(path))), 1.0)
+        same(moved.gradients()[0], partial * slope)
+    total = sum(float(partial) * slope for partial, slope in zip(outer.gradients(), inner, strict=True))
+    same(total, by_hand)
+    same(outer.jvp(*inner), by_hand)
+    same(trace(lambda t: f(*(g(t) for g in path)), 1.0).gradients()[0], by_hand)
+
+
+def figures(f, *at):
+    return [float(d) for d in trace(f, *at).gradients()]
+
+
+@pytest.mark.parametrize("upstream", [1.0, -3.0])
+def test_a_gate_multiplies_the_gradient_from_above_by_its_local_derivative(upstream):
+    """002, general gate."""
+    for gate, x, local in ((jnp.exp, 0.0, 1), (jnp.square, 3.0, 6), (jnp.sqrt, 4.0, 0.25), (jnp.log, 2.0, 0.5), (jnp.negative, 5.0, -1)):
+        same(figures(lambda x, gate=gate: upstream * gate(x), x), [upstream * local])
+
+
+def test_add_distributes():
+    assert figures(lambda a, b: a + b, 2.0, -1.0) == [1, 1]
+    assert figures(lambda a, b: 2 * (a + b), 2.0, -1.0) == [2, 2]
+
+
+def test_copy_adds():
+    assert figures(lambda a: 2 * a + 5 * a, 3.0) == [7]
+    assert figures(lambda a: a * a, 3.0) == [6]
+
+
+def test_mul_swaps_the_multipliers():
+    assert figures(lambda a, b: a * b, 3.0, -4.0) == [-4, 3]
+    assert figures(lambda a, b: 2 * (a * b), 3.0, -4.0) == [-8, 6]
+
+
+def test_max_routes_and_a_tie_shares_equally():
+    assert figures(lambda a, b: 2 * jnp.maximum(a, b), 2.0, -1.0) == [2, 0]
+    assert figures(lambda a, b: 2 * jnp.maximum(a, b), -1.0, 2.0) == [0, 2]
+    assert figures(jnp.maximum, 2.0, 2.0) == [0.5, 0.5]
+    assert figures(jnp.minimum, 2.0, 2.0) == [0.5, 0.5]
+
+
 # ---------------------------------------------------------------- Networks
 
 
@@ -709,20 +793,12 @@ def test_a_wide_net_saturates_unless_its_weights_are_scaled_by_the_fan_in():
     assert saturated["fan_in"] < 0.02
 
 
-def flower():
-    """The planar data set: 400 points on the petals r = 4 sin(4 theta), alternately of two classes, with noise."""
-    rng = np.random.default_rng(1)
-    x, y = np.zeros((400, 2)), np.repeat([[0.0], [1.0]], 200, axis=0)
-    for j in range(2):
-        theta = np.linspace(j * 3.12, (j + 1) * 3.12, 200) + rng.normal(size=200) * 0.2
-        r = 4 * np.sin(4 * theta) + rng.normal(size=200) * 0.2
-        x[200 * j : 200 * (j + 1)] = np.c_[r * np.sin(theta), r * np.cos(theta)]
-    return jnp.asarray(x), jnp.asarray(y)
-
-
 def test_four_hidden_units_classify_the_flower_and_logistic_regression_does_not():
     """004: about 90 % against about 50 % of 400 points."""
-    x, y = flower()
+    data = load("flower", seed=0)
+    x = jnp.asarray(np.concatenate([data.x_train, data.x_test]), jnp.float64)
+    y = jnp.asarray(np.concatenate([data.t_train, data.t_test])[:, None], jnp.float64)
+    assert x.shape == (400, 2)
     accuracy = {}
     for name, net, count in (("hidden", fnn.mlp((2, 4, 1), "tanh"), 4000), ("logistic", fnn.dense(2, 1), 500)):
         loss = losses.sigmoid_binary_cross_entropy

@@ -21,7 +21,7 @@ KEY = jax.random.key(7)
 def blobs(n=23):
     rng = np.random.default_rng(0)
     t = rng.integers(0, 3, n).astype(np.int32)
-    return (rng.normal(size=(n, 5)) + 2 * np.eye(3, 5)[t][:, ::-1]).astype(np.float32), t
+    return (rng.normal(size=(n, 5)) + 3 * np.eye(3, 5)[t][:, ::-1]).astype(np.float32), t
 
 
 PARAMS = jax.jit(NET.init)(jax.random.key(0))
@@ -66,15 +66,20 @@ def test_an_iterable_of_batches_is_the_same_loop():
 
 
 GRADIENTS = (rules.backprop, rules.autodiff, rules.per_example_sgd)
-OWN_VALUE = (rules.forward_forward,)  # whose forward pass is another than the net's
-EPOCHS = {rules.forward_forward: 40, rules.weight_perturbation: 30}
-OPTIMIZERS = {rules.extreme_learning: optax.sgd(1.0)}  # which sets what such rules solve for
+OWN_VALUE = (rules.forward_forward, rules.genetic_algorithm)  # a forward pass of their own; the loss of the best
+EPOCHS = {rules.forward_forward: 40, rules.weight_perturbation: 30, rules.pepita: 60}
+SOLVERS = (rules.extreme_learning, rules.snes, rules.genetic_algorithm)  # sgd(1.0) sets what such rules solve for or choose
 FITS = (rules.extreme_learning,)  # least squares: right about the classes, no good logits
 
 
 def quiet(rule):
     """The rule for `NET` and `LOSS`, with next to no noise where it has any."""
-    settings = {rules.private_sgd: {"noise_multiplier": 0.01}, rules.forward_gradient: {"tangents": 16}}
+    settings = {
+        rules.private_sgd: {"noise_multiplier": 0.01},
+        rules.forward_gradient: {"tangents": 16},
+        rules.genetic_algorithm: {"std": 0.1},
+        rules.pepita: {"projection_scale": 0.5},
+    }
     return rule(NET, LOSS, **settings.get(rule, {}))
 
 
@@ -84,7 +89,7 @@ def test_every_rule_lowers_the_loss_and_is_reproducible(rule):
     runs = [
         fnn.fit(
             quiet(rule),
-            OPTIMIZERS.get(rule, optax.adam(0.05)),
+            optax.sgd(1.0) if rule in SOLVERS else optax.adam(0.05),
             PARAMS,
             data,
             epochs=EPOCHS.get(rule, 10),
