@@ -113,6 +113,12 @@ TINY = Config(
     rates=(0.01,), seeds=(0,), every=4,
 )  # fmt: skip
 
+GALLERY = Config(
+    datasets=("digits",), seeds=(0,), epochs=20, every=90,
+    methods=("backprop", "Kolen-Pollack", "feedback alignment", "direct feedback alignment", "forward-forward", "PEPITA",
+             "forward gradient, activities", "extreme learning", "last layer only"),
+)  # fmt: skip
+
 
 class Outcome(NamedTuple):
     """One rule on one data set."""

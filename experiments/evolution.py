@@ -69,6 +69,8 @@ class Config:
 
 TINY = Config(generations=4, cloud=6, repetitions=2, hidden=(8,), population=6, parents=2, epochs=2, batch_size=512, seeds=(0, 1))
 
+GALLERY = Config(repetitions=20, seeds=(0,), epochs=20)
+
 
 class Walk(NamedTuple):
     """One rule's ways through the plane."""

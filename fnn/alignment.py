@@ -110,9 +110,7 @@ def weight_angles(rule: LocalRule, net: Layer) -> Record:
     check_net(net)
     matrices = rule.matrices
     if matrices is None:
-        raise TypeError(
-            f"`rule` must carry the error back through matrices like the weights, {rule} does not; feedback_alignment does."
-        )
+        raise TypeError(f"`rule` must carry the error back through matrices like the weights, {rule} does not; feedback_alignment does.")
     chain = blocks(net)
 
     def only(tree: Params) -> list[Array]:

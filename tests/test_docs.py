@@ -1,4 +1,4 @@
-"""Every doctest and every Python block of the README runs."""
+"""Every doctest and every Python block of the README and of docs/rules.md runs."""
 
 import doctest
 import importlib
@@ -37,6 +37,12 @@ def test_readme_block(i, tmp_path, monkeypatch):
     file = tmp_path / "block.py"
     file.write_text("\n".join(BLOCKS[: i + 1]))  # a block may use what those before it made
     runpy.run_path(str(file))
+
+
+def test_the_blocks_of_the_page_on_rules(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "rules.md").read_text(), re.DOTALL):
+        exec(block, {})
 
 
 def test_the_readme_has_python_blocks():

@@ -63,7 +63,12 @@ def first_step(rule, params, x, t, weights=None, state=None):
 
 def true_step(net, loss, *args):
     """Backprop's `(value, grads)`."""
-    return fast_jit(fnn.value_and_grad(net, loss))(*args)
+    return _true_step(net, loss)(*args)
+
+
+@functools.cache
+def _true_step(net, loss):
+    return fast_jit(fnn.value_and_grad(net, loss))
 
 
 def off(ours, reference):
@@ -329,7 +334,7 @@ def test_with_one_hidden_layer_target_propagation_is_backprop(x64):
     assert state.params == ()
 
 
-@pytest.mark.parametrize("target_rate", [1e-3, 0.1, 10.0])
+@pytest.mark.parametrize("target_rate", [1e-3, 10.0])
 def test_the_target_rate_is_immaterial_for_linear_inverses(x64, target_rate):
     params, data = drawn(NET), batch()
     (_, grads, _), _ = first_step(target_propagation(NET, LOSS, target_rate=target_rate), params, *data)

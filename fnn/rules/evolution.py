@@ -181,7 +181,7 @@ def snes(net: Layer, loss: Loss, *, population: int | None = None, std: float = 
 
 
 def genetic_algorithm(
-    net: Layer, loss: Loss, *, parents: int = 8, children: int = 128, std: float = 0.01, chunk: int | None = 16
+    net: Layer, loss: Loss, *, parents: int = 8, children: int = 128, std: float = 0.05, chunk: int | None = 16
 ) -> EvolutionRule:
     """The plain (mu, lambda) genetic algorithm of the 1960s and 70s: mutation and selection; no crossover, no adaptation of `std`.
 
