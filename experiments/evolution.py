@@ -4,10 +4,15 @@
 
 In the plane first, where a population can be seen: OpenAI's evolution strategy (ES), separable natural evolution strategies (SNES) and a
 (mu, lambda) genetic algorithm (GA) go down a bowl with ripples, beside gradient descent. The plane is a net with two parameters and the
-bowl its loss, so these are the rules of `fnn.rules` as they are.
+bowl its loss, so these are the rules of `fnn.rules` as they are. Expect gradient descent to stop in the ripple where it starts, at a loss
+of 6.3, and the clouds, wider than a ripple, to cross them: to a median loss of 0.00 by SNES, which shrinks its cloud at the end (in a
+quarter of 100 repetitions in a ripple beside the lowest, at 0.49), and of 0.4 by ES and 0.5 by GA, which keep theirs.
 
 Then a net of 64-128-128-10 units, 26,122 parameters, reads digits by the same rules and by backprop. A step is a generation, judged on one
-batch; a backward pass counts as two forward passes.
+batch; a backward pass counts as two forward passes. Expect a test accuracy of 95.3 ± 0.3 % by ES, 95.8 ± 1.0 % by SNES, 89.3 ± 1.2 % by GA
+and 97.9 ± 0.4 % by backprop (three seeds). To 85 % ES needs about 90 times the forward passes of backprop, counted in whole epochs: the
+direction that its 128 members find has a cosine with the gradient of 0.05. The settings were chosen on a part of the training set. Takes
+about 3 minutes on one core: 15 seconds a seed by ES, 24 by SNES, 16 by GA.
 
 Source: lecture 003, evolutionary algorithms; the papers of `fnn.rules.evolution`.
 """
@@ -248,10 +253,9 @@ def sentence(result: Result, config: Config) -> str:
     cost = (
         f"for {100 * GOAL:.0f} % ES takes {times:.0f} times backprop's forward passes" if np.isfinite(times) else "not all reach the goal"
     )
-    first = (
-        f"In {config.generations} generations the loss in the plane goes from {result.plane[0].losses[0, 0]:.1f} to {after} by the median"
-    )
-    return f"{first}. After {config.epochs} epochs of digits the test accuracy is {accuracy}; {cost}"
+    first, runs = result.plane[0].losses[0, 0], f"median of {len(result.plane[0].losses)}"
+    plane = f"In {config.generations} generations the loss in the plane goes from {first:.1f} to {after}, {runs}"
+    return f"{plane}. After {config.epochs} epochs of digits the test accuracy is {accuracy}; {cost}"
 
 
 def draw(path: Path, result: Result, config: Config) -> None:
@@ -286,7 +290,13 @@ def draw_way(axis: Any, way: Walk) -> None:
     axis.plot(*way.path.T, "-", color="black", linewidth=1.3, label="parameters")
     axis.plot(0, 0, "*", color="white", markeredgecolor="black", markersize=14, zorder=1.5, label="least loss")
     title = "gradient descent" if way.name == "backprop" else way.name
-    axis.set(xlabel="parameter θ₁", xlim=LIMITS[:2], ylim=LIMITS[2:], aspect="equal", title=f"{title}: last loss {way.losses[0, -1]:.2f}")
+    axis.set(
+        xlabel="parameter θ₁",
+        xlim=LIMITS[:2],
+        ylim=LIMITS[2:],
+        aspect="equal",
+        title=f"{title}, first of them: loss {way.losses[0, -1]:.2f}",
+    )
     axis.grid(visible=False)
     if way.name == "ES":
         axis.set_ylabel("parameter θ₂")

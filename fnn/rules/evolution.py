@@ -293,7 +293,7 @@ def _totals(parts: Callable[[Array], tuple[Array, ...]], c: Array, draw: Callabl
 
 def _by_rank(losses: Array, table: np.ndarray) -> Array:
     """For every member the entry of the table at its rank, best first; members of equal loss share the mean of theirs. `[n]`."""
-    first, end = (compare(losses[None, :], losses[:, None]).sum(1) for compare in (jnp.less, jnp.less_equal))
+    first, end = (jnp.searchsorted(jnp.sort(losses), losses, side=side) for side in ("left", "right"))
     sums = jnp.asarray(np.append(0.0, np.cumsum(table)), losses.dtype)
     shared = (sums[end] - sums[first]) / (end - first).astype(losses.dtype)
     return jnp.where(end - first > 1, shared, jnp.asarray(table, losses.dtype)[first])
