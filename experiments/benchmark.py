@@ -41,6 +41,8 @@ RULES = {"fa": fnn.rules.feedback_alignment, "dfa": fnn.rules.direct_feedback_al
 class Config:
     """How long to measure."""
 
+    nets: tuple[str, ...] = tuple(NETS)
+    """Nets of the tables, by name; the first is the one at which other libraries clip."""
     batches: tuple[int, ...] = (32, 128, 1024)
     """Batch sizes for every net."""
     gram_batch: int = 128
@@ -61,7 +63,7 @@ class Config:
     """Run folder; runs/benchmark if not given."""
 
 
-TINY = Config(batches=(8,), memory_batches=(8,), rival_batch=8, seconds=0.01, compilations=1, epochs=1)
+TINY = Config(nets=("64-32-10",), batches=(8,), memory_batches=(8,), rival_batch=8, seconds=0.01, compilations=1, epochs=1)
 
 
 class Row(NamedTuple):
@@ -171,7 +173,7 @@ def measure_memory(name: str, batch: int, config: Config) -> Memory:
 
 def measure_rivals(config: Config, rng: random.Random) -> list[Rival]:
     """Clipped gradients of the first net in every library that is installed, in one interleaved run."""
-    name = next(iter(NETS))
+    name = config.nets[0]
     params, x, t = arguments(name, config.rival_batch, config.seed)
     functions, net = functions_of(name), fnn.mlp(NETS[name])
     ours = {"plain gradient": functions["automatic"], "clipped_gradient": functions["clipped"]}
@@ -235,8 +237,8 @@ def run(config: Config, advance: Callable[[str], None] = lambda text: None) -> R
         advance(text)
         return value
 
-    rows = [done(f"{name} at {batch}", measure_net(name, batch, config, rng)) for name in NETS for batch in config.batches]
-    memory = [done(f"memory at {batch}", measure_memory(name, batch, config)) for name in NETS for batch in config.memory_batches]
+    rows = [done(f"{name} at {batch}", measure_net(name, batch, config, rng)) for name in config.nets for batch in config.batches]
+    memory = [done(f"memory at {batch}", measure_memory(name, batch, config)) for name in config.nets for batch in config.memory_batches]
     return Result(
         rows,
         memory,
@@ -249,7 +251,7 @@ def run(config: Config, advance: Callable[[str], None] = lambda text: None) -> R
 
 def parts(config: Config) -> int:
     """How many parts `run` has."""
-    return len(NETS) * (len(config.batches) + len(config.memory_batches)) + 4
+    return len(config.nets) * (len(config.batches) + len(config.memory_batches)) + 4
 
 
 def main(config: Config) -> None:
@@ -260,7 +262,7 @@ def main(config: Config) -> None:
     _print_rows("A step of other rules: ratios to the manual gradient", result.rows, tuple(RULES))
     _print_rows("Temporary memory of jax.grad (MB), and ratios to it", result.memory, ("megabytes", "norms", "clipped"))
     rivals = [(r.library, r.way, f"{r.milliseconds:.2f}", f"{r.to_plain:.2f}", f"{r.to_fnn:.2f}") for r in result.rivals]
-    title = f"Clipped gradients elsewhere, {next(iter(NETS))} at batch {config.rival_batch}"
+    title = f"Clipped gradients elsewhere, {config.nets[0]} at batch {config.rival_batch}"
     print_table(title, ("library", "way", "ms", "to its plain gradient", "to fnn's clipped"), rivals)
     ours = result.epoch_milliseconds["fnn.fit"]
     epochs = [(name, f"{ms:.2f}", f"{ms / ours:.1f}") for name, ms in result.epoch_milliseconds.items()]

@@ -136,11 +136,11 @@ def test_the_command_line_trains(tmp_path, capsys):
     assert [len(seed["epoch_loss"]) for seed in metrics["results"]["seeds"]] == [1, 1]
 
 
-REGRESSION = ("backprop", "per_example_sgd", "private_sgd", "feedback_alignment", "evolution_strategies")
+SOME = ("backprop", "private_sgd", "direct_feedback_alignment")  # test_train.py trains by every rule
 
 
-@pytest.mark.parametrize(("rule", "dataset"), [*((rule, "moons") for rule in train.RULES), *((rule, "diabetes") for rule in REGRESSION)])
-def test_every_rule_trains(rule, dataset):
+@pytest.mark.parametrize(("rule", "dataset"), [(rule, dataset) for rule in SOME for dataset in ("moons", "diabetes")])
+def test_rules_train(rule, dataset):
     config = dataclasses.replace(TINY, rule=rule, dataset=dataset, learning_rate=0.05, epochs=3, seeds=(0,))
     (seed,) = train.run(config).seeds
     assert seed.epoch_loss.shape == seed.epoch_test_loss.shape == (3,)
