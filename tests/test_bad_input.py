@@ -706,7 +706,7 @@ DATA = (
     case(
         "params of fit of another net", lambda: fit(params=params_of(fnn.mlp((3, 5, 2)))), ValueError, "`w` has shape (3, 5)", "another net"
     ),
-    case("params of fit a net", lambda: fit(params=NET), TypeError, "`params` must be arrays, got Layer", "`net.init(key)`"),
+    case("params of fit a net", lambda: fit(params=NET), TypeError, "`params` must be arrays, got Chain", "`net.init(key)`"),
     case("params of fit hold a number", lambda: fit(params=(PARAMS[0], Dense(PARAMS[1].w, 0.5))), TypeError, "got float at `params[1].b`"),
     case("batch_size above the data", lambda: fit(batch_size=5), ValueError, "`batch_size` is 5 but `data` has only 4 examples"),
     # containers
