@@ -4,7 +4,7 @@
     python -m experiments credit-assignment --datasets digits mnist1d mnist --data-dir FOLDER
 
 Every rule trains the same net, for the same epochs, with the same batches; its learning rate is the best of the same few on a part of the
-training data that is held out, tried once, and the test data are seen only by the nets of the other seeds. `last layer only` is backprop
+training data that is held out; test data have no part in the choice. `last layer only` is backprop
 that leaves the hidden layers as they were drawn: what a rule has to beat to have taught them anything. Rules that solve for the weights
 (extreme learning) or choose them (the genetic algorithm) have no learning rate.
 
@@ -69,14 +69,14 @@ METHODS: dict[str, Method] = {
     "target propagation": Method(rules.target_propagation, 8),
     "forward-forward": Method(rules.forward_forward, 5),
     "PEPITA": Method(rules.pepita, 3),
-    "Hebbian": Method(partial(rules.hebbian, competition="sanger"), 2),
-    "forward gradient, activities": Method(partial(rules.forward_gradient, perturb="activations"), 3),
+    "Hebbian": Method(rules.hebbian, 2),
+    "forward gradient, activities": Method(partial(rules.forward_gradient, perturb="activations"), 4),
     "forward gradient, weights": Method(rules.forward_gradient, 2),
     "node perturbation": Method(rules.node_perturbation, 3),
     "weight perturbation": Method(rules.weight_perturbation, 2),
     "evolution strategies": Method(rules.evolution_strategies, 129),
-    "SNES": Method(rules.snes, 48, None),
-    "genetic algorithm": Method(rules.genetic_algorithm, 64, None),
+    "SNES": Method(partial(rules.snes, population=128), 129, None),
+    "genetic algorithm": Method(partial(rules.genetic_algorithm, std=0.01), 129, None),
     "extreme learning": Method(rules.extreme_learning, 1, None),
     "last layer only": Method(last_layer_only, 2),
 }

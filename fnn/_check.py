@@ -54,6 +54,15 @@ def positive(name: str, value: Any, *, whole: bool = False) -> None:
         raise ValueError(f"{expected}, got {value!r}.")
 
 
+def not_negative(name: str, value: Any) -> None:
+    """Raises unless `value` is a finite number, at least zero."""
+    expected = f"`{name}` must be a finite number, at least 0"
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
+        raise TypeError(f"{expected}, got {value!r:.80} ({type(value).__name__}).")
+    if not (np.isfinite(value) and value >= 0):
+        raise ValueError(f"{expected}, got {value!r}.")
+
+
 def is_function(name: str, value: Any, signature: str) -> None:
     """Raises a TypeError unless `value` can be called; `signature` says how it will be."""
     if not callable(value):

@@ -19,7 +19,6 @@ from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.core import Tracer
 from jax.scipy.linalg import cho_solve
 
@@ -192,19 +191,11 @@ def _explain(moments: Array, penalty: Any) -> NoReturn:
     )
 
 
-def check_at_least_0(name: str, value: Any) -> None:
-    """Raises unless `value` is a finite number, at least 0."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
-        raise TypeError(f"`{name}` must be a finite number, at least 0, got {value!r:.80} ({type(value).__name__}).")
-    if not (np.isfinite(value) and value >= 0):
-        raise ValueError(f"`{name}` must be a finite number, at least 0, got {value!r}.")
-
-
 def _check_penalty(penalty: Any) -> None:
     if isinstance(penalty, jax.Array) and penalty.shape != ():
         raise ValueError(f"`penalty` must be one number, got shape {penalty.shape}. Several? `jax.vmap` over them.")
     if not isinstance(penalty, Tracer):
-        check_at_least_0("penalty", penalty.item() if isinstance(penalty, jax.Array) else penalty)
+        _check.not_negative("penalty", penalty.item() if isinstance(penalty, jax.Array) else penalty)
 
 
 def check_rows(name: str, value: Any, width: int | None) -> None:

@@ -101,7 +101,12 @@ def width(params: Params) -> int:
 
 def has_weights(layer: Layer) -> bool:
     """Whether a layer has a matrix among its parameters; a norm's scale and bias are none."""
-    return any(leaf.ndim > 1 for leaf in jax.tree.leaves(jax.eval_shape(layer.init, jax.eval_shape(jax.random.key, 0))))
+    return any(leaf.ndim > 1 for leaf in jax.tree.leaves(shapes(layer)))
+
+
+def shapes(layer: Layer) -> Params:
+    """A layer's params as shapes and dtypes; computes no array."""
+    return jax.eval_shape(layer.init, jax.eval_shape(jax.random.key, 0))
 
 
 def _links(layer: Layer) -> list[Layer]:

@@ -26,7 +26,7 @@ from jax.core import Tracer
 
 from fnn import _check
 from fnn._ridge import NormalEquations as NormalEquations
-from fnn._ridge import check_at_least_0, check_rows
+from fnn._ridge import check_rows
 from fnn._ridge import ridge as ridge
 from fnn._sums import centred
 from fnn._types import Array, ArrayLike, Key, at_least_float32
@@ -110,7 +110,7 @@ def echo_state(
     _check.positive("inputs", inputs, whole=True)
     _check.positive("units", units, whole=True)
     for name, value in (("spectral_radius", spectral_radius), ("input_scaling", input_scaling), ("bias_scaling", bias_scaling)):
-        check_at_least_0(name, value)
+        _check.not_negative(name, value)
     for name, value in (("leak", leak), ("density", density)):
         _check.positive(name, value)
         if value > 1:

@@ -23,10 +23,10 @@ from jax.nn.initializers import lecun_normal
 
 from fnn import _check
 from fnn._types import Array, Key, Layer, Loss, Params
-from fnn.backprop import check_net_and_loss, forward_pass, output_error, weighed, weighted_mean
+from fnn.backprop import check_net_and_loss, weighed, weighted_mean
 from fnn.blocks import hidden_blocks, width
 from fnn.rules.backprop import warn_if_flat
-from fnn.rules.local import LocalRule
+from fnn.rules.local import LocalRule, block_pass
 
 SIGNALS = ("error", "sign", "targets")
 
@@ -69,15 +69,10 @@ def direct_feedback_alignment(
 
     def passed(params: Params, state: tuple[Array, ...], x: Array, targets: Array) -> tuple[Array, Any, list[Array]]:
         """The losses, the residuals, and what every block is told."""
-
-        def forward(x: Array) -> tuple[Array, tuple[list[Array], list[Any]]]:
-            hs, residuals = chain.forward(chain.split(params), x)
-            return hs[-1], (hs, residuals)
-
-        outputs, (hs, residuals), values = forward_pass(forward, loss, x, targets)
-        error = output_error(loss, outputs, targets)
-        told = _signal(signal, error, targets)
-        return values, residuals, [*(_sent(told, b, h, i) for i, (b, h) in enumerate(zip(state, hs[1:-1], strict=True))), error]
+        found = block_pass(chain, params, loss, x, targets)
+        told = _signal(signal, found.error, targets)
+        hidden = zip(state, found.hs[1:-1], strict=True)
+        return found.values, found.residuals, [*(_sent(told, b, h, i) for i, (b, h) in enumerate(hidden)), found.error]
 
     def value_and_grad(
         params: Params, state: tuple[Array, ...], x: Array, targets: Array, weights: Array | None = None

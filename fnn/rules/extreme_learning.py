@@ -20,10 +20,11 @@ import jax.numpy as jnp
 
 from fnn import _check
 from fnn._types import Array, Key, Layer, Loss, Params, Rule
-from fnn.backprop import check_net_and_loss, forward_pass, weighted_mean
-from fnn.blocks import Blocks, hidden_blocks
+from fnn.backprop import check_net_and_loss, weighted_mean
+from fnn.blocks import Blocks, hidden_blocks, shapes
 from fnn.layers import Dense
 from fnn.reservoir import NormalEquations
+from fnn.rules.local import block_pass
 
 
 def extreme_learning(net: Layer, loss: Loss, *, penalty: float = 1e-2) -> Rule:
@@ -66,13 +67,7 @@ def extreme_learning(net: Layer, loss: Loss, *, penalty: float = 1e-2) -> Rule:
     def value_and_grad(
         params: Params, state: NormalEquations, x: Array, targets: Array, weights: Array | None = None
     ) -> tuple[Array, Params, NormalEquations]:
-        parts = chain.split(params)
-
-        def forward(x: Array) -> tuple[Array, Array]:
-            hs, _ = chain.forward(parts, x)
-            return hs[-1], hs[-2]
-
-        outputs, h, values = forward_pass(forward, loss, x, targets)
+        parts, (*_, h, outputs), _, values, _ = block_pass(chain, params, loss, x, targets)
         each = None if weights is None else jnp.broadcast_to(weights.reshape(-1, *(1,) * (h.ndim - 2)), h.shape[:-1]).reshape(-1)
         state = state.add(_rows(h), _rows(_coded(loss, outputs, targets)), each)
         (last,) = parts[-1]
@@ -102,8 +97,7 @@ def _rows(a: Array) -> Array:
 def _check_last(chain: Blocks) -> None:
     """Raises unless the last block is one dense layer."""
     last = chain.layers[-1].layers
-    params = jax.eval_shape(last[0].init, jax.eval_shape(jax.random.key, 0))
-    if len(last) != 1 or not isinstance(params, Dense):
+    if len(last) != 1 or not isinstance(shapes(last[0]), Dense):
         came = ", ".join(layer.name for layer in last)
         raise ValueError(
             f"the last block of `net` of extreme_learning must be one dense layer, got {came}: its weights are solved for, which what "

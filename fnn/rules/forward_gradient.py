@@ -34,10 +34,10 @@ from jax import lax
 from fnn import _check
 from fnn._sums import times_row
 from fnn._types import Array, Key, Layer, Loss, Params, Rule, at_least_float32
-from fnn.backprop import check_net_and_loss, forward_pass, mean_loss, output_error, weighed, weighted_mean
+from fnn.backprop import check_net_and_loss, mean_loss, weighed, weighted_mean
 from fnn.blocks import blocks, hidden_blocks
 from fnn.rules.backprop import warn_if_flat
-from fnn.rules.local import LocalRule
+from fnn.rules.local import LocalRule, block_pass
 
 PERTURBED = ("weights", "activations")
 Change = Callable[[Callable[[Any], Array], Array, Any], Array]  # (f, f at 0, direction) -> how f changes along it
@@ -131,20 +131,14 @@ def by_activity(name: str, net: Layer, loss: Loss, change: Change, *, draws: int
 
     def passed(params: Params, key: Key, x: Array, targets: Array) -> tuple[Array, Any, list[Array]]:
         """The losses, the residuals, and what every block is told."""
-        parts = chain.split(params)
-
-        def forward(x: Array) -> tuple[Array, Any]:
-            hs, residuals = chain.forward(parts, x)
-            return hs[-1], (hs, residuals)
-
-        outputs, (hs, residuals), values = forward_pass(forward, loss, x, targets)
+        parts, hs, residuals, values, error = block_pass(chain, params, loss, x, targets)
         losses = noisy_losses(chain.layers, loss, parts, x, targets)
 
         def draw(key: Key) -> list[Array]:
             return errors_along(losses, values, normal_rows(key, hs[1:] if perturb_outputs else hs[1:-1]), change)
 
         told = mean_of_draws(draw, key, draws)
-        return values, residuals, told if perturb_outputs else [*told, output_error(loss, outputs, targets)]
+        return values, residuals, told if perturb_outputs else [*told, error]
 
     def value_and_grad(params: Params, state: Key, x: Array, targets: Array, weights: Array | None = None) -> tuple[Array, Params, Key]:
         state, key = jax.random.split(state)

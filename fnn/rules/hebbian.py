@@ -22,17 +22,16 @@ Source: Oja (1982), doi:10.1007/BF00275687; Oja, Karhunen (1985), doi:10.1016/00
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
 from fnn import _check
 from fnn._types import Array, Layer, Loss, Params, Rule
-from fnn.backprop import check_net_and_loss, forward_pass, output_error, weighed, weighted_mean
-from fnn.blocks import Blocks, hidden_blocks
+from fnn.backprop import check_net_and_loss, weighed, weighted_mean
+from fnn.blocks import Blocks, hidden_blocks, shapes
 from fnn.layers import Dense
 from fnn.rules.backprop import stateless
+from fnn.rules.local import block_pass
 
 COMPETITIONS = ("none", "subspace", "sanger")
 
@@ -67,14 +66,8 @@ def hebbian(net: Layer, loss: Loss, *, competition: str = "subspace") -> Rule:
     chain = dense_blocks("hebbian", net)
 
     def function(params: Params, x: Array, targets: Array, weights: Array | None) -> tuple[Array, Params]:
-        parts = chain.split(params)
-
-        def forward(x: Array) -> tuple[Array, Any]:
-            hs, residuals = chain.forward(parts, x)
-            return hs[-1], (hs, residuals)
-
-        outputs, (hs, residuals), values = forward_pass(forward, loss, x, targets)
-        dy = weighed(output_error(loss, outputs, targets), weights)
+        parts, hs, residuals, values, error = block_pass(chain, params, loss, x, targets)
+        dy = weighed(error, weights)
         grads = [_hidden(p, x, y, weights, competition) for p, x, y in zip(parts[:-1], hs[:-2], hs[1:-1], strict=True)]
         grads.append(chain.layers[-1].backward(parts[-1], residuals[-1], dy)[0])
         return weighted_mean(values, weights), chain.join(grads)
@@ -91,8 +84,7 @@ def dense_blocks(rule: str, net: Layer) -> Blocks:
     chain = hidden_blocks(rule, net)
     for i, block in enumerate(chain.layers[:-1]):
         first = block.layers[0]
-        params = jax.eval_shape(first.init, jax.eval_shape(jax.random.key, 0))
-        if first.layers or not isinstance(params, Dense):
+        if first.layers or not isinstance(shapes(first), Dense):
             raise ValueError(
                 f"`net` of {rule}: hidden block {i} must begin with a dense layer, got {first.name}. The rule's formula is one for the "
                 "weights of `fnn.dense`. Build the net by `fnn.mlp`, or by `fnn.serial` of dense layers and activations."

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-from fnn._types import Array, Params, Rule
+from fnn._types import Array, Loss, Params, Rule
+from fnn.backprop import forward_pass, output_error
+from fnn.blocks import Blocks
 
 
 @dataclass(frozen=True, repr=False)
@@ -20,3 +23,25 @@ class LocalRule(Rule):
 
     signals: Callable[..., Sequence[Array]]
     matrices: Callable[..., Params] | None = None
+
+
+class BlockPass(NamedTuple):
+    """A forward pass block by block, up to the error at the outputs."""
+
+    parts: tuple[Params, ...]  # the params of every block
+    hs: list[Array]  # [h_0, ..., h_L], each [batch, ...]
+    residuals: list[Any]  # of every block
+    values: Array  # [batch], the losses
+    error: Array  # like h_L: dE_i/dh_L, of each example's own loss
+
+
+def block_pass(chain: Blocks, params: Params, loss: Loss, x: Array, targets: Array) -> BlockPass:
+    """The forward pass of a net by its blocks; shapes are checked as by `fnn.value_and_grad`."""
+    parts = chain.split(params)
+
+    def forward(x: Array) -> tuple[Array, tuple[list[Array], list[Any]]]:
+        hs, residuals = chain.forward(parts, x)
+        return hs[-1], (hs, residuals)
+
+    outputs, (hs, residuals), values = forward_pass(forward, loss, x, targets)
+    return BlockPass(parts, hs, residuals, values, output_error(loss, outputs, targets))

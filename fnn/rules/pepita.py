@@ -26,10 +26,11 @@ import jax.numpy as jnp
 
 from fnn import _check
 from fnn._types import Array, Key, Layer, Loss, Params, Rule
-from fnn.backprop import check_net_and_loss, forward_pass, output_error, weighed, weighted_mean
+from fnn.backprop import check_net_and_loss, weighed, weighted_mean
 from fnn.blocks import width
 from fnn.combinators import serial
 from fnn.rules.hebbian import dense_blocks
+from fnn.rules.local import block_pass
 
 
 def pepita(net: Layer, loss: Loss, *, projection_scale: float = 0.05) -> Rule:
@@ -69,14 +70,7 @@ def pepita(net: Layer, loss: Loss, *, projection_scale: float = 0.05) -> Rule:
 
     def value_and_grad(params: Params, state: Array, x: Array, targets: Array, weights: Array | None = None) -> tuple[Array, Params, Array]:
         _check_inputs(x)
-        parts = chain.split(params)
-
-        def forward(x: Array) -> tuple[Array, Any]:
-            hs, residuals = chain.forward(parts, x)
-            return hs[-1], (hs, residuals)
-
-        outputs, (hs, residuals), values = forward_pass(forward, loss, x, targets)
-        e = output_error(loss, outputs, targets)
+        parts, hs, residuals, values, e = block_pass(chain, params, loss, x, targets)
         modulated, kept = chain.forward(parts, hs[0] + e @ state)
         dzs = [weighed(h - m, weights) for h, m in zip(hs[1:-1], modulated[1:-1], strict=True)]
         grads = [_hidden(*each) for each in zip(chain.layers[:-1], parts[:-1], kept[:-1], dzs, strict=True)]

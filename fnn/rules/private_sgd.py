@@ -178,11 +178,7 @@ def _composed(noise_multiplier: float, steps: int, sampling_rate: float, delta: 
 def _standard_deviation(max_norm: Any, noise_multiplier: Any) -> float:
     """The noise's standard deviation in the sum, its two parts checked."""
     _check.positive("max_norm", max_norm)
-    expected = "`noise_multiplier` must be a finite number, at least 0"
-    if isinstance(noise_multiplier, bool) or not isinstance(noise_multiplier, (int, float, np.number)):
-        raise TypeError(f"{expected}, got {noise_multiplier!r:.80} ({type(noise_multiplier).__name__}).")
-    if not (np.isfinite(noise_multiplier) and noise_multiplier >= 0):
-        raise ValueError(f"{expected}, got {noise_multiplier!r}.")
+    _check.not_negative("noise_multiplier", noise_multiplier)
     std, limits = float(noise_multiplier) * float(max_norm), jnp.finfo(jnp.float32)
     for name, size in (("max_norm", float(max_norm)), ("noise_multiplier * max_norm", std)):
         if size and not float(limits.tiny) <= size <= float(limits.max):

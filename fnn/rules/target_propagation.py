@@ -28,15 +28,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.nn.initializers import orthogonal
 
 from fnn import _check, activations
 from fnn._types import Array, Key, Layer, Loss, Params, Rule, at_least_float32
-from fnn.backprop import check_net_and_loss, forward_pass, output_error, weighed, weighted_mean
+from fnn.backprop import check_net_and_loss, weighed, weighted_mean
 from fnn.blocks import hidden_blocks, width
 from fnn.combinators import serial
 from fnn.layers import dense
+from fnn.rules.local import block_pass
 
 
 class Inverses(NamedTuple):
@@ -83,7 +83,9 @@ def target_propagation(
     """
     check_net_and_loss(net, loss)
     _check.positive("target_rate", target_rate)
-    inverse_rate, noise_std = (_at_least_0(*each) for each in (("inverse_rate", inverse_rate), ("noise_std", noise_std)))
+    _check.not_negative("inverse_rate", inverse_rate)
+    _check.not_negative("noise_std", noise_std)
+    inverse_rate, noise_std = float(inverse_rate), float(noise_std)
     activation = activations.get(inverse_activation)
     chain, rate = hidden_blocks("target_propagation", net), float(target_rate)
 
@@ -94,14 +96,7 @@ def target_propagation(
         return Inverses(key, tuple(_as_dtype_of(p, g) for p, g in zip(parts[1:], made, strict=True)))
 
     def value_and_grad(params: Params, state: Inverses, x: Array, targets: Array, weights: Array | None = None) -> tuple[Array, Any, Any]:
-        parts = chain.split(params)
-
-        def forward(x: Array) -> tuple[Array, Any]:
-            hs, residuals = chain.forward(parts, x)
-            return hs[-1], (hs, residuals)
-
-        outputs, (hs, residuals), values = forward_pass(forward, loss, x, targets)
-        e = output_error(loss, outputs, targets)
+        parts, hs, residuals, values, e = block_pass(chain, params, loss, x, targets)
         gs = _inverses(parts[:-1], activation)
         top = -rate * chain.layers[-1].backward(parts[-1], residuals[-1], e)[1]
         shifts = _carried_down(gs, state.params, hs[2:-1], top)
@@ -144,12 +139,3 @@ def _as_dtype_of(params: Params, tree: Params) -> Params:
     """The tree in the dtype of the params."""
     dtype = jnp.result_type(*jax.tree.leaves(params))
     return jax.tree.map(lambda leaf: leaf.astype(dtype), tree)
-
-
-def _at_least_0(name: str, value: Any) -> float:
-    expected = f"`{name}` must be a finite number, at least 0"
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
-        raise TypeError(f"{expected}, got {value!r:.80} ({type(value).__name__}).")
-    if not (np.isfinite(value) and value >= 0):
-        raise ValueError(f"{expected}, got {value!r}.")
-    return float(value)
