@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import os
 from typing import Any, NamedTuple
 
 import jax
@@ -18,23 +18,10 @@ TOLERANCE = {"float64": 1e-12, "float32": 1e-6, "bfloat16": 2e-2}  # norm-wise r
 SHAPES = ("serial", "residual", "repeat", "norm", "positions", "embedding", "tied")
 
 
-def fast_jit(f: Any) -> Any:
-    """`jax.jit` without the optimisations that take most of the compile time; a gradient is right or wrong without them.
-
-    Other tests, the experiments and the benchmark run what JAX compiles by default.
-    """
-    return jax.jit(f, compiler_options=_fast_options())
-
-
-@functools.cache
-def _fast_options() -> dict[str, Any]:
-    """XLA's options for the CPU, if this version and backend know them."""
-    options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-    try:
-        jax.jit(lambda x: x + 1, compiler_options=options)(0)
-    except Exception:  # whatever an unknown option raises: then compile as usual
-        return {}
-    return options
+def default_jit(f: Any) -> Any:
+    """`jax.jit` with the optimisations that users have, where the tests compile without (conftest.py)."""
+    off = "xla_cpu_use_fusion_emitters=false" in os.environ.get("XLA_FLAGS", "")
+    return jax.jit(f, compiler_options={"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True} if off else {})
 
 
 class Case(NamedTuple):

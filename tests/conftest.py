@@ -1,9 +1,14 @@
 """The strictest mode for every test: strict dtype promotion, rank promotion "raise", warnings as errors (pyproject.toml).
 
-Compilation is what the tests cost, so compiled programs are kept in a temporary folder that all workers share.
+Compilation is what the tests cost. Compiled programs are kept in a temporary folder that all workers share, and XLA does without the
+optimisations that take most of its time: a gradient is right or wrong without them. `default_jit` of cases.py has them, for some nets of
+every kind; `XLA_FLAGS= pytest` compiles all tests as users do.
 """
 
+import gc
 import os
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -13,11 +18,30 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
-import jax
-import pytest
+
+def _flags() -> str:
+    """XLA's flags without the optimisations; none where this version lacks one of them, at which XLA would end the process."""
+    flags = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    probe = [sys.executable, "-c", "import jax; jax.jit(lambda x: x + 1)(0)"]
+    return flags if subprocess.run(probe, env=os.environ | {"XLA_FLAGS": flags}, capture_output=True).returncode == 0 else ""
+
+
+if "XLA_FLAGS" not in os.environ:  # workers inherit what the first process found
+    os.environ["XLA_FLAGS"] = _flags()
+gc.set_threshold(100_000, 20, 20)  # JAX makes objects by the million, few of them in cycles
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs():
+    """Compiled programs of one file are of no use to the next."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture

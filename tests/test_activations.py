@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import cast, error, fast_jit, wide
+from cases import cast, error, wide
 
 import fnn
 from fnn import activations
@@ -69,7 +69,7 @@ def test_the_grid_holds_every_kink():
 
 @pytest.mark.parametrize("activation", ELEMENTWISE, ids=repr)
 def test_value_and_derivative_are_jax_nns_on_both_sides_of_and_at_every_kink(x64, activation):
-    @fast_jit
+    @jax.jit
     def both(x):
         short = x.astype(jnp.float32)
         f = reference(activation)
@@ -93,7 +93,7 @@ def test_value_and_derivative_are_jax_nns_on_both_sides_of_and_at_every_kink(x64
 def test_no_activation_overflows_or_changes_the_dtype(x64, activation):
     extremes = np.array([-1e4, -9e3, -100.0, 0.0, 100.0, 9e3, 1e4])
 
-    @fast_jit
+    @jax.jit
     def everywhere(x):
         rounded = {dtype: x.astype(dtype) for dtype in DTYPES}
         f = reference(activation)
@@ -116,7 +116,7 @@ def test_softmax_is_jax_nns_and_its_backward_the_jacobians_product(x64):
     rng = np.random.default_rng(0)
     x, dy = jnp.asarray(rng.normal(size=(2, 3, 5))), jnp.asarray(rng.normal(size=(2, 3, 5)))
 
-    @fast_jit
+    @jax.jit
     def check(x, dy):
         rows = x.reshape(6, 5)
         jacobians = jax.vmap(jax.jacobian(jax.nn.softmax))(rows)  # [row, y, x]
@@ -132,7 +132,7 @@ def test_softmax_is_jax_nns_and_its_backward_the_jacobians_product(x64):
 def test_softmax_of_extreme_and_of_equal_rows_is_finite_in_every_dtype(x64):
     rows = np.array([[1e4, -1e4, 0.0], [-1e4, -1e4, -1e4], [1e4, 1e4, -1e4]])
 
-    @fast_jit
+    @jax.jit
     def everywhere(x):
         return {dtype: ours(softmax, x.astype(dtype), jnp.asarray([[1.0, 2.0, -1.0]] * 3, dtype)) for dtype in DTYPES}
 
@@ -151,7 +151,7 @@ def test_softmax_of_one_output_is_certain_and_has_no_gradient():
 
 
 def test_settings_are_those_of_jax_nn(x64):
-    @fast_jit
+    @jax.jit
     def both(x):
         return [
             (
@@ -205,7 +205,7 @@ def test_a_users_own_activation_with_two_settings_is_a_layer_like_any_other(x64)
     assert net.layers[0].layers[1] is fourth
     x = jnp.asarray(np.random.default_rng(0).normal(size=(5, 3)))
 
-    @fast_jit
+    @jax.jit
     def both(x):
         params = net.init(jax.random.key(0))
         value = fnn.mean_loss(net, fnn.losses.l2_loss)

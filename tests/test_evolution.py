@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import error, fast_jit, wide
+from cases import error, wide
 
 import fnn
 from experiments import evolution as experiment
@@ -66,7 +66,7 @@ def utilities(values):
 
 def members_of(rule, params, state):
     """`[members, d]`."""
-    return rows(fast_jit(rule.members)(params, state))
+    return rows(jax.jit(rule.members)(params, state))
 
 
 def noise_of(n, params):
@@ -84,7 +84,7 @@ VALUES = ([3.0, 1.0], [1.0, 1.0], [5.0, 2.0, 2.0, 7.0, 2.0, 5.0], [np.nan, 1.0, 
 @pytest.mark.parametrize("values", VALUES, ids=str)
 def test_members_are_shaped_by_rank_and_equals_share(x64, values):
     n = len(values)
-    shaped = fast_jit(lambda v: (evolution._by_rank(v, np.linspace(-0.5, 0.5, n)), evolution._by_rank(v, evolution._utilities(n))))
+    shaped = jax.jit(lambda v: (evolution._by_rank(v, np.linspace(-0.5, 0.5, n)), evolution._by_rank(v, evolution._utilities(n))))
     by_rank, by_utility = shaped(np.where(np.isfinite(values), values, np.inf))
     np.testing.assert_allclose(by_rank, ranks(values) / (n - 1) - 0.5, atol=1e-15)
     np.testing.assert_allclose(by_utility, utilities(values), atol=1e-15)
@@ -110,7 +110,7 @@ def test_the_estimate_is_that_of_the_paper_for_the_noise_drawn(x64, fitness, chu
     values = [loss_at(theta + std * v, weights) for v in signed]
     s = np.array(values) if fitness == "raw" else ranks(values) / (n - 1) - 0.5
     expected = sum(s[i] * signed[i] for i in range(n)) / (n * std)
-    value, grads, state = fast_jit(rule.value_and_grad)(params, rule.init(KEY, params), X, T, weights)
+    value, grads, state = jax.jit(rule.value_and_grad)(params, rule.init(KEY, params), X, T, weights)
     np.testing.assert_allclose(flat(grads), expected, rtol=0, atol=1e-12)
     assert abs(float(value) - loss_at(theta, weights)) < 1e-14
     assert jax.random.key_data(state).tolist() != jax.random.key_data(KEY).tolist()
@@ -121,10 +121,10 @@ def test_raw_fitness_with_a_small_std_is_the_forward_gradient(x64):
     e = noise_of(n, params)
     theta, tree, _ = evolution._flattened(blocks(NET), params)
     slope = jax.vmap(lambda v: jax.jvp(lambda p: fnn.mean_loss(NET, LOSS)(tree(p), X, T), (theta,), (v,))[1])
-    expected = np.asarray(fast_jit(slope)(jnp.asarray(e))) @ e / len(e)
+    expected = np.asarray(jax.jit(slope)(jnp.asarray(e))) @ e / len(e)
     for std in (1e-4, 1e-5, 1e-6):
         rule = evolution_strategies(NET, LOSS, population=n, std=std, fitness="raw")
-        found = flat(fast_jit(rule.value_and_grad)(params, KEY, X, T)[1])
+        found = flat(jax.jit(rule.value_and_grad)(params, KEY, X, T)[1])
         assert np.abs(found - expected).max() < 20 * std**2 + 3e-15 / std  # the third derivative, and rounding: 3e-9 at best
 
 
@@ -146,7 +146,7 @@ def test_forward_gradients_of_the_noise_have_the_cosine_that_is_claimed(x64):
 def test_snes_updates_mean_and_std_as_the_paper(x64, population, chunk):
     params, optimizer = params_of(NET), optax.sgd(1.0)
     rule = snes(NET, LOSS, population=population, std=0.2, chunk=chunk)
-    state, update, members = rule.init(KEY, params), fast_jit(rule.value_and_grad), fast_jit(rule.members)
+    state, update, members = rule.init(KEY, params), jax.jit(rule.value_and_grad), jax.jit(rule.members)
     mu, sigma = flat(params), np.full(26, 0.2)
     for _ in range(3):
         z = rows(members(params, state))
@@ -174,7 +174,7 @@ def test_the_best_children_become_parents_and_the_best_of_all_the_params(x64, pa
     params, optimizer = params_of(NET), optax.sgd(1.0)
     rule = genetic_algorithm(NET, LOSS, parents=parents, children=8, std=0.2, chunk=chunk)
     state = rule.init(jax.random.key(5, impl=kind), params)
-    update, members = fast_jit(rule.value_and_grad), fast_jit(rule.members)
+    update, members = jax.jit(rule.value_and_grad), jax.jit(rule.members)
     np.testing.assert_array_equal(rows(state.parents), np.broadcast_to(flat(params), (parents, 26)))
     for _ in range(3):
         children = rows(members(params, state))
@@ -224,7 +224,7 @@ def test_a_member_that_is_not_finite_ranks_last_and_poisons_nothing(x64, rule, s
     """By a net of one weight, at 0, and one example of 1, the outputs are the members."""
     params, std = fnn.layers.Dense(jnp.zeros((1, 1)), None), 0.5
     made = rule(fnn.dense(1, 1, bias_init=None), BROKEN, std=std, **settings)
-    state, step = made.init(KEY, params), fast_jit(made.value_and_grad)
+    state, step = made.init(KEY, params), jax.jit(made.value_and_grad)
     z = members_of(made, params, state)[:, 0]
     for limit, broken in ((np.sort(z)[-2], 1), (np.median(z), 3), (-1e3, 6)):
         values = np.where(z > limit, np.nan, np.exp(z))
@@ -249,7 +249,7 @@ def test_a_member_that_is_not_finite_ranks_last_and_poisons_nothing(x64, rule, s
 def test_a_generation_without_differences_moves_nothing(x64, rule):
     flat_loss = fnn.Loss("flat", lambda outputs, targets: jnp.ones(outputs.shape[:1]), lambda outputs, targets: jnp.zeros_like(outputs))
     made, params = rule(NET, flat_loss, std=0.1, population=34), params_of(NET)
-    _, grads, state = fast_jit(made.value_and_grad)(params, made.init(KEY, params), X, T)
+    _, grads, state = jax.jit(made.value_and_grad)(params, made.init(KEY, params), X, T)
     assert np.abs(flat(grads)).max() < 1e-16
     if rule is snes:
         np.testing.assert_allclose(flat(state.std), 0.1, rtol=1e-15)
@@ -258,7 +258,7 @@ def test_a_generation_without_differences_moves_nothing(x64, rule):
 @pytest.mark.parametrize("rule", RULES)
 def test_padding_counts_nowhere_and_equal_weights_are_none(x64, rule):
     made, params = rule(NET, LOSS, std=0.1, **SMALL[rule]), params_of(NET)
-    step, state = fast_jit(made.value_and_grad), made.init(KEY, params)
+    step, state = jax.jit(made.value_and_grad), made.init(KEY, params)
     x, t = np.concatenate([X, X[:2]]), np.concatenate([T, T[:2]])
     equal = wide(step(params, state, x, t, np.full(7, 0.3))[:2])
     if rule is evolution_strategies:
@@ -282,7 +282,7 @@ def test_every_way_to_write_a_net_evolves_alike(x64, rule):
     found = []
     for net in nets[: 3 if rule is evolution_strategies else 2]:
         made, params = rule(net, LOSS, std=0.1, **SMALL[rule]), params_of(net)
-        value, grads, state = fast_jit(made.value_and_grad)(params, made.init(KEY, params), X, T)
+        value, grads, state = jax.jit(made.value_and_grad)(params, made.init(KEY, params), X, T)
         split, chosen = blocks(net).split, ()
         if rule is not evolution_strategies:
             chosen = split(state.std) if rule is snes else jax.vmap(split)(state.parents)
@@ -314,7 +314,7 @@ def test_float32_gives_what_float64_gives_for_the_same_members(x64, rule):
     state = made.init(KEY, narrow)
     z = members_of(made, narrow, state)
     values = (z.sum(1) ** 2).tolist()
-    _, grads, _ = fast_jit(made.value_and_grad)(narrow, state, x.astype(jnp.float32), jnp.zeros((1, 1), jnp.float32))
+    _, grads, _ = jax.jit(made.value_and_grad)(narrow, state, x.astype(jnp.float32), jnp.zeros((1, 1), jnp.float32))
     if rule is evolution_strategies:
         expected = ((ranks(values) / 5 - 0.5) @ (z - [1, 0])) / 0.5 / (6 * 0.5)
     else:
@@ -328,8 +328,8 @@ def test_many_nets_at_once_evolve_as_each_alone(x64, rule):
     keys, params = jax.random.split(KEY, 2), params_of(NET)
     many = jax.tree.map(lambda p: jnp.stack([p, p + 0.1]), params)
     states = jax.vmap(made.init)(keys, many)
-    found = fast_jit(jax.vmap(made.value_and_grad, (0, 0, None, None)))(many, states, X, T)
-    step = fast_jit(made.value_and_grad)
+    found = jax.jit(jax.vmap(made.value_and_grad, (0, 0, None, None)))(many, states, X, T)
+    step = jax.jit(made.value_and_grad)
     for i in range(2):
         alone = jax.tree.map(lambda p, i=i: p[i], many)
         one = step(alone, made.init(keys[i], alone), X, T)
@@ -361,7 +361,7 @@ def test_one_unit_and_one_example_are_enough(rule, net):
     x = np.array([1]) if net is TABLE else np.ones((1, 1), np.float32)
     params = params_of(net, jnp.float32)
     made = rule(net, LOSS, std=0.1, **SMALL[rule])
-    value, grads, _ = fast_jit(made.value_and_grad)(params, made.init(KEY, params), x, np.ones((1, 1), np.float32))
+    value, grads, _ = jax.jit(made.value_and_grad)(params, made.init(KEY, params), x, np.ones((1, 1), np.float32))
     assert np.isfinite(flat((value, grads))).all()
     assert np.abs(flat(grads)).max() > 0
     assert jax.tree.map(jnp.shape, grads) == jax.tree.map(jnp.shape, params)

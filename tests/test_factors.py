@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import SHAPES, case, cast, error, fast_jit, wide
+from cases import SHAPES, case, cast, error, wide
 
 import fnn
 from fnn import per_example
@@ -50,7 +50,7 @@ def test_reducing_within_the_backward_pass_is_reducing_its_factors(x64, number):
     c = case(number)
     source = fnn.factors(c.net, c.loss)
 
-    @fast_jit
+    @jax.jit
     def everything(params, x, t):
         _, factors = source(params, x, t)
         return (
@@ -152,7 +152,7 @@ def test_every_factor_answers_as_its_gradients_by_hand(x64, name):
     factor = FACTORS[name]()
     assert is_factor(factor)
     truth = by_hand(factor)
-    found = fast_jit(lambda factor: [reducer(factor) for reducer in REDUCERS])(factor)
+    found = jax.jit(lambda factor: [reducer(factor) for reducer in REDUCERS])(factor)
     for reducer, result in zip(REDUCERS, found, strict=True):
         np.testing.assert_allclose(result, written_out(reducer, truth), rtol=1e-12, atol=1e-12, err_msg=reducer.name, strict=True)
 
@@ -171,7 +171,7 @@ def test_inner_products_and_moments_are_those_of_the_gradients_by_hand(x64, name
         "quick": (g.reshape(len(g), -1) ** 2).sum(1),
     }
 
-    @fast_jit
+    @jax.jit
     def ask(factor, fewer, share):
         quick, lost = factor.quick_square()
         return {"itself": factor.inner(factor), "another": factor.inner(fewer), "moments": factor.moments(share), "quick": quick}, lost
@@ -197,7 +197,7 @@ def test_weights_masks_and_rows_are_those_of_the_gradients_by_hand(x64, name):
         "rows": g[first : first + size],
     }
 
-    @fast_jit
+    @jax.jit
     def ask(factor, broken, weights, present, first):
         scaled = broken.scaled(weights, present)
         return {
@@ -218,7 +218,7 @@ def test_a_merged_factor_is_of_the_sum_over_uses(x64, name):
     merged = jax.tree.map(lambda *arrays: jnp.stack(arrays), *uses).merged()
     assert type(merged) is type(uses[0])
     truth = sum(by_hand(use) for use in uses)
-    found = fast_jit(lambda merged: [reducer(merged) for reducer in REDUCERS])(merged)
+    found = jax.jit(lambda merged: [reducer(merged) for reducer in REDUCERS])(merged)
     for reducer, result in zip(REDUCERS, found, strict=True):
         np.testing.assert_allclose(result, written_out(reducer, truth), rtol=1e-12, atol=1e-12, err_msg=reducer.name, strict=True)
 
@@ -231,7 +231,7 @@ def test_stacked_factors_take_a_weight_per_layer_and_others_one_per_example(x64,
     depth += bool(depth) and isinstance(factor.factor, Stacked)
     weights = np.random.default_rng(5).normal(size=(*g.shape[1 : 1 + depth], len(g)))  # [layers, batch]
     spread = np.moveaxis(weights, -1, 0).reshape(*g.shape[: 1 + depth], *(1,) * (g.ndim - 1 - depth))
-    total = fast_jit(lambda factor, weights: factor.scaled(weights).total())(factor, jnp.asarray(weights))
+    total = jax.jit(lambda factor, weights: factor.scaled(weights).total())(factor, jnp.asarray(weights))
     np.testing.assert_allclose(total, (g * spread).sum(0), rtol=1e-12, atol=1e-12)
 
 
@@ -240,7 +240,7 @@ def test_norms_hold_where_squares_leave_float32_and_the_quick_ones_say_so(x64, n
     """Gradients of about `size` in float32, whether of one array or the product of two."""
     factor = FACTORS[name]()
     arrays = sum(jnp.issubdtype(a.dtype, jnp.floating) for a in jax.tree.leaves(factor))
-    ask = fast_jit(lambda factor: (factor.norm(), *factor.quick_square()))
+    ask = jax.jit(lambda factor: (factor.norm(), *factor.quick_square()))
     for size in (1e-30, 1e-24, 1e-21, 1e-17, 1e-10, 1e-3, 1e17, 1e25, 1e36):
         scaled = jax.tree.map(lambda a, s=size ** (1 / arrays): a * s if jnp.issubdtype(a.dtype, jnp.floating) else a, factor)
         scaled = cast(scaled, jnp.float32)
@@ -271,7 +271,7 @@ def test_methods_are_told_for_every_question_and_layer(name):
 @by_name
 def test_factors_keep_their_dtype_and_squares_are_wide(x64, name):
     factor = FACTORS[name]()
-    found = fast_jit(
+    found = jax.jit(
         lambda factor: {kind: [r(cast(factor, kind)) for r in REDUCERS] for kind in ("bfloat16", "float16", "float32", "float64")}
     )(factor)
     for dtype, results in found.items():
@@ -319,7 +319,7 @@ def test_the_narrow_product_is_the_product_also_under_vmap_and_grad(x64, batch, 
     def scalar(product):
         return lambda a, dz: jnp.sin(product(a, dz)).sum()
 
-    @fast_jit
+    @jax.jit
     def both(a, dz):
         return [
             (product(a[0], dz[0]), jax.vmap(product)(a, dz), jax.grad(scalar(product), (0, 1))(a[0], dz[0]))
@@ -344,7 +344,7 @@ def test_kept_factors_of_repeat_are_stacked_and_answer_as_backward_does(x64, dep
     block = fnn.residual(fnn.serial(fnn.dense(4, 4), fnn.activations.tanh, fnn.layer_norm(4)))
     net = fnn.repeat(block, 3) if depth == 1 else fnn.repeat(fnn.repeat(block, 3), 2)
 
-    @fast_jit
+    @jax.jit
     def both(params, x):
         y, residuals = net.forward(params, x)
         factors, dx = net.backward(params, residuals, jnp.cos(y), keep)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import cast, error, fast_jit, wide
+from cases import cast, error, wide
 
 import fnn
 from fnn import losses, rules
@@ -47,7 +47,7 @@ def tree(net, layers):
 
 
 def run(rule, params, state, x, t, weights=None):
-    return fast_jit(rule.value_and_grad)(params, state, x, t, weights)
+    return jax.jit(rule.value_and_grad)(params, state, x, t, weights)
 
 
 def softmax(z):
@@ -123,7 +123,7 @@ def test_kolen_pollack_takes_the_steps_of_the_weights_and_the_difference_decays_
     state = rule.init(KEY, params)
     w, b = wide(params), wide(rule.matrices(params, state, x))
     start = [v - u for u, v in zip(w, b, strict=True)]
-    step = fast_jit(rule.value_and_grad)
+    step = jax.jit(rule.value_and_grad)
     for _ in range(20):
         _, grads, state = step(params, state, x, t)
         moved = [rate * g for g in wide(grads)]
@@ -276,7 +276,7 @@ def test_padding_does_not_count_and_equal_weights_are_none(x64, name):
     rule, (x, t) = RULES[name](NETS["mlp"]), batch()
     params = cast(NETS["mlp"].init(KEY), jnp.float64)
     state = rule.init(KEY, params)
-    step = fast_jit(rule.value_and_grad)
+    step = jax.jit(rule.value_and_grad)
     padding = jnp.array([1.0, 1, 1, 1, 1, 0, 0])
     found = [step(params, state, x.at[5:].set(content), t, padding) for content in (0.0, 1e3)]
     assert error(wide(found[0][:2]), wide(found[1][:2])) < 1e-12
@@ -289,7 +289,7 @@ def test_dtypes_are_kept_and_edges_are_finite(name):
     rule = RULES[name](net)
     params = net.init(KEY)
     x, t = batch(1, jnp.float32)
-    step = fast_jit(rule.value_and_grad)
+    step = jax.jit(rule.value_and_grad)
     for p in (params, jax.tree.map(jnp.zeros_like, params)):
         value, grads, _ = step(p, rule.init(KEY, p), x, t)
         assert all(bool(jnp.isfinite(g).all()) and g.dtype == jnp.float32 and not g.weak_type for g in jax.tree.leaves((value, grads)))

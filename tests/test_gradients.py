@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import SHAPES, TOLERANCE, Case, case, cast, error, fast_jit, wide
+from cases import SHAPES, TOLERANCE, Case, case, cast, default_jit, error, wide
 
 import fnn
 from fnn import losses
@@ -50,7 +50,7 @@ def test_the_random_nets_cover_every_activation_loss_and_combinator(x64):
 @pytest.mark.parametrize("number", NETS)
 def test_manual_gradient_is_jax_grad_in_every_dtype(x64, number):
     c = case(number)
-    compile_ = fast_jit if number % 10 else jax.jit  # every tenth net as JAX compiles by default
+    compile_ = jax.jit if number % 24 else default_jit  # every 24th net as JAX compiles by default, of every shape
     found = compile_(lambda *batch: {dtype: both(c)(*cast(batch, dtype)) for dtype in TOLERANCE})(*batch_of(c))
     truth = wide(found["float64"][1][1])  # the numbers of a case are the same in every dtype, so this is the truth for all
     for dtype, ((value, grads), (automatic_value, automatic)) in found.items():
@@ -75,7 +75,7 @@ def test_manual_gradient_under_vmap_over_nets_is_the_gradient_of_each(x64, numbe
     several = jax.tree.map(lambda leaf: jnp.stack([leaf, 0.5 * leaf, -leaf]), c.params)
     f = fnn.value_and_grad(c.net, c.loss)
 
-    @fast_jit
+    @jax.jit
     def check(several):
         together = jax.vmap(lambda p: f(p, c.x, c.targets)[1])(several)
         return together, [f(jax.tree.map(lambda leaf, i=i: leaf[i], several), c.x, c.targets)[1] for i in range(3)]
@@ -89,7 +89,7 @@ def test_manual_gradient_under_vmap_over_nets_is_the_gradient_of_each(x64, numbe
 def test_manual_gradient_under_debug_nans_and_checking_leaks(x64, number):
     c = case(number)
     with jax.debug_nans(True), jax.checking_leaks():
-        manual, automatic = fast_jit(both(c))(*batch_of(c))
+        manual, automatic = jax.jit(both(c))(*batch_of(c))
     assert error(wide(manual), wide(automatic)) <= 1e-12, c.name
 
 
@@ -115,7 +115,7 @@ def test_manual_gradient_is_the_central_difference(x64, number):
     rng = np.random.default_rng(number)
     directions = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=(3, *p.shape))), c.params)
 
-    @fast_jit
+    @jax.jit
     def slopes(directions, params, *rest):
         grads = fnn.value_and_grad(c.net, c.loss)(params, *rest)[1]
 
@@ -145,7 +145,7 @@ def test_one_compilation_for_a_hundred_calls():
 def test_weights_are_a_weighted_mean_and_zero_is_padding(x64):
     c = case(2)
     weights = jnp.asarray(np.random.default_rng(0).uniform(0, 2, len(c.x)))
-    f = fast_jit(fnn.value_and_grad(c.net, c.loss))
+    f = jax.jit(fnn.value_and_grad(c.net, c.loss))
     each = [f(c.params, c.x[i : i + 1], c.targets[i : i + 1]) for i in range(len(c.x))]
     value, grads = f(c.params, c.x, c.targets, weights)
     mean = jax.tree.map(lambda *g: sum(w * gi for w, gi in zip(weights, g, strict=True)) / weights.sum(), *each)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import cast, error, fast_jit, wide
+from cases import cast, error, wide
 
 import fnn
 from fnn.activations import gelu, identity, relu, softmax, step, tanh
@@ -64,7 +64,7 @@ def test_leading_axes_are_free(x64, name):
     layer, rows = LAYERS[name], x_for(name)
     feature_axes = rows.shape[1:]
 
-    @fast_jit
+    @jax.jit
     def apply(params, rows):
         return (
             layer.apply(params, rows),
@@ -82,7 +82,7 @@ def test_leading_axes_are_free(x64, name):
 def test_backward_is_jax_vjp_whatever_the_leading_axes(x64, name, axes):
     layer, x = LAYERS[name], x_for(name, SHAPES[axes])
 
-    @fast_jit
+    @jax.jit
     def both(params, x):
         y, residuals = layer.forward(params, x)
         dy = jnp.cos(y) + 2
@@ -112,7 +112,7 @@ def test_local_gradients_come_from_residuals_alone(x64, name):
     """The contract of `Layer`: other params in `backward` change what is passed down, never the layer's own gradient."""
     layer = LAYERS[name]
 
-    @fast_jit
+    @jax.jit
     def twice(params, other, x):
         y, residuals = layer.forward(params, x)
         both = [layer.backward(p, residuals, jnp.cos(y)) for p in (params, other)]
@@ -127,7 +127,7 @@ def test_local_gradients_come_from_residuals_alone(x64, name):
 def test_other_params_in_backward_change_what_a_net_passes_down_and_not_its_last_layer(x64, inner):
     net = fnn.serial(inner, tanh, inner)
 
-    @fast_jit
+    @jax.jit
     def twice(params, other, x):
         y, residuals = net.forward(params, x)
         return [net.backward(p, residuals, jnp.cos(y)) for p in (params, other)]
@@ -142,7 +142,7 @@ def test_other_params_in_backward_change_what_a_net_passes_down_and_not_its_last
 def test_the_dtype_is_kept_and_nothing_is_weakly_typed(x64, name):
     layer = LAYERS[name]
 
-    @fast_jit
+    @jax.jit
     def everywhere(params, x):
         found = {}
         for dtype in ("bfloat16", "float16", "float32", "float64"):
@@ -189,7 +189,7 @@ def test_repeat_is_the_serial_written_out_under_every_reducer(x64, inner, n, sha
         y, residuals = layer.forward(params, x)
         return [(y, *layer.backward(params, residuals, jnp.cos(y), reduce)) for reduce in REDUCERS]
 
-    @fast_jit
+    @jax.jit
     def both(params, deep, x):
         halves = tuple(written_out(half, n) for half in written_out(deep, 2))
         return (
@@ -227,7 +227,7 @@ def test_iterate_is_the_serial_of_copies_and_its_gradient_their_sum(x64, name, s
     tied, flat = fnn.iterate(inner, n), fnn.serial(*[inner] * n)
     x = jnp.asarray(np.random.default_rng(2).normal(size=shape))
 
-    @fast_jit
+    @jax.jit
     def both(params, x):
         (y, residuals), (flat_y, flat_residuals) = tied.forward(params, x), flat.forward((params,) * n, x)
         per_copy, flat_dx = flat.backward((params,) * n, flat_residuals, jnp.cos(flat_y), materialise)
@@ -318,7 +318,7 @@ def test_a_nested_serial_is_the_flat_one(x64):
         y, residuals = layer.forward(params, x_for("serial"))
         return y, *layer.backward(params, residuals, jnp.sin(y))
 
-    found = fast_jit(
+    found = jax.jit(
         lambda p, r: [
             results(fnn.serial(a, b, c), (p, (), r)),
             results(fnn.serial(fnn.serial(a, b), c), ((p, ()), r)),
@@ -431,7 +431,7 @@ def test_the_smallest_nets_have_the_right_gradient(x64, sizes):
     net = fnn.mlp(sizes, "tanh")
     params, x, t = params_of(net), jnp.ones((1, sizes[0])), jnp.zeros((1, sizes[-1]))
 
-    @fast_jit
+    @jax.jit
     def both(params, x, t):
         loss = fnn.losses.l2_loss
         return fnn.value_and_grad(net, loss)(params, x, t), jax.value_and_grad(fnn.mean_loss(net, loss))(params, x, t)
@@ -446,7 +446,7 @@ def test_zero_weights_everywhere_have_the_right_finite_gradient(x64, activation)
     net = fnn.serial(fnn.mlp((4, 5, 5), activation), fnn.repeat(inner, 2), fnn.rms_norm(5), fnn.dense(5, 3))
     zeros = jax.tree.map(jnp.zeros_like, params_of(net))
 
-    @fast_jit
+    @jax.jit
     def both(params, x):
         loss, t = fnn.losses.softmax_cross_entropy_with_integer_labels, jnp.arange(6) % 3
         return fnn.value_and_grad(net, loss)(params, x, t), jax.value_and_grad(fnn.mean_loss(net, loss))(params, x, t)

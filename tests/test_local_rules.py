@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import cast, error, fast_jit, wide
+from cases import cast, error, wide
 
 import fnn
 from fnn import losses
@@ -58,7 +58,7 @@ def state_of(rule, params, seed=5):
 def first_step(rule, params, x, t, weights=None, state=None):
     """`(value, grads, state)` and the state before."""
     state = state_of(rule, params) if state is None else state
-    return fast_jit(rule.value_and_grad)(params, state, x, t, weights), state
+    return jax.jit(rule.value_and_grad)(params, state, x, t, weights), state
 
 
 def true_step(net, loss, *args):
@@ -68,7 +68,7 @@ def true_step(net, loss, *args):
 
 @functools.cache
 def _true_step(net, loss):
-    return fast_jit(fnn.value_and_grad(net, loss))
+    return jax.jit(fnn.value_and_grad(net, loss))
 
 
 def off(ours, reference):
@@ -205,7 +205,7 @@ def test_mlp_serial_and_repeat_are_one_net(x64, name):
 def test_padding_does_not_count_and_equal_weights_are_none(x64, name):
     params, (x, t) = drawn(NET), batch()
     made = RULES[name](NET, LOSS)
-    state, step = state_of(made, params), fast_jit(made.value_and_grad)
+    state, step = state_of(made, params), jax.jit(made.value_and_grad)
     present = jnp.array([1.0, 1, 1, 1, 1, 0, 0])
     value, grads, after = step(params, state, x, t, present)
     for content in (0.0, 1e3):
@@ -244,9 +244,9 @@ def test_float32_is_near_float64(name):
         params, (x, t) = drawn(NET), batch()
         made = RULES[name](NET, LOSS)
         state = state_of(made, params)
-        exact = fast_jit(made.value_and_grad)(params, state, x, t)
+        exact = jax.jit(made.value_and_grad)(params, state, x, t)
     state = state._replace(params=cast(state.params, "float32")) if name == "target_propagation" else cast(state, "float32")
-    short = fast_jit(made.value_and_grad)(cast(params, "float32"), state, x.astype(jnp.float32), t)
+    short = jax.jit(made.value_and_grad)(cast(params, "float32"), state, x.astype(jnp.float32), t)
     assert error(wide(short[:2]), wide(exact[:2])) < 1e-5
 
 
@@ -271,9 +271,9 @@ def test_many_nets_at_once_are_the_nets_one_by_one(x64, rule):
     made, keys = rule(net, LOSS), jax.random.split(KEY, 2)
     params = [drawn(net, seed) for seed in (1, 2)]
     together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
-    states = fast_jit(jax.vmap(made.init))(keys, together)
-    many = fast_jit(jax.vmap(made.value_and_grad, in_axes=(0, 0, None, None)))(together, states, x, t)
-    step = fast_jit(made.value_and_grad)
+    states = jax.jit(jax.vmap(made.init))(keys, together)
+    many = jax.jit(jax.vmap(made.value_and_grad, in_axes=(0, 0, None, None)))(together, states, x, t)
+    step = jax.jit(made.value_and_grad)
     for i in range(2):
         one = step(params[i], jax.tree.map(lambda a, i=i: a[i], states), x, t)
         assert off(jax.tree.map(lambda a, i=i: a[i], many), one) <= 1e-12
@@ -317,7 +317,7 @@ def test_what_follows_a_hidden_dense_layer_stays_and_what_follows_the_last_learn
     params, (x, t) = drawn(net), batch()
     made = rule(net, LOSS)
     state = jax.tree.map(jnp.zeros_like, state_of(made, params))  # PEPITA's second pass is then the first
-    _, grads, _ = fast_jit(made.value_and_grad)(params, state, x, t)
+    _, grads, _ = jax.jit(made.value_and_grad)(params, state, x, t)
     _, expected = true_step(net, LOSS, params, x, t)
     assert error(wide(grads[-1]), wide(expected[-1])) <= 1e-12
     assert not any(leaf.any() for leaf in wide((grads[0].b if rule is hebbian else grads[0], grads[1])))
@@ -350,7 +350,7 @@ def test_inverses_that_are_the_transposes_of_a_linear_net_make_it_backprop(x64):
     params, rule = drawn(net), target_propagation(net, LOSS)
     state = state_of(rule, params)
     transposed = tuple((Dense(p.w.T, g.b), ()) for (p, _), (g, _) in zip(params[1:-1], state.params, strict=True))
-    value, grads, _ = fast_jit(rule.value_and_grad)(params, state._replace(params=transposed), x, t)
+    value, grads, _ = jax.jit(rule.value_and_grad)(params, state._replace(params=transposed), x, t)
     assert error(wide((value, grads)), wide(true_step(net, LOSS, params, x, t))) <= 1e-12
 
 
@@ -360,7 +360,7 @@ def test_an_exact_inverse_stays_and_sends_down_the_target_itself(x64):
     w, b = params[1][0]
     inverse = np.linalg.inv(w)
     exact = Dense(jnp.asarray(inverse), jnp.asarray(-np.asarray(b) @ inverse))
-    _, grads, after = fast_jit(rule.value_and_grad)(params, state_of(rule, params)._replace(params=((exact, ()),)), x, t)
+    _, grads, after = jax.jit(rule.value_and_grad)(params, state_of(rule, params)._replace(params=((exact, ()),)), x, t)
     assert error(wide(after.params), wide(exact)) <= 1e-10
     h1, e = np.asarray(net.layers[0].apply(params[0], x)), np.asarray(LOSS.grad(net.apply(params, x), t))
     target_1 = np.linalg.solve(w.T, (h1 @ w - e @ params[2].w.T).T).T  # h_1 w + b of it is the second target, at target_rate 1
@@ -382,7 +382,7 @@ def test_inverses_learn_at_any_size_of_activity(x64, activation, size):
     def turn(state, _):
         return rule.value_and_grad(params, state, x, t)[2], lost(state)
 
-    _, history = fast_jit(lambda state: jax.lax.scan(turn, state, length=60))(state_of(rule, params))
+    _, history = jax.jit(lambda state: jax.lax.scan(turn, state, length=60))(state_of(rule, params))
     assert history[-1] < 0.1 * history[0]
     if activation == "identity":
         assert (history[1:] <= history[:-1]).all()  # no step is too long
@@ -390,7 +390,7 @@ def test_inverses_learn_at_any_size_of_activity(x64, activation, size):
 
 def test_inverses_begin_orthogonal_and_a_rate_of_0_leaves_them(x64):
     params, rule = drawn(NET), target_propagation(NET, LOSS, inverse_rate=0)
-    (_, _, after), before = first_step(rule, params, *batch(), state=fast_jit(rule.init)(KEY, params))
+    (_, _, after), before = first_step(rule, params, *batch(), state=jax.jit(rule.init)(KEY, params))
     (g, _) = before.params[0]
     assert g.w.shape == (5, 6)
     np.testing.assert_allclose(g.w @ g.w.T, np.eye(5), atol=1e-12)
@@ -453,7 +453,7 @@ def test_pepita_turns_the_weights_against_the_projection(x64):
         value, grads, _ = rule.value_and_grad(params, f, x.astype(float), t)
         return jax.tree.map(lambda p, g: p - 0.3 * g, params, grads), value
 
-    trained, values = fast_jit(lambda p: jax.lax.scan(step, p, length=300))(params)
+    trained, values = jax.jit(lambda p: jax.lax.scan(step, p, length=300))(params)
     assert values[-1] < 0.2 * values[0]
     assert cosine(trained) < min(0, cosine(params)) - 0.1
 
@@ -481,7 +481,7 @@ def converged(competition, units):
         return jax.tree.map(lambda p, g: p - 0.01 * g, params, grads), None
 
     start = jax.tree.map(lambda p: 0.3 * p, drawn(net))
-    return np.asarray(fast_jit(lambda p: jax.lax.scan(step, p, length=4000)[0])(start)[0][0].w), q
+    return np.asarray(jax.jit(lambda p: jax.lax.scan(step, p, length=4000)[0])(start)[0][0].w), q
 
 
 def test_oja_finds_the_first_component_with_every_unit(x64):
@@ -515,7 +515,7 @@ def test_components_are_a_fixed_point(x64, competition):
 
 def test_hidden_layers_do_not_see_the_targets(x64):
     params, (x, t) = drawn(NET), batch()
-    step = fast_jit(hebbian(NET, LOSS, competition="sanger").value_and_grad)
+    step = jax.jit(hebbian(NET, LOSS, competition="sanger").value_and_grad)
     one, other = (step(params, (), x, labels)[1] for labels in (t, 2 - t))
     assert error(wide(one[:-1]), wide(other[:-1])) == 0
     assert error(wide(one[-1]), wide(other[-1])) > 0.1

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import cast, error, fast_jit, targets_for, wide
+from cases import cast, error, targets_for, wide
 
 import fnn
 from fnn import losses
@@ -56,7 +56,7 @@ def batches(loss, shapes=SHAPES):
 
 @pytest.mark.parametrize("loss", LOSSES, ids=repr)
 def test_value_and_gradient_are_optaxs(x64, loss):
-    @fast_jit
+    @jax.jit
     def both(data):
         return [(ours(loss, *batch), theirs(loss, *batch), ours(loss, *cast(batch, jnp.float32))) for batch in data]
 
@@ -73,7 +73,7 @@ def test_value_and_gradient_are_optaxs(x64, loss):
 def test_targets_may_be_zero_or_not_sum_to_one(x64, loss):
     targets = jnp.array([[0.0, 1.0, 0.0], [0.5, 0.0, 0.5], [0.2, 0.1, 0.4], [0.0, 0.0, 0.0]])
     y = outputs_for(loss, targets.shape, np.random.default_rng(1))
-    manual, automatic = fast_jit(lambda *batch: (ours(loss, *batch), theirs(loss, *batch)))(y, targets)
+    manual, automatic = jax.jit(lambda *batch: (ours(loss, *batch), theirs(loss, *batch)))(y, targets)
     assert error(wide(manual[0]), wide(automatic[0])) <= 1e-12
     assert error(wide(manual[1]), wide(automatic[1])) <= 1e-12
 
@@ -96,7 +96,7 @@ def test_whole_number_and_bool_targets_are_floats_exactly(x64, loss):
     y = outputs_for(loss, (6, 3), rng)
     on = rng.integers(0, 2, (6, 3)) if loss not in ROWS else np.eye(3)[rng.integers(0, 3, 6)]
     kinds = [jnp.asarray(on, kind) for kind in (jnp.int32, jnp.uint8, jnp.bool)]
-    found, truth = fast_jit(lambda y, kinds: ([ours(loss, y, t) for t in kinds], ours(loss, y, kinds[0].astype(y.dtype))))(y, kinds)
+    found, truth = jax.jit(lambda y, kinds: ([ours(loss, y, t) for t in kinds], ours(loss, y, kinds[0].astype(y.dtype))))(y, kinds)
     for one in found:
         for got, true in zip(one, truth, strict=True):
             assert got.dtype == jnp.float64
@@ -106,7 +106,7 @@ def test_whole_number_and_bool_targets_are_floats_exactly(x64, loss):
 def test_labels_of_every_whole_number_dtype_are_the_same_labels(x64):
     y, labels = batches(LABELS)[0]
     kinds = [labels.astype(kind) for kind in (jnp.int8, jnp.uint8, jnp.int32, jnp.int64)]
-    found = fast_jit(lambda y, kinds: [(*ours(LABELS, y, t), LABELS.correct(y, t)) for t in kinds])(y, kinds)
+    found = jax.jit(lambda y, kinds: [(*ours(LABELS, y, t), LABELS.correct(y, t)) for t in kinds])(y, kinds)
     for one in found[1:]:
         jax.tree.map(np.testing.assert_array_equal, one, found[0])
 
@@ -114,7 +114,7 @@ def test_labels_of_every_whole_number_dtype_are_the_same_labels(x64):
 @pytest.mark.parametrize("loss", LOSSES, ids=repr)
 def test_the_dtype_is_kept_and_nothing_is_weakly_typed(x64, loss):
     y, t = batches(loss)[1]
-    found = fast_jit(lambda y, t: {dtype: ours(loss, y.astype(dtype), cast(t, dtype)) for dtype in DTYPES})(y, t)
+    found = jax.jit(lambda y, t: {dtype: ours(loss, y.astype(dtype), cast(t, dtype)) for dtype in DTYPES})(y, t)
     for dtype, parts in found.items():
         for got, true in zip(parts, found["float64"], strict=True):
             assert got.dtype == dtype
@@ -128,7 +128,7 @@ def test_outputs_of_ten_thousand_have_the_right_finite_value_and_gradient(x64, l
     t = targets_for(loss, rows.shape, np.random.default_rng(3))
     shorts = ("bfloat16", "float32")
 
-    @fast_jit
+    @jax.jit
     def check(y, t):
         batch = {dtype: (y.astype(dtype), cast(t, dtype)) for dtype in shorts}
         return {dtype: (ours(loss, *batch[dtype]), theirs(loss, *cast(batch[dtype], jnp.float64))) for dtype in shorts}
@@ -146,7 +146,7 @@ def test_rows_of_equal_logits_have_the_loss_of_not_knowing(x64, loss):
     else:
         levels, value, grad = (0.0, 1e4, -1e4), np.log(3), np.array([[1 / 3, 1 / 3 - 1, 1 / 3]])
         t = jnp.array([1]) if loss is LABELS else jnp.array([[0.0, 1.0, 0.0]])
-    found = fast_jit(
+    found = jax.jit(
         lambda t: {dtype: [ours(loss, jnp.full((1, 3), level, dtype), cast(t, dtype)) for level in levels] for dtype in DTYPES}
     )(t)
     for dtype in DTYPES:
@@ -170,7 +170,7 @@ def test_huber_loss_takes_a_delta(x64):
     y, t = 3 * batches(losses.huber_loss)[0][0], batches(losses.huber_loss)[0][1]
     y = y.at[0, :2].set(t[0, :2] + jnp.array([0.5, -2.0]))  # just where the two pieces meet
 
-    @fast_jit
+    @jax.jit
     def both(y, t):
         def optaxs(y, delta):
             return optax.losses.huber_loss(y, t, delta=delta).sum(1)
@@ -219,7 +219,7 @@ def value_and_gradients(loss):
     net = fnn.mlp((3, 4, 2), "tanh")
     x = jnp.asarray(np.random.default_rng(4).normal(size=(5, 3)))
 
-    @fast_jit
+    @jax.jit
     def both(x):
         params, t = net.init(jax.random.key(0)), x[:, :2]
         return fnn.value_and_grad(net, loss)(params, x, t), jax.value_and_grad(fnn.mean_loss(net, loss))(params, x, t)

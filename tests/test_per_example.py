@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import SHAPES, case, cast, error, fast_jit, wide
+from cases import SHAPES, case, cast, default_jit, error, wide
 
 import fnn
 from fnn import losses, per_example
@@ -123,7 +123,7 @@ def test_every_statistic_is_that_of_vmap_grad(x64, number):
     signed, cut = rng.normal(size=batch), rng.permutation(batch)[: max(1, 2 * batch // 3)]
     first_kind = ("mean", "sum")[number % 2]
 
-    @(fast_jit if (number + 1) % 22 else jax.jit)  # every 22nd net as JAX compiles by default, each of another shape
+    @(jax.jit if number % 15 else default_jit)  # every 15th net as JAX compiles by default, each of another shape
     def everything(params, x, t, weights, signed, bound):
         given = {"weights": weights} if weighted else {}
         arguments, second = (params, x, t), {"scale": own} if own else {"max_norm": bound}
@@ -200,7 +200,7 @@ def test_properties(x64, number):
     source = fnn.factors(c.net, c.loss)
     ones, batch_gradient = jnp.ones(batch), fnn.value_and_grad(c.net, c.loss)
 
-    @fast_jit
+    @jax.jit
     def ask(params, x, t, weights, bound):
         return {
             "norms": norms(source)(params, x, t),
@@ -308,7 +308,7 @@ def ask_any():
             more = {"unit": unit(*batch, weights=weights), "signal": signal_to_noise(SOURCE)(*batch, weights=weights)}
             return robust(SOURCE)(*batch, weights) | more
 
-        return fast_jit(ask)
+        return jax.jit(ask)
 
 
 @hypothesis.settings(
@@ -342,8 +342,8 @@ def test_a_repeat_of_few_units_over_many_examples_is_clipped(x64, width):
     net, rng = fnn.repeat(fnn.dense(width, width), 2), np.random.default_rng(width)
     params, source = jax.jit(net.init)(jax.random.key(0)), fnn.factors(net, losses.l2_loss)
     x, t = jnp.asarray(rng.normal(size=(2, 144, width)))
-    found = fast_jit(clipped_gradient(source, float("inf")))(params, x.at[3, 0].set(jnp.nan), t)
-    without = fast_jit(fnn.value_and_grad(net, losses.l2_loss))(params, x, t, weights=jnp.ones(144).at[3].set(0))[1]
+    found = jax.jit(clipped_gradient(source, float("inf")))(params, x.at[3, 0].set(jnp.nan), t)
+    without = jax.jit(fnn.value_and_grad(net, losses.l2_loss))(params, x, t, weights=jnp.ones(144).at[3].set(0))[1]
     agree(found.gradient, without)
 
 
@@ -376,7 +376,7 @@ def test_a_broken_example_leaves_the_batch_as_if_it_were_not_in_it(x64, name, dt
     at = (4, *(1,) * (x.ndim - 1))
     broken = (x.at[at].set(value), t) if where == "x" else (x, t.at[at].set(value))
     rest, weights = np.array([0, 1, 2, 3, 5, 6]), np.array([1.0, 2.0, 0.0, 0.5, 1.5, 1.0, 3.0])
-    ask = fast_jit(robust(fnn.factors(net, losses.l2_loss)))
+    ask = jax.jit(robust(fnn.factors(net, losses.l2_loss)))
     found, without = ask(params, *broken, weights), ask(params, x[rest], t[rest], weights[rest])
     padded = ask(params, *broken, np.where(np.arange(7) == 4, 0, weights))
     for key, truth in numbers_of(without).items():
@@ -400,7 +400,7 @@ def test_clipping_layer_by_layer_goes_by_the_layers_that_repeat_stacks(x64):
     written_out = (params[0], *(jax.tree.map(lambda a, i=i: a[i], params[1]) for i in range(n)), params[2])
     batch = jnp.asarray(rng.normal(size=(1, 5))), jnp.asarray(rng.normal(size=(1, 4)))
 
-    @fast_jit
+    @jax.jit
     def both(params, written_out, x, t):
         return [
             clipped_gradient(fnn.factors(net, losses.l2_loss), bound, per_layer=True)(p, x, t).gradient
@@ -426,7 +426,7 @@ def test_positions_on_both_sides_of_the_border_between_methods(x64, positions):
     methods = [found["norm"].name for *_, found in per_example.explain(source, params, x, t).leaves][::2]
     assert methods == ["Gram, <A A^T, G G^T>" if positions <= limit else "materialised" for limit in (4, 3)]
 
-    @fast_jit
+    @jax.jit
     def everything(params, x, t):
         arguments = (params, x, t)
         found = norms(source)(*arguments), gram(source)(*arguments), inner_products(source)(params, (x, t), (x[:3, :2], t[:3, :2]))
@@ -442,7 +442,7 @@ def test_positions_on_both_sides_of_the_border_between_methods(x64, positions):
 def test_a_noise_scale_of_one_example_that_counts_is_not_a_number(x64):
     """Whatever rounding makes of weight / weight: XLA may multiply by the inverse."""
     params, x, t = net_case(2)
-    ask = fast_jit(noise_scale(SOURCE))
+    ask = jax.jit(noise_scale(SOURCE))
     for weight in np.random.default_rng(0).uniform(0.1, 2, 50):
         found = ask(params, x, t, weights=jnp.array([0.0, weight]))
         assert np.isnan([found.noise_scale, found.trace, found.squared_gradient]).all(), weight
@@ -460,7 +460,7 @@ def test_a_batch_of_one_example_has_no_variance_and_no_noise_scale(x64):
 def test_the_estimates_of_noise_are_unbiased(x64, weights):
     """Over all ways to draw three examples of four, their mean is the covariance's trace and the squared gradient, exactly."""
     each = np.random.default_rng(0).normal(size=(4, 5)) + 1
-    estimate = fast_jit(jax.vmap(lambda g: noise_scale(rows_as_gradients)(jnp.zeros(5), g, weights=jnp.asarray(weights))))
+    estimate = jax.jit(jax.vmap(lambda g: noise_scale(rows_as_gradients)(jnp.zeros(5), g, weights=jnp.asarray(weights))))
     found = estimate(jnp.asarray([each[list(draw)] for draw in itertools.product(range(4), repeat=3)]))
     np.testing.assert_allclose(found.trace.mean(), each.var(0).sum(), rtol=1e-12)
     np.testing.assert_allclose(found.squared_gradient.mean(), (each.mean(0) ** 2).sum(), rtol=1e-12)
@@ -499,7 +499,7 @@ def test_a_source_is_any_function_jitted_or_not(x64, wrap):
 def test_a_jitted_net_source_gives_what_the_net_gives(x64):
     params, x, t = net_case(6)
     for statistic in (norms, gradients, gram, moments):
-        agree(fast_jit(statistic(jax.jit(SOURCE)))(params, x, t), fast_jit(statistic(SOURCE))(params, x, t))
+        agree(jax.jit(statistic(jax.jit(SOURCE)))(params, x, t), jax.jit(statistic(SOURCE))(params, x, t))
 
 
 STATISTICS = {
@@ -520,7 +520,7 @@ STATISTICS = {
 @pytest.mark.parametrize("name", STATISTICS)
 def test_a_second_call_does_not_compile_again_and_nothing_is_weakly_typed(name):
     params, x, t = cast(net_case(5), jnp.float32)
-    f = fast_jit(chex.assert_max_traces(n=1)(STATISTICS[name]))
+    f = jax.jit(chex.assert_max_traces(n=1)(STATISTICS[name]))
     first, second = f(params, x, t), f(params, 2 * x, t)
     chex.clear_trace_counter()
     assert not any(leaf.weak_type for leaf in jax.tree.leaves(first))
@@ -542,7 +542,7 @@ def test_norms_are_differentiable_backwards_and_clipped_gradients_forwards(x64):
         factors = jnp.minimum(1, 3 / jnp.sqrt(squares(params))) / 5
         return jax.tree.map(lambda g: jnp.tensordot(factors, g, 1), by_vmap(params))
 
-    @fast_jit
+    @jax.jit
     def both(params, direction):
         backwards = [
             jax.grad(lambda p, f=f: f(p).sum())(params) for f in (lambda p: norms(SOURCE)(p, x, t), lambda p: jnp.sqrt(squares(p)))
@@ -611,7 +611,7 @@ def test_the_variance_of_a_net_with_inputs_of_1e3_is_that_of_its_gradients():
     params = jax.tree.map(lambda p: p * 1e-3, params[:1]) + params[1:]  # so that tanh is not flat
     x, t = around(64, 6, seed=1), jnp.asarray(rng.normal(size=(64, 3)) * 1e-3 + 5, jnp.float32)
     source, share = fnn.factors(net, losses.l2_loss), np.full(64, 1 / 64)
-    found = fast_jit(lambda *batch: (moments(source)(*batch), source(*batch)[1]))(params, x, t)
+    found = jax.jit(lambda *batch: (moments(source)(*batch), source(*batch)[1]))(params, x, t)
     with jax.enable_x64(True):
         each = jax.tree.map(lambda f: cast(f, jnp.float64).materialise(), found[1], is_leaf=is_factor)
     for ours, g in zip(wide(found[0].variance), wide(each), strict=True):
@@ -660,7 +660,7 @@ def test_norms_of_very_different_examples_in_one_batch(sizes):
 def test_a_net_in_a_short_dtype_has_the_statistics_of_float64(x64, dtype):
     c = net_case(9, scale=0.4)
     short = cast(c, dtype)
-    ask = fast_jit(lambda *batches: [robust(SOURCE)(*batch, jnp.ones(9)) | {"norms": norms(SOURCE)(*batch)} for batch in batches])
+    ask = jax.jit(lambda *batches: [robust(SOURCE)(*batch, jnp.ones(9)) | {"norms": norms(SOURCE)(*batch)} for batch in batches])
     found, truth = ask(short, cast(short, jnp.float64))
     bound = {"float16": 1e-2, "bfloat16": 6e-2}[dtype]
     assert found["norms"].dtype == jnp.float32

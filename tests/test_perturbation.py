@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import cast, error, fast_jit, wide
+from cases import cast, error, wide
 
 import fnn
 from experiments import forward_gradient_variance
@@ -111,7 +111,7 @@ NET = fnn.mlp((3, 4, 5, 2), "tanh")
 
 @functools.cache
 def step_of(rule, net, loss):
-    return fast_jit(rule(net, loss).value_and_grad)
+    return jax.jit(rule(net, loss).value_and_grad)
 
 
 def run_rule(rule, x, t, weights=None, net=NET, params=None, loss=SQUARE, key=KEY):
@@ -185,7 +185,7 @@ def test_the_mean_over_orthogonal_directions_is_the_gradient_exactly():
     flat, unravel = jax.flatten_util.ravel_pytree(params)
     mean = fnn.mean_loss(NET, SQUARE)
     directions = jnp.sqrt(flat.size) * jnp.eye(flat.size)
-    every = fast_jit(jax.vmap(lambda v: along(lambda p: mean(p, jnp.asarray(x), jnp.asarray(t)), params, unravel(v))[1]))(directions)
+    every = jax.jit(jax.vmap(lambda v: along(lambda p: mean(p, jnp.asarray(x), jnp.asarray(t)), params, unravel(v))[1]))(directions)
     assert error(wide(jax.tree.map(lambda a: a.mean(0), every)), wide(true)) < 1e-12
 
     chain = blocks(NET)
@@ -196,7 +196,7 @@ def test_the_mean_over_orthogonal_directions_is_the_gradient_exactly():
         noise = jnp.broadcast_to(row, (5, 9))
         return errors_along(clean, clean([]), [noise[:, :4], noise[:, 4:]], slope)
 
-    hidden = fast_jit(jax.vmap(told))(3.0 * jnp.eye(9))
+    hidden = jax.jit(jax.vmap(told))(3.0 * jnp.eye(9))
     for estimate, expected in zip(hidden, np_gradient(layers, x, t)[1], strict=False):
         np.testing.assert_allclose(estimate.mean(0), expected, atol=1e-12)
 
@@ -215,7 +215,7 @@ def test_the_estimates_have_the_mean_and_the_second_moment_of_their_theory():
     x, t = jnp.asarray(x), jnp.asarray(t)
     rule, local = forward_gradient(net, SQUARE), forward_gradient(net, SQUARE, perturb="activations")
 
-    @fast_jit
+    @jax.jit
     def sample(keys):
         g = jax.vmap(lambda key: jax.flatten_util.ravel_pytree(rule.value_and_grad(params, key, x, t)[1])[0])(keys)
         return g, jax.vmap(lambda key: local.signals(params, key, x, t)[0][0])(keys)
@@ -255,7 +255,7 @@ def test_weight_perturbation_has_the_gradient_of_the_loss_averaged_over_the_nois
     """Of a quadratic that is the gradient itself for any std; one weight, E = (w - 1)^2 / 2, and 40,000 examples alike."""
     net, n, std = fnn.serial(fnn.dense(1, 1, bias_init=None)), 40_000, 2.0
     params = (fnn.layers.Dense(jnp.array([[3.0]]), None),)
-    _, grads, _ = fast_jit(weight_perturbation(net, SQUARE, std=std).value_and_grad)(params, KEY, jnp.ones((n, 1)), jnp.ones((n, 1)))
+    _, grads, _ = jax.jit(weight_perturbation(net, SQUARE, std=std).value_and_grad)(params, KEY, jnp.ones((n, 1)), jnp.ones((n, 1)))
     # (2 v + std v^2 / 2) v has mean 2 and variance 4 E v^4 + std^2 / 4 E v^6 - 4 = 12 + 15 - 4
     assert abs(float(grads[0].w[0, 0]) - 2) < 5 * np.sqrt(23 / n) < 0.2
 
@@ -278,7 +278,7 @@ def test_rows_are_perturbed_apart(x64):
     layers, x, t = problem(batch=1)
     x, t = (jnp.asarray(np.repeat(a, 2, axis=0)) for a in (x, t))
     for rule in (node_perturbation(NET, SQUARE), forward_gradient(NET, SQUARE, perturb="activations")):
-        signals = fast_jit(rule.signals)
+        signals = jax.jit(rule.signals)
         first, again = (signals(params_of(layers), key, x, t)[0] for key in (KEY, jax.random.split(KEY)[0]))
         assert np.abs(first[0] - first[1]).min() > 1e-6
         assert np.abs(first - again).min() > 1e-6
@@ -320,7 +320,7 @@ def test_float32_is_near_float64(x64):
     """Along the same direction; JAX draws other numbers for other dtypes."""
     layers, x, t = problem()
     everything = params_of(layers), jnp.asarray(x), jnp.asarray(t), params_of(np_weight_noise(KEY, layers))
-    shadow = fast_jit(lambda p, x, t, v: along(lambda q: fnn.mean_loss(NET, SQUARE)(q, x, t), p, v))
+    shadow = jax.jit(lambda p, x, t, v: along(lambda q: fnn.mean_loss(NET, SQUARE)(q, x, t), p, v))
     wide_one, narrow = (shadow(*cast(everything, dtype)) for dtype in (jnp.float64, jnp.float32))
     assert error(wide(narrow), wide(wide_one)) < 1e-5
 
@@ -441,7 +441,7 @@ def test_cosines_are_those_of_the_theory():
     batch = jnp.asarray(rng.normal(size=(16, 8)), jnp.float32), jnp.asarray(rng.integers(0, 3, 16), jnp.int32)
     params = jax.jit(net.init)(KEY)
     for name, rule in (("weights", forward_gradient(net, LABELS)), ("activations", forward_gradient(net, LABELS, perturb="activations"))):
-        measure = fast_jit(functools.partial(forward_gradient_variance.cosines, net, rule, most=16))
+        measure = jax.jit(functools.partial(forward_gradient_variance.cosines, net, rule, most=16))
         found = np.asarray(measure(params, batch, jax.random.split(KEY, draws)))[:, counts - 1]
         theory = forward_gradient_variance.expected(net, LABELS, params, batch, name, counts)
         if name == "weights":
@@ -461,7 +461,7 @@ def test_the_variance_along_activations_is_that_of_the_theory():
     batch = jnp.asarray(rng.normal(size=(4, 4)), jnp.float32), jnp.asarray(rng.integers(0, 3, 4), jnp.int32)
     params = jax.jit(net.init)(KEY)
     step = forward_gradient(net, LABELS, perturb="activations").value_and_grad
-    many = fast_jit(jax.vmap(lambda key: jax.flatten_util.ravel_pytree(step(params, key, *batch)[1])[0]))
+    many = jax.jit(jax.vmap(lambda key: jax.flatten_util.ravel_pytree(step(params, key, *batch)[1])[0]))
     true = np.concatenate([a.ravel() for a in wide(fnn.value_and_grad(net, LABELS)(params, *batch)[1])])
     squares = ((np.asarray(many(jax.random.split(KEY, draws)), np.float64) - true) ** 2).sum(1)
     expected = forward_gradient_variance.activity_variance(net, LABELS, params, batch)

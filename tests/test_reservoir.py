@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import cast, error, fast_jit, wide
+from cases import cast, error, wide
 from jax import lax
 from jax.nn.initializers import lecun_normal
 from sklearn.linear_model import Ridge
@@ -332,7 +332,7 @@ def test_the_last_block_is_the_ridge_regression_of_all_examples_so_far(x64, loss
     net = fnn.mlp(sizes, "tanh")
     rule, params = extreme_learning(net, loss, penalty=0.3), random_params(net)
     state, features, targets, counts = rule.init(KEY, params), [], [], []
-    step = fast_jit(rule.value_and_grad)
+    step = jax.jit(rule.value_and_grad)
     for x, t, weights in batches(loss, (7, 7, 7)):
         value, grads, state = step(params, state, x, t, weights)
         h = np.asarray(x)
@@ -370,7 +370,7 @@ def test_mlp_serial_and_repeat_are_one_net(x64):
 def test_padding_is_ignored_whatever_it_holds_and_equal_weights_are_none(x64):
     (x, t, _), _ = batches(LABELS)
     rule, params = extreme_learning(MLP, LABELS), random_params(MLP)
-    step = fast_jit(rule.value_and_grad)
+    step = jax.jit(rule.value_and_grad)
     few = rule.value_and_grad(params, rule.init(KEY, params), x[:4], t[:4])
     weights = jnp.array([1.0, 1, 1, 1, 0, 0, 0])
     for content in (0.0, 1e3):
@@ -426,7 +426,7 @@ def test_the_rule_may_be_mapped_over_nets(x64):
     x, t, weights = batches(LABELS)[0]
     rule, nets = extreme_learning(MLP, LABELS), [random_params(MLP, seed) for seed in range(2)]
     start = rule.init(KEY, nets[0])
-    together = fast_jit(jax.vmap(lambda p: rule.value_and_grad(p, start, x, t, weights)))(jax.tree.map(lambda *a: jnp.stack(a), *nets))
+    together = jax.jit(jax.vmap(lambda p: rule.value_and_grad(p, start, x, t, weights)))(jax.tree.map(lambda *a: jnp.stack(a), *nets))
     for i, params in enumerate(nets):
         alone = rule.value_and_grad(params, start, x, t, weights)
         assert error([leaf[i] for leaf in wide(together)], wide(alone)) < 1e-12
@@ -435,7 +435,7 @@ def test_the_rule_may_be_mapped_over_nets(x64):
 def test_two_random_layers_of_128_units_read_digits():
     net = fnn.mlp((64, 128, 128, 10), "tanh", kernel_init=lecun_normal())
     rule = extreme_learning(net, LABELS)
-    step, init, apply = jax.jit(rule.value_and_grad), fast_jit(net.init), fast_jit(net.apply)
+    step, init, apply = jax.jit(rule.value_and_grad), jax.jit(net.init), jax.jit(net.apply)
     for seed in range(3):
         data, params = load("digits", seed=seed), init(jax.random.key(seed))
         state = rule.init(KEY, params)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import error, fast_jit, wide
+from cases import error, wide
 
 import fnn
 from fnn import losses, rules, steps
@@ -112,7 +112,7 @@ def test_every_rule_ignores_padding_and_the_noiseless_give_the_gradient_of_backp
     x, params = jnp.asarray(x, jnp.float64), jax.tree.map(lambda p: p.astype(jnp.float64), PARAMS)
     weights = jnp.array([1.0, 1, 1, 1, 0, 0])
     made = rule(NET, LOSS)
-    step = fast_jit(made.value_and_grad)
+    step = jax.jit(made.value_and_grad)
     value, grads, _ = step(params, made.init(KEY, params), x, t, weights)
     for content in (0.0, 1e3, *((np.nan, np.inf) if rule is rules.private_sgd else ())):
         again = step(params, made.init(KEY, params), x.at[4:].set(content), t, weights)
