@@ -4,9 +4,9 @@
     python -m experiments credit-assignment --datasets digits mnist1d mnist --data-dir FOLDER
 
 Every rule trains the same net, for the same epochs, with the same batches; its learning rate is the best of the same few on a part of the
-training data that is held out; test data have no part in the choice. `last layer only` is backprop
-that leaves the hidden layers as they were drawn: what a rule has to beat to have taught them anything. Rules that solve for the weights
-(extreme learning) or choose them (the genetic algorithm) have no learning rate.
+training data that is held out; test data have no part in the choice. `last layer only` is backprop that leaves the hidden layers as they
+were drawn: what a rule has to beat to have taught them anything. Rules that solve for the weights (extreme learning), choose them (the
+genetic algorithm) or bring steps of their own (SNES) have no learning rate.
 
 What to expect, and how long it takes, is in docs/rules.md, whose table this makes.
 
@@ -240,11 +240,12 @@ def draw(path: Path, name: str, outcomes: list[Outcome]) -> None:
     order = sorted(outcomes, key=lambda o: o.final.mean())
     looks = {o.method: (COLOURS[i % 7], ("-", "--", ":")[i // 7 % 3]) for i, o in enumerate(reversed(order))}
     with figure(path, title, columns=3, rows=2, size=(15, 9)) as (_, ((bars, epochs, times), (passes, angles, legend))):
+        several = f" (mean ± sd of {len(best.final)} seeds)" if len(best.final) > 1 else ", one seed"
         final = [100 * o.final.mean() for o in order]
         spread = [100 * (o.final.std(ddof=1) if len(o.final) > 1 else 0.0) for o in order]
         bars.errorbar(final, range(len(order)), xerr=spread, fmt="none", ecolor="black", linewidth=1, capsize=2)
         bars.scatter(final, range(len(order)), c=[looks[o.method][0] for o in order], zorder=3)
-        bars.set(yticks=range(len(order)), yticklabels=[o.method for o in order], xlabel="test accuracy, % (mean ± sd over seeds)")
+        bars.set(yticks=range(len(order)), yticklabels=[o.method for o in order], xlabel="test accuracy, %" + several)
         if base:
             bars.axvline(100 * base.final.mean(), color="black", linewidth=1, linestyle=":")
         for o in reversed(order):
@@ -257,6 +258,6 @@ def draw(path: Path, name: str, outcomes: list[Outcome]) -> None:
         for axis, label in ((epochs, "epoch"), (times, "training time, seconds"), (passes, "forward passes of a batch, or their worth")):
             axis.set(xlabel=label, ylabel="test accuracy, %", xscale="linear" if axis is epochs else "log")
         angles.axhline(90, color="black", linewidth=1)
-        angles.set(xlabel="epoch", ylabel="angle of the hidden update to the gradient, degrees", ylim=(0, 130), yticks=(0, 30, 60, 90, 120))
+        angles.set(xlabel="epoch", ylabel="hidden update to gradient, degrees", ylim=(0, 130), yticks=(0, 30, 60, 90, 120))
         legend.axis("off")
         legend.legend(loc="center left", fontsize=9)

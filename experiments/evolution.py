@@ -273,7 +273,9 @@ def draw(path: Path, result: Result, config: Config) -> None:
             axis.axhline(100 * GOAL, color="black", linewidth=0.8, label=f"{100 * GOAL:.0f} %")
         left.set(xlabel="epoch", ylabel="test accuracy (%)", ylim=(0, 102))
         right.set(xlabel="forward passes (images × members; a backward pass counts as two)", xscale="log")
-        left.legend(loc="lower right", title=f"mean of {len(config.seeds)} seeds (thin: each)")
+        left.xaxis.get_major_locator().set_params(integer=True)
+        several = len(config.seeds) > 1
+        left.legend(loc="lower right", title=f"mean of {len(config.seeds)} seeds (thin: each)" if several else "one seed")
 
 
 def draw_way(axis: Any, way: Walk) -> None:

@@ -190,6 +190,11 @@ def test_no_hidden_layer_is_a_linear_net():
     assert train.run(dataclasses.replace(TINY, sizes=(), seeds=(0,))).parameters == 2 * 2 + 2
 
 
+def test_a_table_shows_what_it_is_given(capsys):
+    _run.print_table("leaves", ("leaf", "needs"), [("[0][bold].w", 'pip install "fnn[privacy]"')])
+    assert '[0][bold].w │ pip install "fnn[privacy]"' in capsys.readouterr().out
+
+
 def test_metrics_are_strict_json(tmp_path):
     results = {"loss": [1.0, float("nan"), np.float32("inf")], "net": fnn.History(jax.numpy.ones(2), np.arange(2), {}), 3: np.int64(4)}
     file = _run.save_metrics(tmp_path, TINY, results)

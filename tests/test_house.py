@@ -1,8 +1,11 @@
 """The rules of the house, as far as a program can check them."""
 
 import ast
+import importlib.metadata
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -59,6 +62,21 @@ def test_importing_fnn_starts_no_backend_and_pulls_in_no_extra():
         "extras = {'sklearn', 'matplotlib', 'sympy', 'tyro', 'rich', 'chex.dataclass', 'pytest', 'pandas', 'torch'} & set(sys.modules);"
         "assert not extras, extras"
     )
+
+
+def test_the_experiments_extra_has_all_that_they_and_fnn_import():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *extras["experiments"]]
+    wanted += [name for extra in re.findall(r"fnn\[(\w+)\]", " ".join(wanted)) for name in extras[extra]]
+    declared = {re.match(r"[\w-]+", name)[0] for name in wanted} | {"fnn", "numpy", "scipy"}  # the last two come with jax
+    files = [file for file in [*FILES, *(ROOT / "experiments").glob("*.py")] if file.name != "_rivals.py"]  # rivals, if there
+    nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text()))]
+    modules = {alias.name.split(".")[0] for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    modules |= {node.module.split(".")[0] for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
+    of = importlib.metadata.packages_distributions()
+    missing = {name for name in modules - set(sys.stdlib_module_names) - {"fnn", "experiments"} if not declared & set(of[name])}
+    assert not missing
 
 
 def test_annotations_hold_at_run_time():
