@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 
 from fnn._types import Array, Layer, Params, Rule, at_least_float32
-from fnn.backprop import output_error, value_and_grad
+from fnn.backprop import output_error, value_and_grad, weighted_mean
 from fnn.blocks import blocks
 from fnn.combinators import check_net
-from fnn.factors import Outer, is_factor, keep
+from fnn.factors import Outer, Scatter, is_factor, keep
 from fnn.rules.forward_forward import ForwardForward
 from fnn.rules.local import LocalRule
 
@@ -47,6 +47,8 @@ class Goodness(NamedTuple):
 def update_alignment(rule: Rule, net: Layer) -> Record:
     """The rule's gradient beside the true gradient of its loss, on the same batch. Costs one step of backprop.
 
+    The loss is that of what the rule predicts: of `net.apply` for all rules but forward-forward, which writes labels into its inputs.
+
     Args:
         rule: any rule for `net`.
         net: any layer.
@@ -64,7 +66,11 @@ def update_alignment(rule: Rule, net: Layer) -> Record:
     """
     _check_rule(rule, Rule)
     check_net(net)
-    true = value_and_grad(net, rule.loss)
+
+    def mean(params: Params, x: Array, targets: Array, weights: Array | None) -> Array:
+        return weighted_mean(rule.loss.value(rule.predict(params, x), targets), weights)
+
+    true = value_and_grad(net, rule.loss) if rule.predict == net.apply else jax.value_and_grad(mean)
 
     def record(params: Params, state: Any, x: Array, targets: Array, weights: Array | None = None) -> Alignment:
         ours, exact = (f(params, *s, x, targets, weights)[1] for f, s in ((rule.value_and_grad, (state,)), (true, ())))
@@ -127,7 +133,7 @@ def delta_angles(rule: LocalRule, net: Layer) -> Record:
     """The mean over the batch of the angle between a layer's deltas, the rule's and the true ones, in degrees, `[layers]`.
 
     A delta is an example's gradient at the pre-activations z_l: dy (.) f'(z_l), of its own loss. Examples whose true or own delta is 0
-    do not count.
+    do not count. An embedding's are its dy.
 
     >>> import fnn
     >>> net = fnn.mlp((3, 4, 2), "tanh")
@@ -201,7 +207,10 @@ def _cosine_of(a: Params, b: Params) -> Array:
 
 def _deltas(factors: Params) -> Array:
     """`[batch, numbers]`: what every weight of a block was given at its output."""
-    found = [f.dz for f in jax.tree.leaves(factors, is_leaf=is_factor) if isinstance(f, Outer)]
+    kept = jax.tree.leaves(factors, is_leaf=is_factor)
+    found = [f.dz if isinstance(f, Outer) else f.dy for f in kept if isinstance(f, (Outer, Scatter))]
+    if not found:
+        raise ValueError("`net` has a block without a dense layer or an embedding: what its deltas are, its factors do not say.")
     return jnp.concatenate([dz.reshape(dz.shape[0], -1) for dz in found], axis=1)
 
 

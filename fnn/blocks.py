@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from fnn._types import Array, Layer, Params
 from fnn.combinators import Chain, check_net, serial
 from fnn.factors import total
+from fnn.layers import Dense
 
 
 class Blocks(NamedTuple):
@@ -102,6 +103,12 @@ def width(params: Params) -> int:
 def has_weights(layer: Layer) -> bool:
     """Whether a layer has a matrix among its parameters; a norm's scale and bias are none."""
     return any(leaf.ndim > 1 for leaf in jax.tree.leaves(shapes(layer)))
+
+
+def begins_with_dense(block: Layer) -> bool:
+    """Whether the layer that gives a block its weights is `fnn.dense`."""
+    first = block.layers[0]
+    return not first.layers and isinstance(shapes(first), Dense)
 
 
 def shapes(layer: Layer) -> Params:

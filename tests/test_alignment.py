@@ -40,6 +40,32 @@ def test_update_alignment_is_that_of_the_vectors_layer_by_layer(x64):
     assert found.ratio_of_all.dtype == jnp.float64
 
 
+@pytest.mark.parametrize("predict", ["softmax", "goodness"])
+def test_forward_forward_is_measured_by_the_gradient_of_what_it_predicts(x64, predict):
+    rule = rules.forward_forward(NET, LABELS, predict=predict)
+    params, (x, t) = cast(NET.init(KEY), jnp.float64), data(dtype=jnp.float64)
+    weights = jnp.arange(8.0)
+    true = jax.grad(lambda p: (LABELS.value(rule.predict(p, x), t) * weights).sum() / weights.sum())(params)
+    ours = rule.value_and_grad(params, KEY, x, t, weights)[1]
+    found = alignment.update_alignment(rule, NET)(params, KEY, x, t, weights)
+    flat = [[np.concatenate([np.ravel(a) for a in jax.tree.leaves(layer)]) for layer in tree] for tree in (ours, true)]
+    expected = [angle(a, b) for a, b in list(zip(*flat, strict=True))[:2]]
+    np.testing.assert_allclose(found.angle[:2], expected, rtol=1e-9)
+    if predict == "softmax":
+        assert float(found.cosine[2]) == pytest.approx(1, abs=1e-12)  # its last block learns by the true gradient
+
+
+def test_delta_angles_of_a_net_that_begins_with_an_embedding():
+    net = fnn.serial(fnn.embedding(5, 4), fnn.dense(4, 4), fnn.activations.tanh, fnn.dense(4, 3))
+    rule = rules.feedback_alignment(net, LABELS)
+    params, x, t = net.init(KEY), jnp.array([0, 1, 2, 4]), jnp.array([0, 1, 2, 0])
+    found = alignment.delta_angles(rule, net)(params, rule.init(jax.random.key(1), params), x, t)
+    assert found.shape == (3,)
+    assert bool((found[:2] > 5).all())
+    assert float(found[2]) < 0.1
+    assert bool((alignment.delta_angles(rule, net)(params, params, x, t) < 0.1).all())
+
+
 def test_an_angle_with_zeros_is_nan():
     zeros = jax.tree.map(jnp.zeros_like, NET.init(KEY))
     assert bool(jnp.isnan(alignment.compare(NET, zeros, NET.init(KEY)).angle).all())
@@ -81,6 +107,13 @@ def test_goodness_gap_and_accuracy(x64):
     params, (x, t) = cast(NET.init(KEY), jnp.float64), data(dtype=jnp.float64)
     right, wrong, thresholds = rule.goodness(params, KEY, x, t)
     np.testing.assert_allclose(thresholds, [1.5, 1.2])
+    sums, h = [], np.concatenate([np.eye(3)[t], x[:, 3:]], axis=1)  # the right label over the first three features
+    for block in params[:2]:
+        h = np.tanh(h @ np.asarray(block[0].w) + np.asarray(block[0].b))
+        sums.append((h**2).sum(1))
+        h = h / np.sqrt((h**2).mean(1, keepdims=True) + 1e-8)
+    np.testing.assert_allclose(right, sums, rtol=1e-6)
+    assert not np.allclose(wrong, sums, rtol=1e-2)
     found = alignment.goodness(rule)(params, KEY, x, t)
     np.testing.assert_allclose(found.gap, (right - wrong).mean(1), rtol=1e-12)
     sides = [np.mean([*(r > th), *(w < th)]) for r, w, th in zip(np.asarray(right), np.asarray(wrong), thresholds, strict=True)]

@@ -128,6 +128,19 @@ def test_raw_fitness_with_a_small_std_is_the_forward_gradient(x64):
         assert np.abs(found - expected).max() < 20 * std**2 + 3e-15 / std  # the third derivative, and rounding: 3e-9 at best
 
 
+@pytest.mark.parametrize("std", [1.0, 1e-2])
+def test_raw_fitness_of_a_quadratic_loss_is_the_forward_gradient_whatever_the_std(x64, std):
+    """Both signs of a step differ by the slope exactly where there is no third derivative."""
+    net, loss, n = fnn.dense(3, 2), losses.l2_loss, 10
+    params = net.init(KEY)
+    x, t = np.random.default_rng(0).normal(size=(2, 7, 3))
+    rule = evolution_strategies(net, loss, population=n, std=std, fitness="raw")
+    e = (members_of(rule, params, KEY)[: n // 2] - flat(params)) / std
+    gradient = flat(fnn.value_and_grad(net, loss)(params, x, t[:, :2])[1])
+    found = flat(rule.value_and_grad(params, KEY, x, t[:, :2])[1])
+    np.testing.assert_allclose(found, e @ gradient @ e / len(e), rtol=0, atol=1e-12)
+
+
 def test_forward_gradients_of_the_noise_have_the_cosine_that_is_claimed(x64):
     params, m, d = params_of(NET), 10, 26
     noise = noise_of(2 * 400 * m, params).reshape(400, m, d)

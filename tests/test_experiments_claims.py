@@ -8,15 +8,19 @@ import os
 import jax
 import numpy as np
 import pytest
+from jax.nn.initializers import he_normal, normal
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 import fnn
 from experiments import (
+    _data,
     _run,
     activations,
+    alignment_angles,
     compare_gradients,
     computation_graph,
+    credit_assignment,
     dead_relu,
     derivatives,
     digits,
@@ -312,3 +316,52 @@ def test_a_folder_that_cannot_be_written_to_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(PermissionError, match="cannot be written to"):
         _run.folder("train", tmp_path / "new")
+
+
+# ---------------------------------------------------------------- credit assignment
+
+
+DRAWN = {"forward gradient, weights", "node perturbation", "weight perturbation", "evolution strategies", "SNES", "genetic algorithm"}
+
+
+@pytest.mark.parametrize("name", [name for name in credit_assignment.METHODS if name not in DRAWN])
+def test_passes_are_the_operations_that_xla_counts(name):
+    """But for rules that draw as many numbers as they multiply, or loop over members, which XLA counts once."""
+    method, net = credit_assignment.METHODS[name], fnn.mlp((64, 128, 128, 10))
+    rule = method.make(net, fnn.losses.softmax_cross_entropy_with_integer_labels)
+    params, key = jax.eval_shape(net.init, fnn.key(0)), jax.eval_shape(jax.random.key, 0)
+    x, labels = jax.ShapeDtypeStruct((32, 64), "float32"), jax.ShapeDtypeStruct((32,), "int32")
+    step = rule.value_and_grad, params, jax.eval_shape(rule.init, key, params), x, labels
+    count, forward = (jax.jit(f).lower(*given).compile().cost_analysis()["flops"] for f, *given in (step, (net.apply, params, x)))
+    assert abs(method.passes - count / forward) < 0.5
+
+
+REACHED = {  # Adam's rate, and what the net must reach on digits, in percent
+    "backprop": (3e-3, 97), "feedback alignment": (3e-3, 95), "direct feedback alignment": (3e-3, 95), "Kolen-Pollack": (3e-3, 95),
+    "sign-symmetric": (1e-2, 95), "forward-forward": (3e-3, 93), "forward gradient, activities": (3e-3, 90),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REACHED)
+def test_rules_read_digits(name):
+    (rate, least), method, data = REACHED[name], credit_assignment.METHODS[name], _data.load("digits")
+    net = fnn.mlp((64, 128, 128, 10))
+    rule, params = method.make(net, data.loss), jax.jit(net.init)(fnn.key(5))
+    settings = {"epochs": 30, "batch_size": 32, "key": fnn.key(6)}
+    params, _ = fnn.fit(rule, method.optimizer(rate), params, (data.x_train, data.t_train), **settings)
+    assert 100 * fnn.evaluate(rule, params, (data.x_test, data.t_test))["accuracy"] >= least
+
+
+# ---------------------------------------------------------------- alignment angles
+
+
+def test_updates_turn_towards_the_gradient():
+    """On digits, from a start of small weights: feedback alignment to below 50 degrees, Kolen and Pollack's feedback to below 15."""
+    config = alignment_angles.Config(seeds=(0,))
+    sizes = (64, *config.hidden, 10)
+    net, he = (fnn.mlp(sizes, kernel_init=draw) for draw in (normal(config.std), he_normal()))
+    fixed, _, kolen_pollack, _ = alignment_angles.made(config, net, he.init)
+    for rule, most in ((fixed, 50), (kolen_pollack, 15)):
+        curve = alignment_angles.digits(config, rule, net, "small")
+        assert 80 < curve.first < 100
+        assert curve.last[0] < most

@@ -134,7 +134,7 @@ def test_kolen_pollack_takes_the_steps_of_the_weights_and_the_difference_decays_
     assert error([v - u for u, v in zip(w, b, strict=True)], [(1 - decay) ** 20 * d for d in start]) < 1e-10
 
 
-def test_weight_mirror_takes_the_local_gradient_of_noise(x64):
+def test_weight_mirror_takes_the_answers_to_noise(x64):
     net, decay, noise = NETS["mlp"], 0.2, 0.5
     layers, others = weights_of(np.random.default_rng(4)), weights_of(np.random.default_rng(5))
     params, matrices, (x, _) = tree(net, layers), tree(net, others), batch()
@@ -143,17 +143,16 @@ def test_weight_mirror_takes_the_local_gradient_of_noise(x64):
     keys = jax.random.split(jax.random.split(KEY)[1], 4)
     for i in range(1, 4):
         a = noise * np.asarray(jax.random.normal(keys[i], (7, 5)))
-        z = a @ layers[i][0] + layers[i][1]
-        y, slope = (np.tanh(z), 1 - np.tanh(z) ** 2) if i < 3 else (z, np.ones_like(z))
-        expected = (1 - decay) * others[i][0] + decay / noise**2 * a.T @ (y * slope) / 7
+        expected = (1 - decay) * others[i][0] + decay / noise**2 * a.T @ (a @ layers[i][0] + layers[i][1]) / 7
         block = found[i][0] if i < 3 else found[i]
         assert error([np.asarray(block.w)], [expected]) < 1e-12
     np.testing.assert_array_equal(found[0][0].w, matrices[0][0].w)
     assert error(wide(kept), wide(found)) == 0
 
 
-def test_weight_mirror_comes_to_the_weights():
-    net = fnn.mlp((6, 5, 4, 3))
+@pytest.mark.parametrize("between", [(), (fnn.layer_norm(5),), (fnn.rms_norm(5), fnn.activations.tanh)], ids=["relu", "layer", "rms"])
+def test_weight_mirror_comes_to_the_weights_whatever_follows_them(between):
+    net = fnn.serial(fnn.dense(6, 5), fnn.activations.relu, fnn.dense(5, 5), *between, fnn.activations.relu, fnn.dense(5, 3))
     params = net.init(KEY)
     kind = rules.weight_mirror(0.01)
     state, x = kind.init(net, jax.random.key(9), params), jnp.ones((32, 6))
@@ -162,6 +161,8 @@ def test_weight_mirror_comes_to_the_weights():
     after = jax.lax.scan(lambda s, _: (kind.step(net, s, params, x)[1], None), state, None, length=800)[0]
     assert bool((before[1:] > 40).all())
     assert bool((angles(params, after, x, None)[1:] < 10).all())
+    sizes = [float(jnp.linalg.norm(leaf)) for leaf in jax.tree.leaves((after[0], params)) if leaf.ndim == 2]
+    np.testing.assert_allclose(sizes[1:3], sizes[4:6], rtol=0.1)
 
 
 # Direct feedback alignment
@@ -297,7 +298,27 @@ def test_dtypes_are_kept_and_edges_are_finite(name):
     narrow = cast(params, jnp.bfloat16)
     _, grads, state = step(narrow, rule.init(KEY, narrow), x.astype(jnp.bfloat16), t)
     assert all(g.dtype == jnp.bfloat16 for g in jax.tree.leaves(grads))
-    assert jax.tree.map(lambda a, b: a.dtype == b.dtype, rule.init(KEY, narrow), state)
+    assert jax.tree.all(jax.tree.map(lambda a, b: a.dtype == b.dtype, rule.init(KEY, narrow), state))
+
+
+NUMPY_SETTINGS = {
+    "kolen_pollack": lambda net: rules.feedback_alignment(net, LABELS, feedback=rules.kolen_pollack(np.float64(0.01))),
+    "weight_mirror": lambda net: rules.feedback_alignment(net, LABELS, feedback=rules.weight_mirror(np.float64(0.01), np.float64(1.0))),
+    "forward_forward": lambda net: rules.forward_forward(net, LABELS, threshold=np.float64(1.0), amplitude=np.float64(1.0)),
+    "forward_gradient": lambda net: rules.forward_gradient(net, LABELS, tangents=np.int64(2)),
+}
+
+
+@pytest.mark.parametrize("name", NUMPY_SETTINGS)
+def test_settings_may_be_numpy_numbers_and_widen_nothing(x64, name):
+    """They come out of `np.logspace`."""
+    net = NETS["mlp"]
+    rule, params = NUMPY_SETTINGS[name](net), cast(net.init(KEY), jnp.float32)
+    state = rule.init(KEY, params)
+    _, grads, after = jax.jit(rule.value_and_grad)(params, state, *batch(dtype=jnp.float32))
+    dtypes = [jax.tree.map(lambda a: a.dtype, tree) for tree in (params, grads, state, after)]
+    assert dtypes[0] == dtypes[1]
+    assert dtypes[2] == dtypes[3]
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -333,13 +354,21 @@ BAD = [
     (lambda: rules.direct_feedback_alignment(NETS["mlp"], LABELS, signal="noise"), ValueError, "error"),
     (lambda: rules.direct_feedback_alignment(NETS["mlp"], LABELS, feedback_init=3), TypeError, "`feedback_init` must be a function"),
     (lambda: rules.forward_forward(fnn.activations.relu, LABELS), ValueError, "relu, which is one block"),
-    (lambda: rules.forward_forward(NETS["mlp"], losses.l2_loss), ValueError, "`loss` of forward_forward must be one for classes"),
+    (lambda: rules.forward_forward(NETS["mlp"], losses.l2_loss), ValueError, "`loss` of forward_forward must be one for one class per"),
+    (lambda: rules.forward_forward(NETS["mlp"], losses.sigmoid_binary_cross_entropy), ValueError, "must be one for one class per example"),
+    (lambda: rules.forward_forward(NETS["mlp"], losses.hinge_loss), ValueError, "Take `softmax_cross_entropy`"),
+    (lambda: mirror(fnn.residual(INNER)), ValueError, r"block 1 must begin with a dense layer, .* got residual"),
     (lambda: rules.forward_forward(NETS["mlp"], LABELS, threshold=0.0), ValueError, "`threshold` must be a finite number above 0"),
     (lambda: rules.forward_forward(NETS["mlp"], LABELS, predict="votes"), ValueError, "softmax"),
     (lambda: ff_call(fnn.mlp((2, 4, 3)), (5, 2)), ValueError, r"`x` has shape \(5, 2\), expected \[batch, features\] with at least 3"),
     (lambda: ff_call(fnn.mlp((2, 4, 1)), (5, 2)), ValueError, "`net` has one output; negative examples need a second class"),
     (lambda: dfa_call(), ValueError, r"hidden block 0 puts out \(4, 3, 5\), but the error sent to it is \(4, 5\)"),
 ]  # fmt: skip
+
+
+def mirror(second):
+    net = fnn.serial(fnn.dense(6, 5), second, fnn.dense(5, 3))
+    return rules.feedback_alignment(net, LABELS, feedback="weight_mirror").init(KEY, net.init(KEY))
 
 
 def ff_call(net, shape):
@@ -369,6 +398,8 @@ GRADIENT_RULES = (
     rules.private_sgd,
     rules.feedback_alignment,
     rules.direct_feedback_alignment,
+    rules.forward_forward,
+    rules.target_propagation,
 )
 
 

@@ -386,6 +386,9 @@ def test_bad_settings_of_perturbation_are_named(rule):
 
 
 def test_other_arguments_that_cannot_be_meant_are_named():
+    for rule in (weight_perturbation, forward_gradient):
+        with pytest.raises(ValueError, match="`params` has no arrays, so nothing can be perturbed"):
+            rule(fnn.activations.relu, SQUARE).value_and_grad((), KEY, jnp.ones((5, 2)), jnp.ones((5, 2)))
     with pytest.raises(ValueError, match=r"Unknown perturb 'activities'\. Did you mean 'activations'\?"):
         forward_gradient(NET, SQUARE, perturb="activities")
     one_block = fnn.mlp((3, 2))

@@ -10,7 +10,7 @@ carries its error back, a dense layer `w`, a norm its scale.
   Liao, Leibo, Poggio (2016), arXiv:1510.05067; Moskovitz, Litwin-Kumar, Abbott (2018), arXiv:1812.06488.
 - `kolen_pollack`: takes the step that w takes, and both decay. Kolen, Pollack (1994), doi:10.1109/ICNN.1994.374486; Akrout et al. (2019),
   arXiv:1904.05391.
-- `weight_mirror`: grows by noise^T y, where a block answers y to noise. Akrout et al. (2019).
+- `weight_mirror`: grows by noise^T z, where a layer answers z to noise. Akrout et al. (2019).
 
 Lecture 003 shows a fixed random Jacobian in the place of w: this rule.
 """
@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from fnn import _check
 from fnn._types import Array, Key, Layer, Loss, Params, State
 from fnn.backprop import check_net_and_loss, forward_pass, output_error, weighed, weighted_mean
-from fnn.blocks import blocks
+from fnn.blocks import begins_with_dense, blocks
 from fnn.rules.backprop import warn_if_flat
 from fnn.rules.local import LocalRule
 
@@ -142,14 +142,14 @@ def sign_symmetric(magnitude: str = "uniform", draw: Draw | None = None) -> Feed
     return Feedback("sign_symmetric" if magnitude == "uniform" else f"sign_symmetric {magnitude}", init, step)
 
 
-def kolen_pollack(decay: float = 1e-2, draw: Draw | None = None) -> Feedback:
+def kolen_pollack(decay: float = 1.5e-3, draw: Draw | None = None) -> Feedback:
     """B takes every step that w takes, and both lose the share `decay` of themselves: what they differ by decays.
 
         w <- (1 - decay) w + step,    B <- (1 - decay) B + step,    so    B - w <- (1 - decay) (B - w)
 
     The state is that difference, and B is `w + state`: right for any optimiser, and for any step it makes. The decay of w itself is the
-    optimiser's: `optax.adamw`, `optax.add_decayed_weights`. Without it B still comes to w, but Kolen and Pollack's two sides would
-    have to tell each other their weights for that.
+    optimiser's, `optax.adamw(rate, weight_decay=decay / rate)` or `optax.add_decayed_weights(decay / rate)` before `optax.sgd(rate)`;
+    without it B still comes to w, but Kolen and Pollack's two sides would have to tell each other their weights for that.
 
     Args:
         decay: the share per step, above 0 and at most 1.
@@ -159,6 +159,7 @@ def kolen_pollack(decay: float = 1e-2, draw: Draw | None = None) -> Feedback:
     'kolen_pollack'
     """
     _share("decay", decay)
+    decay = float(decay)  # a NumPy number would widen the arrays
 
     def init(net: Layer, key: Key, params: Params) -> State:
         return jax.tree.map(jnp.subtract, drawn(draw or net.init, key, params), params)
@@ -170,12 +171,14 @@ def kolen_pollack(decay: float = 1e-2, draw: Draw | None = None) -> Feedback:
 
 
 def weight_mirror(decay: float = 1e-2, noise: float = 1.0, draw: Draw | None = None) -> Feedback:
-    """B learns w from noise: every block is fed `a ~ N(0, noise^2)`, and where it answers y, B takes the local gradient of y.
+    """B learns w from noise: every dense layer is fed `a ~ N(0, noise^2)`, and where it answers `z = a w + b`, B takes
 
-        B <- (1 - decay) B + decay / noise^2  mean over the batch of a^T (y (.) f'(z))
+        B <- (1 - decay) B + decay / noise^2  mean over the batch of a^T z
 
-    whose mean is w times a number for every unit (E[a h(a w)] = noise^2 w E[h'], Stein): 1/2 for ReLU without bias. One more pass
-    forward and half a backward one in every step, over as many rows of noise as there are examples.
+    whose mean is w, since E[a^T a] = noise^2 I. Akrout et al. mirror the activities f(z), for which that holds but for a number for every
+    unit; the answer before the activation is mirrored here, so that norms and flat activations that follow take no part. One more pass
+    forward and half a backward one in every step, over as many rows of noise as there are examples. Every block but the first must begin
+    with `fnn.dense`.
 
     Args:
         decay: the share per step, above 0 and at most 1.
@@ -187,8 +190,15 @@ def weight_mirror(decay: float = 1e-2, noise: float = 1.0, draw: Draw | None = N
     """
     _share("decay", decay)
     _check.positive("noise", noise)
+    decay, noise = float(decay), float(noise)  # a NumPy number would widen the arrays
 
     def init(net: Layer, key: Key, params: Params) -> State:
+        for i, block in enumerate(blocks(net).layers[1:], 1):
+            if not begins_with_dense(block):
+                raise ValueError(
+                    f"`net` of weight_mirror: block {i} must begin with a dense layer, whose answer to noise can be told apart, got "
+                    f"{block.layers[0].name}. Take another feedback, such as 'kolen_pollack'."
+                )
         first, key = jax.random.split(key)
         return drawn(draw or net.init, first, params), key
 
@@ -200,10 +210,11 @@ def weight_mirror(decay: float = 1e-2, noise: float = 1.0, draw: Draw | None = N
         keys = jax.random.split(noise_key, len(inputs))
         for i in range(1, len(inputs)):  # the first block hands its error to nobody
             a = noise * jax.random.normal(keys[i], inputs[i].shape, inputs[i].dtype)
-            y, residuals = chain.layers[i].forward(parts[i], a)
-            grads, _ = chain.layers[i].backward(parts[i], residuals, y)
+            first, w = chain.layers[i].layers[0], parts[i][0]
+            z, residuals = first.forward(w, a)
+            grads, _ = first.backward(w, residuals, z)
             rate = decay / noise**2 / (a.size // a.shape[-1])
-            found[i] = jax.tree.map(lambda b, g, r=rate: (1 - decay) * b + r * g if b.ndim > 1 else b, found[i], grads)
+            found[i] = (found[i][0]._replace(w=(1 - decay) * found[i][0].w + rate * grads.w), *found[i][1:])
         matrices = chain.join(found)
         return matrices, (matrices, key)
 

@@ -15,6 +15,7 @@ Source: Hinton (2022), arXiv:2212.13345, sections 2 and 3; lecture 003 (forward-
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -70,10 +71,14 @@ def forward_forward(net: Layer, loss: Loss, *, threshold: float = 1.0, amplitude
     check_net_and_loss(net, loss)
     chain = hidden_blocks("forward_forward", net)
     warn_if_flat("forward_forward", net)
-    if loss.correct is None:
-        raise ValueError(f"`loss` of forward_forward must be one for classes, since a label is written into the input; got {loss}.")
+    if not _of_one_class(loss):
+        raise ValueError(
+            f"`loss` of forward_forward must be one for one class per example, since a label is written into the input; got {loss}. Take "
+            "`softmax_cross_entropy`, or `softmax_cross_entropy_with_integer_labels`."
+        )
     _check.positive("threshold", threshold)
     _check.positive("amplitude", amplitude)
+    threshold, amplitude = float(threshold), float(amplitude)  # a NumPy number would widen the arrays
     _check.one_of("predict", predict, PREDICTIONS)
 
     def hidden(parts: Any, x: Array) -> tuple[list[Array], list[Any]]:
@@ -86,23 +91,25 @@ def forward_forward(net: Layer, loss: Loss, *, threshold: float = 1.0, amplitude
         return hs, kept
 
     def inputs(x: Array, targets: Array, key: Key, classes: int) -> Array:
-        """Positive, negative and neutral examples, one below the other."""
+        """Positive examples and, below them, negative ones."""
         _check_inputs(x, classes)
         labels = _labels(targets, classes)
         wrong = wrong_labels(key, labels, classes)
         rows = amplitude * jax.nn.one_hot(jnp.concatenate([labels, wrong]), classes, dtype=x.dtype)
-        neutral = jnp.full((x.shape[0], classes), amplitude / classes, x.dtype)
-        return written(jnp.concatenate([x, x, x]), jnp.concatenate([rows, neutral]))
+        return written(jnp.concatenate([x, x]), rows)
+
+    def neutral(x: Array, classes: int) -> Array:
+        return written(x, jnp.full((x.shape[0], classes), amplitude / classes, x.dtype))
 
     def value_and_grad(params: Params, state: Key, x: Array, targets: Array, weights: Array | None = None) -> tuple[Array, Params, Key]:
         state, key = jax.random.split(state)
-        parts, m = chain.split(params), x.shape[0]
-        hs, kept = hidden(parts, inputs(jnp.asarray(x), targets, key, width(parts[-1])))
-        dys = [_goodness_gradient(h[: 2 * m], threshold, weights) for h in hs]
-        dys = [jnp.concatenate([dy, jnp.zeros_like(dy[:m])]) for dy in dys]  # the neutral ones teach the last block alone
+        parts, x = chain.split(params), jnp.asarray(x)
+        classes = width(parts[-1])
+        hs, kept = hidden(parts, inputs(x, targets, key, classes))
+        dys = [_goodness_gradient(h, threshold, weights) for h in hs]
 
-        def last(_: Array) -> tuple[Array, Any]:
-            return chain.layers[-1].forward(parts[-1], normalised(hs[-1][2 * m :]))
+        def last(x: Array) -> tuple[Array, Any]:  # neutral examples teach the last block alone
+            return chain.layers[-1].forward(parts[-1], normalised(hidden(parts, neutral(x, classes))[0][-1]))
 
         outputs, residuals, values = forward_pass(last, loss, x, targets)
         error = weighed(output_error(loss, outputs, targets), weights)
@@ -113,8 +120,7 @@ def forward_forward(net: Layer, loss: Loss, *, threshold: float = 1.0, amplitude
         _check_inputs(x, classes)
         x = jnp.asarray(x)
         if predict == "softmax":
-            neutral = jnp.full((x.shape[0], classes), amplitude / classes, x.dtype)
-            return chain.layers[-1].apply(parts[-1], normalised(hidden(parts, written(x, neutral))[0][-1]))
+            return chain.layers[-1].apply(parts[-1], normalised(hidden(parts, neutral(x, classes))[0][-1]))
 
         def of(label: Array) -> Array:
             hs = hidden(parts, written(x, jnp.broadcast_to(label[None], (x.shape[0], classes))))[0]
@@ -126,7 +132,7 @@ def forward_forward(net: Layer, loss: Loss, *, threshold: float = 1.0, amplitude
         parts, m = chain.split(params), x.shape[0]
         hs, _ = hidden(parts, inputs(jnp.asarray(x), targets, jax.random.split(state)[1], width(parts[-1])))
         of = jnp.stack([_goodness(h) for h in hs])
-        return of[:, :m], of[:, m : 2 * m], jnp.array([threshold * h.shape[-1] for h in hs], of.dtype)
+        return of[:, :m], of[:, m:], jnp.array([threshold * h.shape[-1] for h in hs], of.dtype)
 
     return ForwardForward("forward_forward", lambda key, params: key, value_and_grad, outputs_of, loss, goodness)
 
@@ -172,6 +178,15 @@ def _goodness_gradient(h: Array, threshold: float, weights: Array | None) -> Arr
     slope = jnp.concatenate([-jax.lax.logistic(-over[:m]), jax.lax.logistic(over[m:])])
     dy = (2 * slope[:, None] * at_least_float32(h)).astype(h.dtype)
     return jnp.concatenate([weighed(dy[:m], weights), weighed(dy[m:], weights)])
+
+
+def _of_one_class(loss: Loss) -> bool:
+    """Whether a loss calls the largest output right, whatever its sign; losses of several yes-or-no questions do not."""
+    outputs = jnp.array([[-1.0, -2.0]])
+    for targets in (jnp.array([0]), jnp.array([[1.0, 0.0]])):
+        with contextlib.suppress(TypeError, ValueError), jax.ensure_compile_time_eval():
+            return loss.correct is not None and bool(loss.correct(outputs, targets)[0])
+    return False
 
 
 def _labels(targets: Array, classes: int) -> Array:

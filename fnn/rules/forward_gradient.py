@@ -179,6 +179,8 @@ def normal_rows(key: Key, arrays: Any) -> Any:
 def normal_like(key: Key, tree: Any) -> Any:
     """Numbers of N(0, 1) like a tree of arrays: one vector, cut into the leaves in order, since one draw compiles faster than many."""
     leaves, structure = jax.tree.flatten(tree)
+    if not leaves:
+        raise ValueError("`params` has no arrays, so nothing can be perturbed. Give the net a layer with parameters, such as `fnn.dense`.")
     ends = np.cumsum([leaf.size for leaf in leaves])
     drawn = jnp.split(jax.random.normal(key, (ends[-1],), leaves[0].dtype), ends[:-1])
     return jax.tree.unflatten(structure, [v.reshape(leaf.shape).astype(leaf.dtype) for v, leaf in zip(drawn, leaves, strict=True)])
@@ -196,4 +198,4 @@ def mean_of_draws(draw: Callable[[Key], Any], key: Key, draws: int) -> Any:
 
     zeros = jax.tree.map(lambda s: at_least_float32(jnp.zeros(s.shape, s.dtype)), shapes)
     total, _ = lax.scan(add, zeros, keys)
-    return jax.tree.map(lambda t, s: (t / draws).astype(s.dtype), total, shapes)
+    return jax.tree.map(lambda t, s: (t / int(draws)).astype(s.dtype), total, shapes)

@@ -28,8 +28,7 @@ import jax.numpy as jnp
 from fnn import _check
 from fnn._types import Array, Layer, Loss, Params, Rule
 from fnn.backprop import check_net_and_loss, weighed, weighted_mean
-from fnn.blocks import Blocks, hidden_blocks, shapes
-from fnn.layers import Dense
+from fnn.blocks import Blocks, begins_with_dense, hidden_blocks
 from fnn.rules.backprop import stateless
 from fnn.rules.local import block_pass
 
@@ -83,11 +82,10 @@ def dense_blocks(rule: str, net: Layer) -> Blocks:
     """
     chain = hidden_blocks(rule, net)
     for i, block in enumerate(chain.layers[:-1]):
-        first = block.layers[0]
-        if first.layers or not isinstance(shapes(first), Dense):
+        if not begins_with_dense(block):
             raise ValueError(
-                f"`net` of {rule}: hidden block {i} must begin with a dense layer, got {first.name}. The rule's formula is one for the "
-                "weights of `fnn.dense`. Build the net by `fnn.mlp`, or by `fnn.serial` of dense layers and activations."
+                f"`net` of {rule}: hidden block {i} must begin with a dense layer, got {block.layers[0].name}. The rule's formula is one "
+                "for the weights of `fnn.dense`. Build the net by `fnn.mlp`, or by `fnn.serial` of dense layers and activations."
             )
     return chain
 
@@ -96,14 +94,12 @@ def _hidden(params: Params, x: Array, y: Array, weights: Array | None, competiti
     """Minus the update of a hidden block; all but the dense layer's `w` stays."""
     share, x, y = (a.reshape(-1, a.shape[-1]) for a in (weighed(y, weights), x, y))  # positions are examples
     still = jax.tree.map(jnp.zeros_like, params)
-    w = params[0].w
-    return (still[0]._replace(w=_inhibition(w, y, share, competition) - x.T @ share), *still[1:])
+    return (still[0]._replace(w=_step(params[0].w, x, y, share, competition)), *still[1:])
 
 
-def _inhibition(w: Array, y: Array, share: Array, competition: str) -> Array:
-    """`w (y^T y (.) T)`, which keeps the weights finite and the units apart; `share` is y times what its example counts for."""
-    if competition == "none":
-        return w * jnp.broadcast_to((y * share).sum(0), w.shape)
+def _step(w: Array, x: Array, y: Array, share: Array, competition: str) -> Array:
+    """`w (y^T y (.) T) - x^T y`; the first keeps weights finite and units apart. `share` is y times what its example counts for."""
     if competition == "subspace":
-        return (y @ w.T).T @ share  # nothing of size units x units: the rule is (x - y w^T)^T y, by what the units do not yet reproduce
-    return w @ jnp.triu(y.T @ share)
+        return (y @ w.T - x).T @ share  # nothing of size units x units; what the units do not yet reproduce
+    inhibition = w * jnp.broadcast_to((y * share).sum(0), w.shape) if competition == "none" else w @ jnp.triu(y.T @ share)
+    return inhibition - x.T @ share

@@ -36,6 +36,7 @@ from fnn.backprop import check_net_and_loss, weighed, weighted_mean
 from fnn.blocks import hidden_blocks, width
 from fnn.combinators import serial
 from fnn.layers import dense
+from fnn.rules.backprop import warn_if_flat
 from fnn.rules.local import block_pass
 
 
@@ -82,6 +83,7 @@ def target_propagation(
     ((Dense(w=(4, 5), b=(5,)), ()),)
     """
     check_net_and_loss(net, loss)
+    warn_if_flat("target_propagation", net)
     _check.positive("target_rate", target_rate)
     _check.not_negative("inverse_rate", inverse_rate)
     _check.not_negative("noise_std", noise_std)
