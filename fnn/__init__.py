@@ -2,6 +2,7 @@
 
 from fnn import activations as activations
 from fnn import alignment as alignment
+from fnn import checkpoint as checkpoint
 from fnn import graph as graph
 from fnn import losses as losses
 from fnn import per_example as per_example

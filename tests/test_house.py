@@ -13,9 +13,23 @@ import pytest
 import fnn
 
 ROOT = Path(__file__).parents[1]
-ORDER = ["_types", "_check", "_sums", "factors", "activations", "layers", "combinators", "nets", "blocks", "losses", "backprop", "_ridge"]
+ORDER = [
+    "_types",
+    "_check",
+    "checkpoint",
+    "_sums",
+    "factors",
+    "activations",
+    "layers",
+    "combinators",
+    "nets",
+    "blocks",
+    "losses",
+    "backprop",
+    "_ridge",
+]
 ORDER += ["reservoir", "per_example", "graph", "checks", "data", "steps", "rules", "alignment", "train", "many", "__init__"]
-PACKAGES = {"factors", "per_example", "graph", "rules"}  # their files may import one another
+PACKAGES = {"checkpoint", "factors", "per_example", "graph", "rules"}  # their files may import one another
 FILES = sorted((ROOT / "fnn").rglob("*.py"))
 
 

@@ -1,0 +1,161 @@
+"""Reading a checkpoint, after every byte of it was checked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+
+from fnn.checkpoint.layout import ARRAYS, FORMAT, MANIFEST, NUMBERS, SUMS, CheckpointError, Manifest, every, find, number, sha256
+
+
+def restore(folder: str | os.PathLike[str], like: Any, *, step: int | None = None) -> Any:
+    """Reads a checkpoint into a tree like another one, after every byte of it was checked.
+
+    Args:
+        folder: of a run, or of one checkpoint.
+        like: a tree of the same structure, shapes and dtypes; its leaves may be `jax.ShapeDtypeStruct`s. What is a `jax.Array` there is put
+            where that one is.
+        step: which; the newest, if None.
+
+    Returns:
+        The tree. Leaves are what they are in `like`: `jax.Array`s, NumPy arrays, or Python's numbers.
+
+    Raises:
+        CheckpointError: nothing is there, a file is damaged, or the tree is another one; the message says what differs, and which older
+            checkpoint is whole.
+
+    >>> import tempfile
+    >>> from fnn.checkpoint import save
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = save(folder, (jax.random.key(3), 5))
+    ...     restore(folder, like=(jax.random.key(0), 0))[1]
+    5
+    """
+    path = find(Path(folder), step)
+    try:
+        manifest, blob = _read(path)
+        return _rebuilt(path, manifest, blob, like)
+    except CheckpointError as error:
+        older = next((p for p in reversed(every(path.parent)) if p < path and _is_whole(p)), None)
+        if older is None:
+            raise
+        raise CheckpointError(error.path, f"{error.reason} An older one is whole: restore({str(older)!r}, ...).") from None
+
+
+def manifest(folder: str | os.PathLike[str], *, step: int | None = None) -> Manifest:
+    """What a checkpoint says of itself; its arrays are not looked at.
+
+    >>> import tempfile
+    >>> from fnn.checkpoint import save
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = save(folder, [1.0], step=2, metadata={"epochs": 5})
+    ...     manifest(folder).metadata
+    {'epochs': 5}
+    """
+    path = find(Path(folder), step)
+    _verify(path, MANIFEST)
+    return _parsed(path)
+
+
+def steps(folder: str | os.PathLike[str]) -> list[int]:
+    """The steps that a run's folder has checkpoints of, oldest first.
+
+    >>> steps("/nowhere")
+    []
+    """
+    return [number(path) for path in every(Path(folder))]
+
+
+def _verify(path: Path, *names: str) -> None:
+    """Raises unless the files are, byte for byte, those that were written."""
+    try:
+        lines = (path / SUMS).read_bytes().decode("ascii").split("\n")
+        sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines[:-1])}
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(path / SUMS, f"cannot be read ({error}).") from None
+    if list(sums) != [ARRAYS, MANIFEST] or lines[-1] != "":
+        raise CheckpointError(path / SUMS, f"must list {ARRAYS} and {MANIFEST} and nothing else; the file is damaged.")
+    for name in names:
+        try:
+            found = sha256(path / name)
+        except OSError as error:
+            raise CheckpointError(path / name, f"cannot be read ({error}).") from None
+        if found != sums[name]:
+            raise CheckpointError(path / name, f"its SHA-256 is not the one in {SUMS}: this file or that one is damaged.")
+
+
+def _parsed(path: Path) -> Manifest:
+    try:
+        content = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        if content["format"] > FORMAT:
+            raise CheckpointError(path / MANIFEST, f"its format is {content['format']}; this fnn reads up to {FORMAT}. Update fnn.")
+        return Manifest(content["step"], content["metadata"], content["versions"], content["topology"], tuple(content["leaves"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(path / MANIFEST, f"is none of fnn's ({type(error).__name__}: {error}).") from None
+
+
+def _read(path: Path) -> tuple[Manifest, dict[str, Any]]:
+    """The manifest, and the leaves' bytes by number."""
+    _verify(path, MANIFEST, ARRAYS)
+    found = _parsed(path)
+    try:
+        blob = {name: spec["data"] for name, spec in safetensors.deserialize((path / ARRAYS).read_bytes())}
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(path / ARRAYS, f"is no safetensors file ({error}).") from None
+    if set(blob) != {str(i) for i in range(len(found.leaves))}:
+        raise CheckpointError(path / ARRAYS, f"holds other leaves than {MANIFEST} lists.")
+    return found, blob
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        _verify(path, MANIFEST, ARRAYS)
+    except CheckpointError:
+        return False
+    return True
+
+
+def _rebuilt(path: Path, found: Manifest, blob: dict[str, Any], like: Any) -> Any:
+    """The tree, after its structure, shapes, dtypes and bytes were compared."""
+    wanted = [(jax.tree_util.keystr(p), leaf) for p, leaf in jax.tree_util.tree_leaves_with_path(like)]
+    here, there = [leaf["path"] for leaf in found.leaves], [p for p, _ in wanted]
+    if here != there:
+        differ = {"only in the checkpoint": [p for p in here if p not in there], "only in `like`": [p for p in there if p not in here]}
+        said = "; ".join(f"{side}: {', '.join(paths[:5])}" for side, paths in differ.items() if paths) or "the order differs"
+        raise CheckpointError(path / MANIFEST, f"the tree is another one than `like` ({said}).")
+    leaves = []
+    for i, (entry, (name, leaf)) in enumerate(zip(found.leaves, wanted, strict=True)):
+        if hashlib.sha256(blob[str(i)]).hexdigest() != entry["sha256"]:
+            raise CheckpointError(path / ARRAYS, f"leaf {name}: its SHA-256 is not the one in {MANIFEST}.")
+        array = np.frombuffer(blob[str(i)], jnp.dtype(entry["dtype"])).reshape(entry["shape"])
+        leaves.append(_as(path, name, entry["kind"], array, leaf))
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+def _as(path: Path, name: str, kind: str, array: np.ndarray, leaf: Any) -> Any:
+    """The numbers as what `like` has at that leaf."""
+    differs = CheckpointError(path / MANIFEST, f"leaf {name} is {kind} {array.dtype}{list(array.shape)}, but `like` has {_said(leaf)}.")
+    if kind in NUMBERS or type(leaf).__name__ in NUMBERS:
+        if type(leaf).__name__ != kind:
+            raise differs
+        return NUMBERS[kind](array.item())
+    if not hasattr(leaf, "dtype") or kind.startswith("key:") != jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        raise differs
+    made = jax.random.wrap_key_data(jnp.asarray(array), impl=kind.removeprefix("key:")) if kind != "array" else array
+    if (made.shape, made.dtype) != (tuple(leaf.shape), leaf.dtype):
+        raise differs
+    if isinstance(leaf, (np.ndarray, np.generic)):
+        return made.copy() if isinstance(leaf, np.ndarray) else leaf.dtype.type(made.item())
+    return jax.device_put(made, leaf.sharding) if isinstance(leaf, jax.Array) else jnp.asarray(made)
+
+
+def _said(leaf: Any) -> str:
+    return f"{leaf.dtype}{list(leaf.shape)}" if hasattr(leaf, "dtype") else f"{leaf!r:.40} ({type(leaf).__name__})"

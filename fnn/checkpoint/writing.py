@@ -1,0 +1,121 @@
+"""Writing a checkpoint, whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import secrets
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import save_file
+
+from fnn import _check
+from fnn.checkpoint.layout import ARRAYS, FORMAT, MANIFEST, NUMBERS, PREFIX, SUMS, UNFINISHED, sha256
+
+
+def save(folder: str | os.PathLike[str], tree: Any, *, step: int = 0, metadata: Mapping[str, Any] | None = None) -> Path:
+    """Writes a checkpoint; whoever is killed meanwhile leaves none, and the older ones whole.
+
+    Args:
+        folder: holds the checkpoints of one run, a folder for each step; made if it is not there.
+        tree: a pytree of arrays, keys from `jax.random.key`, and Python's bool, int and float.
+        step: a number of at least 0; a checkpoint of the same step is replaced.
+        metadata: whatever JSON can hold, such as the configuration.
+
+    Returns:
+        The checkpoint's own folder.
+
+    Raises:
+        TypeError, ValueError: an argument cannot be meant; the error names the leaf.
+        OSError: the disk.
+
+    >>> import tempfile
+    >>> from fnn.checkpoint import restore
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = save(folder, {"w": jnp.ones(3)}, step=7)
+    ...     path.name, restore(folder, like={"w": jnp.zeros(3)})
+    ('step-000000000007', {'w': Array([1., 1., 1.], dtype=float32)})
+    """
+    _check.not_negative("step", step)
+    if int(step) != step:
+        raise ValueError(f"`step` must be a whole number, got {step!r}.")
+    leaves, arrays = [], {}
+    for i, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(tree)):
+        kind, array = _written(jax.tree_util.keystr(path), leaf)
+        arrays[str(i)] = array
+        leaves.append({"path": jax.tree_util.keystr(path), "kind": kind, "shape": list(array.shape), "dtype": array.dtype.name,
+                       "sha256": hashlib.sha256(array.reshape(-1).view(np.uint8).data).hexdigest()})  # fmt: skip
+    manifest = _json({"format": FORMAT, "step": int(step), "metadata": dict(metadata or {}), "versions": _versions(),
+                      "topology": _topology(), "leaves": leaves})  # fmt: skip
+    home = Path(folder)
+    home.mkdir(parents=True, exist_ok=True)
+    for old in home.glob(f"{UNFINISHED}*"):
+        shutil.rmtree(old)
+    made, final = home / f"{UNFINISHED}{secrets.token_hex(4)}", home / f"{PREFIX}{int(step):012d}"
+    made.mkdir()
+    try:
+        save_file(arrays, made / ARRAYS)
+        (made / MANIFEST).write_text(manifest, encoding="utf-8")
+        (made / SUMS).write_text(_sums(made), encoding="ascii")
+        for name in (ARRAYS, MANIFEST, SUMS, "."):
+            _flush(made / name)
+        if final.exists():
+            final.rename(home / f"{UNFINISHED}{secrets.token_hex(4)}")
+        made.rename(final)
+    except BaseException:
+        shutil.rmtree(made, ignore_errors=True)
+        raise
+    _flush(home)
+    return final
+
+
+def _written(path: str, leaf: Any) -> tuple[str, np.ndarray]:
+    """A leaf's kind, and its numbers as a NumPy array in C order."""
+    name = type(leaf).__name__
+    if name in NUMBERS:
+        dtype = {"bool": np.bool_, "int": np.int64, "float": np.float64}[name]
+        return name, np.asarray(leaf, dtype)
+    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return f"key:{jax.random.key_impl(leaf)}", np.require(jax.random.key_data(leaf), requirements="C")
+    if isinstance(leaf, (jax.Array, np.ndarray, np.generic)) and np.asarray(leaf).dtype.kind not in "OSUMm":
+        return "array", np.require(leaf, requirements="C")
+    raise TypeError(f"`tree{path}` must be an array, a key or a number, got {leaf!r:.80} ({name}). Put it into `metadata`.")
+
+
+def _json(content: dict[str, Any]) -> str:
+    try:
+        return json.dumps(content, indent=1, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"`metadata` must be what JSON can hold: {error}.") from None
+
+
+def _versions() -> dict[str, str]:
+    found = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "optax", "numpy", "safetensors")}
+    return {"python": platform.python_version(), **found}
+
+
+def _topology() -> dict[str, Any]:
+    return {"backend": jax.default_backend(), "devices": jax.device_count(), "processes": jax.process_count()}
+
+
+def _sums(path: Path) -> str:
+    """The lines of `sha256sum arrays.safetensors manifest.json`."""
+    return "".join(f"{sha256(path / name)}  {name}\n" for name in (ARRAYS, MANIFEST))
+
+
+def _flush(path: Path) -> None:
+    """What was written is on the disk, not on its way."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,241 @@
+"""Checkpoints: what comes back is what went in, or an error that names the file."""
+
+import json
+import os
+import shutil
+import subprocess
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from safetensors.numpy import load_file
+
+import fnn
+from fnn import checkpoint
+from fnn.checkpoint import CheckpointError, restore, save, steps, writing
+
+NET = fnn.mlp((4, 3, 2))
+
+
+def everything():
+    """A leaf of every kind and dtype, with sizes of no and one element."""
+    rng = np.random.default_rng(0)
+    dtypes = (jnp.bfloat16, jnp.float16, jnp.float32, jnp.int32, jnp.uint8, jnp.bool_)
+    return {
+        "arrays": tuple(jnp.asarray(rng.normal(size=(3, 2)) * 10).astype(dtype) for dtype in dtypes),
+        "empty": jnp.zeros((0, 3)),
+        "scalar": jnp.float32(2.5),
+        "key": jax.random.key(7),
+        "keys": jax.random.split(jax.random.key(8, impl="rbg"), 3),
+        "numbers": (True, 2**62, 0.1),
+        "numpy": np.asfortranarray(rng.normal(size=(3, 4))),
+        "strided": rng.normal(size=(6, 4))[::2, ::-1],
+        "number": np.int8(-3),
+        "train": optax.adam(1e-3).init(NET.init(jax.random.key(0))),
+        "nothing": (),
+    }
+
+
+def raw(leaf):
+    """A leaf's type, dtype, shape and bytes."""
+    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return str(leaf.dtype), raw(jax.random.key_data(leaf))
+    array = np.asarray(leaf)
+    return (
+        isinstance(leaf, jax.Array),
+        type(leaf).__name__ if not isinstance(leaf, jax.Array) else "",
+        array.dtype,
+        array.shape,
+        array.tobytes(),
+    )
+
+
+def same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    return all(raw(u) == raw(v) for u, v in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["x32", "x64"])
+def test_what_comes_back_is_what_went_in(tmp_path, wide):
+    with jax.enable_x64(wide):
+        tree = everything()
+        path = save(tmp_path, tree, step=3, metadata={"rate": 0.1, "note": "é"})
+        for folder in (tmp_path, path, str(tmp_path)):
+            assert same(restore(folder, like=tree), tree)
+        shapes = jax.eval_shape(lambda: tree["train"])
+        save(tmp_path, tree["train"], step=4)
+        assert same(restore(tmp_path, like=shapes), tree["train"])
+    assert checkpoint.manifest(tmp_path, step=3).metadata == {"rate": 0.1, "note": "é"}
+    assert steps(tmp_path) == [3, 4]
+
+
+def test_other_programs_can_check_and_read_it(tmp_path):
+    tree = NET.init(jax.random.key(0))
+    path = save(tmp_path, tree)
+    assert sorted(p.name for p in path.iterdir()) == ["SHA256SUMS", "arrays.safetensors", "manifest.json"]
+    if shutil.which("sha256sum"):
+        subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=path, check=True, capture_output=True)
+    found, leaves = load_file(path / "arrays.safetensors"), json.loads((path / "manifest.json").read_text())["leaves"]
+    assert [leaf["path"] for leaf in leaves] == ["[0][0].w", "[0][0].b", "[1].w", "[1].b"]
+    for i, leaf in enumerate(jax.tree.leaves(tree)):
+        np.testing.assert_array_equal(found[str(i)], leaf)
+
+
+def test_arrays_go_where_those_of_like_are(tmp_path):
+    device = jax.devices()[-1]
+    like = jax.device_put(jnp.zeros(3), device)
+    save(tmp_path, jnp.ones(3))
+    assert restore(tmp_path, like=like).sharding == like.sharding
+
+
+# Damage
+
+
+def damaged(path, rng, flips):
+    """`(file, bytes)` with one bit flipped or with an end cut off, over all files."""
+    for file in sorted(path.iterdir()):
+        content = file.read_bytes()
+        bits = {*range(72), 8 * len(content) - 1, *rng.integers(0, 8 * len(content), flips).tolist()}  # 8 bytes: the header's length
+        for spot, bit in sorted(divmod(bit, 8) for bit in bits):
+            yield file, content[:spot] + bytes([content[spot] ^ (1 << bit)]) + content[spot + 1 :]
+        for kept in {0, 1, 8, len(content) // 2, len(content) - 1}:
+            yield file, content[:kept]
+        yield file, content + b"\n"
+
+
+def test_not_one_bit_or_byte_may_be_wrong(tmp_path):
+    """1,000 flips and more, spread over the header, the arrays, the manifest and the sums."""
+    tree, count = {"w": jnp.arange(40.0), "key": jax.random.key(1), "n": 3}, 0
+    path = save(tmp_path, tree)
+    for file, content in damaged(path, np.random.default_rng(0), 340):
+        good = file.read_bytes()
+        file.write_bytes(content)
+        with pytest.raises(CheckpointError) as caught:
+            restore(tmp_path, like=tree)
+        assert caught.value.path.parent == path
+        assert caught.value.path.name in ("arrays.safetensors", "manifest.json", "SHA256SUMS")
+        assert file.name in str(caught.value)
+        file.write_bytes(good)
+        count += 1
+    assert count >= 1000
+    assert same(restore(tmp_path, like=tree), tree)
+
+
+@pytest.mark.parametrize("name", ["arrays.safetensors", "manifest.json", "SHA256SUMS"])
+def test_a_file_that_is_gone_is_named_and_the_older_whole_one_offered(tmp_path, name):
+    for step in (1, 2, 3):
+        path = save(tmp_path, jnp.full(2, step), step=step)
+    (path / name).unlink()
+    (tmp_path / "step-000000000002" / "arrays.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=rf"{name}.* An older one is whole: restore\('.*step-000000000001', ...\)"):
+        restore(tmp_path, like=jnp.zeros(2, int))
+    assert restore(tmp_path / "step-000000000001", like=jnp.zeros(2, int)).tolist() == [1, 1]
+
+
+def rewritten(path, change):
+    """A manifest that somebody wrote by hand, with sums that fit."""
+    content = json.loads((path / "manifest.json").read_text())
+    change(content)
+    (path / "manifest.json").write_text(json.dumps(content))
+    (path / "SHA256SUMS").write_text(writing._sums(path))
+
+
+FORGED = [
+    (lambda content: content.update(format=2), "its format is 2; this fnn reads up to 1. Update fnn"),
+    (lambda content: content.pop("leaves"), "is none of fnn's"),
+    (lambda content: content["leaves"][0].update(sha256="0" * 64), r"leaf \['b'\]: its SHA-256 is not the one in manifest.json"),
+    (lambda content: content["leaves"].pop(), "holds other leaves than manifest.json lists"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), FORGED, ids=[message[:20] for _, message in FORGED])
+def test_a_manifest_of_another_format_or_other_arrays_is_refused(tmp_path, change, message):
+    tree = {"b": jnp.zeros(2), "w": jnp.ones(3)}
+    rewritten(save(tmp_path, tree), change)
+    with pytest.raises(CheckpointError, match=message):
+        restore(tmp_path, like=tree)
+
+
+@pytest.mark.parametrize("name", ["../arrays.safetensors", "/etc/passwd", "other"])
+def test_sums_of_files_elsewhere_are_refused(tmp_path, name):
+    path = save(tmp_path, jnp.zeros(2))
+    (path / "SHA256SUMS").write_text((path / "SHA256SUMS").read_text().replace("arrays.safetensors", name))
+    with pytest.raises(CheckpointError, match=r"must list arrays\.safetensors and manifest\.json and nothing else"):
+        restore(tmp_path, like=jnp.zeros(2))
+
+
+OTHERS = [
+    ({"w": jnp.zeros(3)}, r"only in the checkpoint: \['b'\]"),
+    ({"w": jnp.zeros(3), "b": jnp.zeros(2), "c": 0}, r"only in `like`: \['c'\]"),
+    ({"w": jnp.zeros(4), "b": jnp.zeros(2)}, r"leaf \['w'\] is array float32\[3\], but `like` has float32\[4\]"),
+    ({"w": jnp.zeros(3, jnp.bfloat16), "b": jnp.zeros(2)}, r"leaf \['w'\] is array float32\[3\], but `like` has bfloat16\[3\]"),
+    ({"w": jnp.zeros(3), "b": 2.0}, r"leaf \['b'\] is array float32\[2\], but `like` has 2.0 \(float\)"),
+    ({"w": jnp.zeros(3), "b": jax.random.key(0)}, r"leaf \['b'\] is array float32\[2\], but `like` has key<fry>\[\]"),
+    ({"w": jnp.zeros(3), "b": "two"}, r"`like` has 'two' \(str\)"),
+]
+
+
+@pytest.mark.parametrize(("like", "message"), OTHERS, ids=[message[:30] for _, message in OTHERS])
+def test_another_tree_is_refused_and_the_difference_told(tmp_path, like, message):
+    save(tmp_path, {"w": jnp.ones(3), "b": jnp.ones(2)})
+    with pytest.raises(CheckpointError, match=message):
+        restore(tmp_path, like=like)
+
+
+def test_what_is_not_there_is_told(tmp_path):
+    with pytest.raises(CheckpointError, match="nowhere: no checkpoint is there; steps that are: none"):
+        restore(tmp_path / "nowhere", like=())
+    save(tmp_path, 1, step=5)
+    with pytest.raises(CheckpointError, match="no checkpoint of step 4 is there; steps that are: 5"):
+        restore(tmp_path, like=0, step=4)
+
+
+# Writing
+
+
+def test_whatever_stops_a_save_leaves_the_older_ones_whole_and_nothing_else(tmp_path, monkeypatch):
+    """Every call that touches the disk fails in turn."""
+    save(tmp_path, jnp.ones(3), step=1)
+    calls = [
+        (writing, "save_file"),
+        (writing, "_sums"),
+        (writing, "_flush"),
+        (Path, "rename"),
+        (Path, "write_text"),
+    ]
+    for place, name in calls:
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                save(tmp_path, jnp.zeros(3), step=2)
+        assert [p.name for p in tmp_path.iterdir()] == ["step-000000000001"]
+        assert restore(tmp_path, like=jnp.zeros(3)).tolist() == [1, 1, 1]
+
+
+def test_a_step_is_replaced_and_what_a_killed_save_left_goes(tmp_path):
+    (tmp_path / ".unfinished-12345678").mkdir()
+    (tmp_path / ".unfinished-12345678" / "arrays.safetensors").write_bytes(b"half")
+    for value in (1.0, 2.0):
+        save(tmp_path, jnp.full(2, value))
+    save(tmp_path, jnp.full(2, 3.0), step=1)
+    assert sorted(os.listdir(tmp_path)) == ["step-000000000000", "step-000000000001"]
+    assert restore(tmp_path, like=jnp.zeros(2), step=0).tolist() == [2, 2]
+
+
+BAD = [
+    (lambda p: save(p, {"a": "text"}), TypeError, r"`tree\['a'\]` must be an array, a key or a number, got 'text' \(str\)"),
+    (lambda p: save(p, [np.array(["x"])]), TypeError, r"`tree\[0\]` must be an array"),
+    (lambda p: save(p, 1, step=-1), ValueError, "`step` must be a finite number, at least 0, got -1"),
+    (lambda p: save(p, 1, step=1.5), ValueError, "`step` must be a whole number, got 1.5"),
+    (lambda p: save(p, 1, metadata={"net": NET}), TypeError, "`metadata` must be what JSON can hold"),
+    (lambda p: save(p, 1, metadata={"loss": float("nan")}), TypeError, "`metadata` must be what JSON can hold"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "kind", "message"), BAD, ids=[message[:40] for *_, message in BAD])
+def test_what_cannot_be_saved_is_an_error_and_leaves_nothing(tmp_path, call, kind, message):
+    with pytest.raises(kind, match=message):
+        call(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
