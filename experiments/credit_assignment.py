@@ -123,7 +123,7 @@ TINY = Config(
 )  # fmt: skip
 
 GALLERY = Config(
-    datasets=("digits",), seeds=(0,), epochs=20, every=90,
+    datasets=("digits",), seeds=(0,), rates=(0.001, 0.003162), every=90,
     methods=("backprop", "Kolen-Pollack", "feedback alignment", "direct feedback alignment", "forward-forward", "PEPITA",
              "forward gradient, activities", "extreme learning", "last layer only"),
 )  # fmt: skip
@@ -230,13 +230,18 @@ def main(config: Config) -> None:
     with progress(len(config.datasets) * len(config.methods), "training") as advance:
         found = run(config, advance)
     for name, outcomes in found.items():
-        rows = [(o.method, f"{o.rate:g}", mean_std(list(100 * o.final), 1), f"{1e3 * o.seconds:.0f}", f"{o.passes:.0f}",
-                 f"{o.angle[0]:.0f}", f"{o.angle[-1]:.0f}") for o in outcomes]  # fmt: skip
+        rows = [(o.method, number(o.rate, "g"), mean_std(list(100 * o.final), 1), f"{1e3 * o.seconds:.0f}", f"{o.passes:.0f}",
+                 number(o.angle[0], ".0f"), number(o.angle[-1], ".0f")) for o in outcomes]  # fmt: skip
         columns = ("rule", "rate", "test accuracy, %", "ms per epoch", "passes per epoch", "angle in epoch 1", "in the last")
-        print_table(f"{name}: {config.epochs} epochs, {len(config.seeds)} seeds", columns, rows)
+        print_table(f"{name}: {config.epochs} epochs, seeds {', '.join(map(str, config.seeds))}", columns, rows)
         draw(path / f"{name}.png", name, outcomes)
     save_metrics(path, config, {name: [o._asdict() | {"final": o.final} for o in outcomes] for name, outcomes in found.items()})
     print(f"pictures and metrics in {path}")
+
+
+def number(value: float, form: str) -> str:
+    """A cell of the table: what is not a number is none."""
+    return "-" if np.isnan(value) else f"{value:{form}}"
 
 
 def draw(path: Path, name: str, outcomes: list[Outcome]) -> None:
