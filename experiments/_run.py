@@ -18,6 +18,7 @@ import json
 import math
 import os
 import platform
+import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -152,7 +153,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
         table.add_column(column, justify="right" if i else "left")
     for row in rows:
         table.add_row(*(Text(str(cell)) for cell in row))  # as it is: [0].w and "fnn[privacy]" are no markup
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 120).print(table)  # a file or a pipe has room for every column
 
 
 def mean_std(values: Sequence[float], digits: int = 4) -> str:

@@ -27,7 +27,7 @@ from fnn.per_example import (
     weighted_gradient,
 )
 
-NETS = range(105)
+NETS = range(101)
 PROPERTY_NETS = (1, 4, 8, 10, 13, 17, 20)  # each shape of SHAPES
 
 

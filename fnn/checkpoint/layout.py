@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 FORMAT = 1
 ARRAYS, MANIFEST, SUMS = "arrays.safetensors", "manifest.json", "SHA256SUMS"
 PREFIX, UNFINISHED = "step-", ".unfinished-"
-NUMBERS = {"bool": bool, "int": int, "float": float}
+NUMBERS = {"bool": bool, "int": int, "float": float}  # Python's own; NumPy has types of the same names
 
 
 class CheckpointError(Exception):

@@ -143,8 +143,8 @@ def _rebuilt(path: Path, found: Manifest, blob: dict[str, Any], like: Any) -> An
 def _as(path: Path, name: str, kind: str, array: np.ndarray, leaf: Any) -> Any:
     """The numbers as what `like` has at that leaf."""
     differs = CheckpointError(path / MANIFEST, f"leaf {name} is {kind} {array.dtype}{list(array.shape)}, but `like` has {_said(leaf)}.")
-    if kind in NUMBERS or type(leaf).__name__ in NUMBERS:
-        if type(leaf).__name__ != kind:
+    if kind in NUMBERS or type(leaf) in NUMBERS.values():
+        if type(leaf) is not NUMBERS.get(kind):
             raise differs
         return NUMBERS[kind](array.item())
     if not hasattr(leaf, "dtype") or kind.startswith("key:") != jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):

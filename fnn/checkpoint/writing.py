@@ -81,7 +81,7 @@ def save(folder: str | os.PathLike[str], tree: Any, *, step: int = 0, metadata: 
 def _written(path: str, leaf: Any) -> tuple[str, np.ndarray]:
     """A leaf's kind, and its numbers as a NumPy array in C order."""
     name = type(leaf).__name__
-    if name in NUMBERS:
+    if NUMBERS.get(name) is type(leaf):
         dtype = {"bool": np.bool_, "int": np.int64, "float": np.float64}[name]
         return name, np.asarray(leaf, dtype)
     if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
