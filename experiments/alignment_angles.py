@@ -106,16 +106,21 @@ def run(config: Config, advance: Callable[[str], Any] = lambda text: None) -> li
     sizes = (64, *config.hidden, 10)
     he = fnn.mlp(sizes, kernel_init=he_normal())
     for start, net in (("small", fnn.mlp(sizes, kernel_init=normal(config.std))), ("He", he)):
-        for rule in made(config, net, he.init):
-            curves.append(digits(config, rule, net, start))
+        for rule, decay in made(config, net, he.init):
+            curves.append(digits(config, rule, decay, net, start))
             advance(f"{rule}, {start} start")
     return curves
 
 
-def made(config: Config, net: fnn.Layer, draw: Callable[..., Any]) -> list[fnn.Rule]:
-    """The rules compared, with feedback drawn as He draws weights, whatever the net starts from."""
-    kinds = rules.random_feedback(draw), rules.weight_mirror(draw=draw), rules.kolen_pollack(config.decay, draw)
-    return [*(rules.feedback_alignment(net, LOSS, feedback=kind) for kind in kinds), rules.direct_feedback_alignment(net, LOSS)]
+def made(config: Config, net: fnn.Layer, draw: Callable[..., Any]) -> list[tuple[fnn.Rule, float]]:
+    """The rules compared, and what share of their weights decays at a step; feedback is drawn as He draws weights, whatever the start."""
+    kinds = (
+        (rules.random_feedback(draw), 0.0),
+        (rules.weight_mirror(draw=draw), 0.0),
+        (rules.kolen_pollack(config.decay, draw), config.decay),
+    )
+    aligned = [(rules.feedback_alignment(net, LOSS, feedback=kind), decay) for kind, decay in kinds]
+    return [*aligned, (rules.direct_feedback_alignment(net, LOSS), 0.0)]
 
 
 def linear(config: Config) -> Curve:
@@ -138,7 +143,7 @@ def linear(config: Config) -> Curve:
     return Curve(str(rule), "linear", np.arange(records.shape[1]) * config.every, records, np.full(len(config.seeds), np.nan))
 
 
-def digits(config: Config, rule: fnn.Rule, net: fnn.Layer, start: str) -> Curve:
+def digits(config: Config, rule: fnn.Rule, decay: float, net: fnn.Layer, start: str) -> Curve:
     """The angles of a rule's updates of the hidden layers on digits."""
     data = load("digits")
     measure = alignment.update_alignment(rule, net)
@@ -148,8 +153,7 @@ def digits(config: Config, rule: fnn.Rule, net: fnn.Layer, start: str) -> Curve:
 
     settings = {"epochs": config.epochs, "batch_size": config.batch_size}
     train_data = data.x_train, data.t_train
-    decayed = optax.add_decayed_weights(config.decay / config.learning_rate if "kolen_pollack" in str(rule) else 0.0)
-    optimizer = optax.chain(decayed, optax.sgd(config.learning_rate))  # Kolen and Pollack's weights decay as their feedback does
+    optimizer = optax.chain(optax.add_decayed_weights(decay / config.learning_rate), optax.sgd(config.learning_rate))
     found, records = train(config, rule, net, optimizer, train_data, record, **settings)
     accuracy = [fnn.evaluate(rule, params, (data.x_test, data.t_test))["accuracy"] for params in found]
     per_epoch = -(-len(data.x_train) // config.batch_size)

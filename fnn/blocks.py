@@ -95,6 +95,22 @@ def hidden_blocks(rule: str, net: Layer) -> Blocks:
     return found
 
 
+def dense_blocks(rule: str, net: Layer) -> Blocks:
+    """The blocks of a net whose hidden ones each begin with a dense layer.
+
+    Raises:
+        TypeError, ValueError: `net` is none such.
+    """
+    chain = hidden_blocks(rule, net)
+    for i, block in enumerate(chain.layers[:-1]):
+        if not begins_with_dense(block):
+            raise ValueError(
+                f"`net` of {rule}: hidden block {i} must begin with a dense layer, got {block.layers[0].name}. The rule's formula is one "
+                "for the weights of `fnn.dense`. Build the net by `fnn.mlp`, or by `fnn.serial` of dense layers and activations."
+            )
+    return chain
+
+
 def width(params: Params) -> int:
     """How many numbers a block puts out for an example, by its last matrix `[in, out]`."""
     return [leaf for leaf in jax.tree.leaves(params) if leaf.ndim > 1][-1].shape[-1]
@@ -102,16 +118,16 @@ def width(params: Params) -> int:
 
 def has_weights(layer: Layer) -> bool:
     """Whether a layer has a matrix among its parameters; a norm's scale and bias are none."""
-    return any(leaf.ndim > 1 for leaf in jax.tree.leaves(shapes(layer)))
+    return any(leaf.ndim > 1 for leaf in jax.tree.leaves(_shapes(layer)))
 
 
 def begins_with_dense(block: Layer) -> bool:
     """Whether the layer that gives a block its weights is `fnn.dense`."""
     first = block.layers[0]
-    return not first.layers and isinstance(shapes(first), Dense)
+    return not first.layers and isinstance(_shapes(first), Dense)
 
 
-def shapes(layer: Layer) -> Params:
+def _shapes(layer: Layer) -> Params:
     """A layer's params as shapes and dtypes; computes no array."""
     return jax.eval_shape(layer.init, jax.eval_shape(jax.random.key, 0))
 

@@ -361,7 +361,7 @@ def test_updates_turn_towards_the_gradient():
     sizes = (64, *config.hidden, 10)
     net, he = (fnn.mlp(sizes, kernel_init=draw) for draw in (normal(config.std), he_normal()))
     fixed, _, kolen_pollack, _ = alignment_angles.made(config, net, he.init)
-    for rule, most in ((fixed, 50), (kolen_pollack, 15)):
-        curve = alignment_angles.digits(config, rule, net, "small")
+    for (rule, decay), most in ((fixed, 50), (kolen_pollack, 15)):
+        curve = alignment_angles.digits(config, rule, decay, net, "small")
         assert 80 < curve.first < 100
         assert curve.last[0] < most

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +9,8 @@ FORMAT = 1
 ARRAYS, MANIFEST, SUMS = "arrays.safetensors", "manifest.json", "SHA256SUMS"
 PREFIX, UNFINISHED = "step-", ".unfinished-"
 NUMBERS = {"bool": bool, "int": int, "float": float}  # Python's own; NumPy has types of the same names
+DTYPES = ("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float16", "float32", "float64", "bfloat16",
+          "float8_e4m3fn", "float8_e5m2", "complex64")  # fmt: skip
 
 
 class CheckpointError(Exception):
@@ -56,9 +57,3 @@ def find(folder: Path, step: int | None) -> Path:
 def number(path: Path) -> int:
     """The step of a checkpoint's folder."""
     return int(path.name.removeprefix(PREFIX))
-
-
-def sha256(file: Path) -> str:
-    """Of a file's bytes, in hexadecimal."""
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 
-from fnn.checkpoint.layout import ARRAYS, FORMAT, MANIFEST, NUMBERS, SUMS, CheckpointError, Manifest, every, find, number, sha256
+from fnn.checkpoint.layout import ARRAYS, FORMAT, MANIFEST, NUMBERS, SUMS, CheckpointError, Manifest, every, find, number
 
 
 def restore(folder: str | os.PathLike[str], like: Any, *, step: int | None = None) -> Any:
@@ -41,8 +41,7 @@ def restore(folder: str | os.PathLike[str], like: Any, *, step: int | None = Non
     """
     path = find(Path(folder), step)
     try:
-        manifest, blob = _read(path)
-        return _rebuilt(path, manifest, blob, like)
+        return _rebuilt(path, *_read(path), like)
     except CheckpointError as error:
         older = next((p for p in reversed(every(path.parent)) if p < path and _is_whole(p)), None)
         if older is None:
@@ -61,8 +60,7 @@ def manifest(folder: str | os.PathLike[str], *, step: int | None = None) -> Mani
     {'epochs': 5}
     """
     path = find(Path(folder), step)
-    _verify(path, MANIFEST)
-    return _parsed(path)
+    return _parsed(path, _verified(path, MANIFEST))
 
 
 def steps(folder: str | os.PathLike[str]) -> list[int]:
@@ -74,8 +72,8 @@ def steps(folder: str | os.PathLike[str]) -> list[int]:
     return [number(path) for path in every(Path(folder))]
 
 
-def _verify(path: Path, *names: str) -> None:
-    """Raises unless the files are, byte for byte, those that were written."""
+def _verified(path: Path, name: str) -> bytes:
+    """What is in a file, which is, byte for byte, what was written: nothing is read again after it was checked."""
     try:
         lines = (path / SUMS).read_bytes().decode("ascii").split("\n")
         sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines[:-1])}
@@ -83,18 +81,18 @@ def _verify(path: Path, *names: str) -> None:
         raise CheckpointError(path / SUMS, f"cannot be read ({error}).") from None
     if list(sums) != [ARRAYS, MANIFEST] or lines[-1] != "":
         raise CheckpointError(path / SUMS, f"must list {ARRAYS} and {MANIFEST} and nothing else; the file is damaged.")
-    for name in names:
-        try:
-            found = sha256(path / name)
-        except OSError as error:
-            raise CheckpointError(path / name, f"cannot be read ({error}).") from None
-        if found != sums[name]:
-            raise CheckpointError(path / name, f"its SHA-256 is not the one in {SUMS}: this file or that one is damaged.")
-
-
-def _parsed(path: Path) -> Manifest:
     try:
-        content = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        content = (path / name).read_bytes()
+    except OSError as error:
+        raise CheckpointError(path / name, f"cannot be read ({error}).") from None
+    if hashlib.sha256(content).hexdigest() != sums[name]:
+        raise CheckpointError(path / name, f"its SHA-256 is not the one in {SUMS}: this file or that one is damaged.")
+    return content
+
+
+def _parsed(path: Path, text: bytes) -> Manifest:
+    try:
+        content = json.loads(text)
         if content["format"] > FORMAT:
             raise CheckpointError(path / MANIFEST, f"its format is {content['format']}; this fnn reads up to {FORMAT}. Update fnn.")
         return Manifest(content["step"], content["metadata"], content["versions"], content["topology"], tuple(content["leaves"]))
@@ -104,10 +102,9 @@ def _parsed(path: Path) -> Manifest:
 
 def _read(path: Path) -> tuple[Manifest, dict[str, Any]]:
     """The manifest, and the leaves' bytes by number."""
-    _verify(path, MANIFEST, ARRAYS)
-    found = _parsed(path)
+    found, arrays = _parsed(path, _verified(path, MANIFEST)), _verified(path, ARRAYS)
     try:
-        blob = {name: spec["data"] for name, spec in safetensors.deserialize((path / ARRAYS).read_bytes())}
+        blob = {name: spec["data"] for name, spec in safetensors.deserialize(arrays)}
     except safetensors.SafetensorError as error:
         raise CheckpointError(path / ARRAYS, f"is no safetensors file ({error}).") from None
     if set(blob) != {str(i) for i in range(len(found.leaves))}:
@@ -117,7 +114,7 @@ def _read(path: Path) -> tuple[Manifest, dict[str, Any]]:
 
 def _is_whole(path: Path) -> bool:
     try:
-        _verify(path, MANIFEST, ARRAYS)
+        _read(path)
     except CheckpointError:
         return False
     return True
@@ -150,10 +147,11 @@ def _as(path: Path, name: str, kind: str, array: np.ndarray, leaf: Any) -> Any:
     if not hasattr(leaf, "dtype") or kind.startswith("key:") != jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         raise differs
     made = jax.random.wrap_key_data(jnp.asarray(array), impl=kind.removeprefix("key:")) if kind != "array" else array
-    if (made.shape, made.dtype) != (tuple(leaf.shape), leaf.dtype):
+    numpy = isinstance(leaf, (np.ndarray, np.generic))
+    if (made.shape, made.dtype) != (tuple(leaf.shape), leaf.dtype.newbyteorder("=") if numpy else leaf.dtype):
         raise differs
-    if isinstance(leaf, (np.ndarray, np.generic)):
-        return made.copy() if isinstance(leaf, np.ndarray) else leaf.dtype.type(made.item())
+    if numpy:  # a copy, which can be written to; [()] makes a scalar of an array of no axes
+        return made.astype(leaf.dtype) if isinstance(leaf, np.ndarray) else made[()]
     return jax.device_put(made, leaf.sharding) if isinstance(leaf, jax.Array) else jnp.asarray(made)
 
 

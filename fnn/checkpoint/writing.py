@@ -19,7 +19,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from fnn import _check
-from fnn.checkpoint.layout import ARRAYS, FORMAT, MANIFEST, NUMBERS, PREFIX, SUMS, UNFINISHED, sha256
+from fnn.checkpoint.layout import ARRAYS, DTYPES, FORMAT, MANIFEST, NUMBERS, PREFIX, SUMS, UNFINISHED
 
 
 def save(folder: str | os.PathLike[str], tree: Any, *, step: int = 0, metadata: Mapping[str, Any] | None = None) -> Path:
@@ -79,16 +79,19 @@ def save(folder: str | os.PathLike[str], tree: Any, *, step: int = 0, metadata: 
 
 
 def _written(path: str, leaf: Any) -> tuple[str, np.ndarray]:
-    """A leaf's kind, and its numbers as a NumPy array in C order."""
+    """A leaf's kind, and its numbers as a NumPy array in C order and this machine's byte order."""
     name = type(leaf).__name__
     if NUMBERS.get(name) is type(leaf):
-        dtype = {"bool": np.bool_, "int": np.int64, "float": np.float64}[name]
-        return name, np.asarray(leaf, dtype)
+        if name == "int" and not -(2**63) <= leaf < 2**63:
+            raise ValueError(f"`tree{path}` must fit into 64 bits, got {leaf}.")
+        return name, np.asarray(leaf, {"bool": np.bool_, "int": np.int64, "float": np.float64}[name])
     if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return f"key:{jax.random.key_impl(leaf)}", np.require(jax.random.key_data(leaf), requirements="C")
-    if isinstance(leaf, (jax.Array, np.ndarray, np.generic)) and np.asarray(leaf).dtype.kind not in "OSUMm":
-        return "array", np.require(leaf, requirements="C")
-    raise TypeError(f"`tree{path}` must be an array, a key or a number, got {leaf!r:.80} ({name}). Put it into `metadata`.")
+    if not isinstance(leaf, (jax.Array, np.ndarray, np.generic)):
+        raise TypeError(f"`tree{path}` must be an array, a key or a number, got {leaf!r:.80} ({name}). Put it into `metadata`.")
+    if leaf.dtype.name not in DTYPES:
+        raise TypeError(f"`tree{path}` has the dtype {leaf.dtype}, which safetensors has no name for. Known: {', '.join(DTYPES)}.")
+    return "array", np.require(leaf, leaf.dtype.newbyteorder("="), "C")
 
 
 def _json(content: dict[str, Any]) -> str:
@@ -109,7 +112,12 @@ def _topology() -> dict[str, Any]:
 
 def _sums(path: Path) -> str:
     """The lines of `sha256sum arrays.safetensors manifest.json`."""
-    return "".join(f"{sha256(path / name)}  {name}\n" for name in (ARRAYS, MANIFEST))
+    return "".join(f"{_sha256(path / name)}  {name}\n" for name in (ARRAYS, MANIFEST))
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _flush(path: Path) -> None:

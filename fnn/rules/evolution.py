@@ -158,6 +158,10 @@ def snes(net: Layer, loss: Loss, *, population: int | None = None, std: float = 
     _check_members("population", 4 if population is None else population, std, chunk)
     parts, first = blocks(net), float(std)
 
+    def drawn(state: SnesState, theta: Array) -> tuple[Key, Key]:
+        """The next state's key, and every member's."""
+        return _split(state.key, population or 4 + math.floor(3 * math.log(theta.size)))
+
     def init(key: Key, params: Params) -> SnesState:
         return SnesState(key, jax.tree.map(lambda p: jnp.full_like(at_least_float32(p), first), params))
 
@@ -165,7 +169,7 @@ def snes(net: Layer, loss: Loss, *, population: int | None = None, std: float = 
         value = mean_loss(net, loss)(params, x, targets, weights)
         (theta, tree, draw), (sigma, std_tree, _) = _flattened(parts, params), _flattened(parts, state.std)
         f = _fitness(net, loss, x, targets, weights)
-        key, keys = _split(state.key, population or 4 + math.floor(3 * math.log(theta.size)))
+        key, keys = drawn(state, theta)
         losses = lax.map(lambda key: f(tree(theta + sigma * draw(key))), keys, batch_size=chunk or len(keys))
         u = _by_rank(losses, _utilities(len(keys))).astype(theta.dtype)
         for_mean, for_std = _totals(lambda e: (e, e * e - 1), u, draw, keys, chunk or len(keys))
@@ -174,8 +178,7 @@ def snes(net: Layer, loss: Loss, *, population: int | None = None, std: float = 
 
     def members(params: Params, state: SnesState) -> Params:
         (theta, tree, draw), (sigma, _, _) = _flattened(parts, params), _flattened(parts, state.std)
-        keys = _split(state.key, population or 4 + math.floor(3 * math.log(theta.size)))[1]
-        return jax.vmap(lambda key: tree(theta + sigma * draw(key)))(keys)
+        return jax.vmap(lambda key: tree(theta + sigma * draw(key)))(drawn(state, theta)[1])
 
     return EvolutionRule("snes", init, value_and_grad, net.apply, loss, members)
 

@@ -21,8 +21,7 @@ import jax.numpy as jnp
 from fnn import _check
 from fnn._types import Array, Key, Layer, Loss, Params, Rule
 from fnn.backprop import check_net_and_loss, weighted_mean
-from fnn.blocks import Blocks, hidden_blocks, shapes
-from fnn.layers import Dense
+from fnn.blocks import Blocks, begins_with_dense, hidden_blocks
 from fnn.reservoir import NormalEquations
 from fnn.rules.local import block_pass
 
@@ -96,9 +95,9 @@ def _rows(a: Array) -> Array:
 
 def _check_last(chain: Blocks) -> None:
     """Raises unless the last block is one dense layer."""
-    last = chain.layers[-1].layers
-    if len(last) != 1 or not isinstance(shapes(last[0]), Dense):
-        came = ", ".join(layer.name for layer in last)
+    last = chain.layers[-1]
+    if len(last.layers) != 1 or not begins_with_dense(last):
+        came = ", ".join(layer.name for layer in last.layers)
         raise ValueError(
             f"the last block of `net` of extreme_learning must be one dense layer, got {came}: its weights are solved for, which what "
             "follows them would undo. End the net with `fnn.dense(features, outputs)`, as `fnn.mlp` does."

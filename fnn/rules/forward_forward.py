@@ -16,7 +16,7 @@ Source: Hinton (2022), arXiv:2212.13345, sections 2 and 3; lecture 003 (forward-
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,21 +82,10 @@ def forward_forward(net: Layer, loss: Loss, *, threshold: float = 1.0, amplitude
     _check.one_of("predict", predict, PREDICTIONS)
 
     def hidden(parts: Any, x: Array) -> tuple[list[Array], list[Any]]:
-        """The activities and residuals of every hidden block."""
-        hs, kept = [], []
-        for i, (layer, p) in enumerate(zip(chain.layers[:-1], parts[:-1], strict=True)):
-            h, residuals = layer.forward(p, normalised(hs[-1]) if i else x)
-            hs.append(h)
-            kept.append(residuals)
-        return hs, kept
+        return _hidden(chain.layers[:-1], parts[:-1], x)
 
     def inputs(x: Array, targets: Array, key: Key, classes: int) -> Array:
-        """Positive examples and, below them, negative ones."""
-        _check_inputs(x, classes)
-        labels = _labels(targets, classes)
-        wrong = wrong_labels(key, labels, classes)
-        rows = amplitude * jax.nn.one_hot(jnp.concatenate([labels, wrong]), classes, dtype=x.dtype)
-        return written(jnp.concatenate([x, x]), rows)
+        return _right_and_wrong(x, _labels(targets), key, classes, amplitude)
 
     def neutral(x: Array, classes: int) -> Array:
         return written(x, jnp.full((x.shape[0], classes), amplitude / classes, x.dtype))
@@ -135,6 +124,23 @@ def forward_forward(net: Layer, loss: Loss, *, threshold: float = 1.0, amplitude
         return of[:, :m], of[:, m:], jnp.array([threshold * h.shape[-1] for h in hs], of.dtype)
 
     return ForwardForward("forward_forward", lambda key, params: key, value_and_grad, outputs_of, loss, goodness)
+
+
+def _hidden(layers: Sequence[Layer], parts: Sequence[Params], x: Array) -> tuple[list[Array], list[Any]]:
+    """The activities and residuals of every hidden block."""
+    hs, kept = [], []
+    for i, (layer, p) in enumerate(zip(layers, parts, strict=True)):
+        h, residuals = layer.forward(p, normalised(hs[-1]) if i else x)
+        hs.append(h)
+        kept.append(residuals)
+    return hs, kept
+
+
+def _right_and_wrong(x: Array, labels: Array, key: Key, classes: int, amplitude: float) -> Array:
+    """Positive examples and, below them, negative ones."""
+    _check_inputs(x, classes)
+    both = jnp.concatenate([labels, wrong_labels(key, labels, classes)])
+    return written(jnp.concatenate([x, x]), amplitude * jax.nn.one_hot(both, classes, dtype=x.dtype))
 
 
 def written(x: Array, label: Array) -> Array:
@@ -189,7 +195,7 @@ def _of_one_class(loss: Loss) -> bool:
     return False
 
 
-def _labels(targets: Array, classes: int) -> Array:
+def _labels(targets: Array) -> Array:
     t = jnp.asarray(targets)
     return (t if jnp.issubdtype(t.dtype, jnp.integer) and t.ndim == 1 else t.argmax(-1)).astype(jnp.int32)
 

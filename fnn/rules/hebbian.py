@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from fnn import _check
 from fnn._types import Array, Layer, Loss, Params, Rule
 from fnn.backprop import check_net_and_loss, weighed, weighted_mean
-from fnn.blocks import Blocks, begins_with_dense, hidden_blocks
+from fnn.blocks import dense_blocks
 from fnn.rules.backprop import stateless
 from fnn.rules.local import block_pass
 
@@ -72,22 +72,6 @@ def hebbian(net: Layer, loss: Loss, *, competition: str = "subspace") -> Rule:
         return weighted_mean(values, weights), chain.join(grads)
 
     return stateless("hebbian", net, loss, function)
-
-
-def dense_blocks(rule: str, net: Layer) -> Blocks:
-    """The blocks of a net whose hidden ones each begin with a dense layer.
-
-    Raises:
-        TypeError, ValueError: `net` is none such.
-    """
-    chain = hidden_blocks(rule, net)
-    for i, block in enumerate(chain.layers[:-1]):
-        if not begins_with_dense(block):
-            raise ValueError(
-                f"`net` of {rule}: hidden block {i} must begin with a dense layer, got {block.layers[0].name}. The rule's formula is one "
-                "for the weights of `fnn.dense`. Build the net by `fnn.mlp`, or by `fnn.serial` of dense layers and activations."
-            )
-    return chain
 
 
 def _hidden(params: Params, x: Array, y: Array, weights: Array | None, competition: str) -> Params:

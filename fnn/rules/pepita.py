@@ -27,9 +27,8 @@ import jax.numpy as jnp
 from fnn import _check
 from fnn._types import Array, Key, Layer, Loss, Params, Rule
 from fnn.backprop import check_net_and_loss, weighed, weighted_mean
-from fnn.blocks import width
+from fnn.blocks import dense_blocks, width
 from fnn.combinators import serial
-from fnn.rules.hebbian import dense_blocks
 from fnn.rules.local import block_pass
 
 
