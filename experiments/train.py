@@ -5,10 +5,20 @@
 Prints the losses and the accuracy of every seed, and their mean; draws the learning curves. A seed gives the net its first
 parameters and the order of its batches; `--data-seed` draws or splits the data. The defaults reach about 97 % on the test
 digits in a few seconds.
+
+A run has a folder of its own, runs/train-001, with a checkpoint after every epoch. Stop it when you like (Ctrl-C finishes the step and
+saves; even `kill -9` and a power cut cost no more than an epoch), and go on:
+
+    python -m experiments train --resume runs/train-001
+
+It ends bit for bit as if it had not been stopped. `python -m experiments runs` lists runs and compares their curves.
+
+`--devices 8` splits every batch over 8 devices, and `--distributed` over the devices of several processes: docs/scaling.md.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,10 +28,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 import fnn
-from experiments import _data, _run
+from experiments import _data, _processes, _run, _runs
 from fnn import _check, activations
+from fnn.checkpoint import Checkpointer, Stopped
 
 
 @dataclass(frozen=True)
@@ -54,8 +66,22 @@ class Config:
     """Folder with the IDX files of mnist or fashion-mnist; downloaded if left out."""
     dtype: str = "float32"
     """float32, bfloat16 or float64."""
+    keep: int = 3
+    """Newest checkpoints of every seed that are kept; the one of the best test loss is kept too."""
+    tensorboard: bool = False
+    """Write event files for TensorBoard too (needs tensorboardX)."""
+    devices: int = 1
+    """Devices that train together; 0 for all there are."""
+    model: int = 1
+    """Over how many of these the weights are split, where the plan does; the batch is split over the others."""
+    plan: str = "replicated"
+    """Where the parameters lie: replicated, tensor_parallel or fully_sharded."""
+    distributed: bool = False
+    """Train on all devices of several processes, each started with this command: docs/scaling.md."""
+    resume: Path | None = None
+    """Folder of a run to go on with; all other flags are those that it began with."""
     out: Path | None = None
-    """Run folder, runs/train if left out."""
+    """Folder of a new run; runs/train-001, -002, ... if left out."""
 
 
 TINY = Config(dataset="moons", sizes=(8,), optimizer="sgd", learning_rate=0.1, epochs=2, batch_size=100, seeds=(0, 1))
@@ -77,6 +103,7 @@ OPTIMIZERS: dict[str, Callable[[Any], optax.GradientTransformation]] = {
 """Every optimiser, `rate -> optax optimiser`, by the name of its flag."""
 SCHEDULES = ("constant", "cosine")
 DTYPES = ("float32", "bfloat16", "float64")
+PLANS = {plan.__name__: plan for plan in fnn.sharding.PLANS}
 RULES = {rule.__name__: rule for rule in fnn.rules.RULES}
 
 OnEpoch = Callable[[int, dict[str, float]], Any]
@@ -107,20 +134,26 @@ def check(config: Config) -> None:
     """Raises a TypeError or ValueError that names the first flag that cannot be meant; before any data are read."""
     activations.get(config.activation)
     names = {"dataset": _data.LOADERS, "rule": RULES}
-    for kind, choices in {**names, "optimizer": OPTIMIZERS, "schedule": SCHEDULES, "dtype": DTYPES}.items():
+    for kind, choices in {**names, "optimizer": OPTIMIZERS, "schedule": SCHEDULES, "dtype": DTYPES, "plan": PLANS}.items():
         _check.one_of(kind, getattr(config, kind), choices)
-    _run.check_positive(config, "sizes", "epochs", "batch_size", whole=True)
+    _run.check_positive(config, "sizes", "epochs", "batch_size", "keep", "model", whole=True)
     _run.check_positive(config, "learning_rate", *(["clip_norm"] if config.clip_norm is not None else []))
     _run.check_seeds(config.seeds)
     fnn.key(config.data_seed)
+    if config.tensorboard:
+        _runs.check_tensorboard()
+    _check.not_negative("devices", config.devices)
+    if config.resume is not None and config != Config(resume=config.resume, distributed=config.distributed):
+        raise ValueError("`resume` takes all other flags from the run's own config.json. Leave them out.")
 
 
-def run(config: Config, on_epoch: OnEpoch | None = None) -> Result:
+def run(config: Config, on_epoch: OnEpoch | None = None, path: Path | None = None) -> Result:
     """Trains one net for every seed.
 
     Args:
         config: the flags.
         on_epoch: `(epoch, metrics) -> stop`, called after every epoch of every seed, as `fnn.fit`'s callback.
+        path: the run folder, for checkpoints, from which training goes on where there are some, and `metrics.jsonl`; None writes nothing.
 
     Returns:
         The numbers of every seed.
@@ -136,17 +169,37 @@ def run(config: Config, on_epoch: OnEpoch | None = None) -> Result:
         rule = RULES[config.rule](net, data.loss)
         optimizer = make_optimizer(config, len(data.x_train))
         train, test = (_cast(part, config.dtype) for part in ((data.x_train, data.t_train), (data.x_test, data.t_test)))
-        seeds = tuple(_train(config, seed, net, rule, optimizer, train, test, on_epoch) for seed in config.seeds)
+        mesh = _mesh(config)
+        with (
+            _runs.metrics_writer(path, config.seeds, config.tensorboard)
+            if path and _processes.leads()
+            else contextlib.nullcontext() as write
+        ):
+            fits = [_Fit(path and _checkpointer(config, path, seed), _callback(seed, on_epoch, write)) for seed in config.seeds]
+            seeds = tuple(
+                _train(config, seed, net, rule, optimizer, train, test, fit, mesh) for seed, fit in zip(config.seeds, fits, strict=True)
+            )
         shapes = jax.eval_shape(net.init, fnn.key(0))
     return Result(data.name, sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)), seeds)
 
 
 def main(config: Config) -> None:
     """Prints the table, saves `train.png` and `metrics.json`."""
+    if config.distributed:
+        _processes.start()
     check(config)
-    folder = _run.folder("train", config.out)
+    if config.resume is None:
+        folder = _processes.same_path(_runs.begin("train", config, config.out) if _processes.leads() else None)
+    else:
+        folder, config = config.resume, _runs.config_of(config.resume, Config)
     with _run.progress(len(config.seeds) * config.epochs, f"{config.dataset}, {config.rule}") as advance:
-        result = run(config, lambda epoch, metrics: advance(f"loss {metrics['loss']:.4f}"))
+        try:
+            result = run(config, lambda epoch, metrics: advance(f"loss {metrics['loss']:.4f}"), folder)
+        except Stopped:
+            again = f"python -m experiments train --resume {folder}{' --distributed' * config.distributed}"
+            raise Stopped(f"Stopped; all is saved in {folder}. Go on: {again}") from None
+    if not _processes.leads():
+        return
     title = f"{result.dataset}: {config.rule}, {config.optimizer}, {result.parameters:,} parameters, {config.epochs} epochs"
     _run.print_table(title, ("seed", "train loss", "test loss", "test accuracy"), _rows(result))
     draw(result, config, folder / "train.png")
@@ -184,13 +237,44 @@ def draw(result: Result, config: Config, path: Path) -> None:
             axis.xaxis.get_major_locator().set_params(integer=True)
 
 
+class _Fit(NamedTuple):
+    """What `fit` tells others, and where it saves."""
+
+    checkpoint: Checkpointer | None
+    callback: OnEpoch
+
+
+def _checkpointer(config: Config, path: Path, seed: int) -> Checkpointer:
+    return Checkpointer(path / "checkpoints" / f"seed-{seed}", keep=config.keep, best="validation_loss", metadata=_run.jsonable(config))
+
+
+def _callback(seed: int, on_epoch: OnEpoch | None, write: _runs.Write | None) -> OnEpoch:
+    def callback(epoch: int, metrics: dict[str, float]) -> Any:
+        if write is not None:
+            write(seed, epoch, metrics)
+        return None if on_epoch is None else on_epoch(epoch, metrics)
+
+    return callback
+
+
+def _mesh(config: Config) -> Mesh | None:
+    """The mesh that the flags describe; none for one device."""
+    if config.devices == 1 and not config.distributed:
+        return None
+    data = None if config.distributed or not config.devices else max(1, config.devices // config.model)
+    return fnn.sharding.make_mesh(data=data, model=config.model)
+
+
 def _train(
-    config: Config, seed: int, net: fnn.Layer, rule: fnn.Rule, optimizer: Any, train: Any, test: Any, on_epoch: OnEpoch | None
+    config: Config, seed: int, net: fnn.Layer, rule: fnn.Rule, optimizer: Any, train: Any, test: Any, fit: _Fit, mesh: Mesh | None
 ) -> SeedResult:
     init_key, fit_key = jax.random.split(fnn.key(seed))
     params = _cast(jax.jit(net.init)(init_key), config.dtype)
-    settings = {"epochs": config.epochs, "batch_size": config.batch_size, "key": fit_key}
-    params, history = fnn.fit(rule, optimizer, params, train, validation=test, callback=on_epoch, **settings)
+    settings = {"epochs": config.epochs, "batch_size": config.batch_size, "key": fit_key, **fit._asdict()}
+    if mesh is not None:
+        settings |= {"mesh": mesh, "plan": PLANS[config.plan](mesh, params)}
+    data = fnn.sharding.own_batches(train, config.batch_size, fit_key, config.epochs) if config.distributed else train
+    params, history = fnn.fit(rule, optimizer, params, data, validation=test, **settings)
     on_train, on_test = (fnn.evaluate(rule, params, part, batch_size=min(len(part[0]), 10_000)) for part in (train, test))
     curves = {name: np.asarray(values) for name, values in history.validation.items()}
     return SeedResult(
@@ -200,9 +284,8 @@ def _train(
 
 
 def _cast(tree: Any, dtype: str) -> Any:
-    """The arrays of a tree on the device; those of floating-point numbers in `dtype`."""
-    arrays = jax.tree.map(jax.numpy.asarray, tree)
-    return jax.tree.map(lambda a: a.astype(dtype) if jax.numpy.issubdtype(a.dtype, jax.numpy.floating) else a, arrays)
+    """The arrays of a tree; those of floating-point numbers in `dtype`."""
+    return jax.tree.map(lambda a: a.astype(jax.numpy.dtype(dtype)) if jax.numpy.issubdtype(a.dtype, jax.numpy.floating) else a, tree)
 
 
 def _rows(result: Result) -> list[tuple[str, ...]]:

@@ -4,10 +4,12 @@ from fnn import activations as activations
 from fnn import alignment as alignment
 from fnn import checkpoint as checkpoint
 from fnn import graph as graph
+from fnn import interchange as interchange
 from fnn import losses as losses
 from fnn import per_example as per_example
 from fnn import reservoir as reservoir
 from fnn import rules as rules
+from fnn import sharding as sharding
 from fnn._check import key as key
 from fnn._types import Layer as Layer
 from fnn._types import Loss as Loss
@@ -24,6 +26,7 @@ from fnn.combinators import iterate as iterate
 from fnn.combinators import repeat as repeat
 from fnn.combinators import residual as residual
 from fnn.combinators import serial as serial
+from fnn.history import History as History
 from fnn.layers import dense as dense
 from fnn.layers import embedding as embedding
 from fnn.layers import layer_norm as layer_norm
@@ -32,7 +35,6 @@ from fnn.many import fit_many as fit_many
 from fnn.nets import collapse as collapse
 from fnn.nets import mlp as mlp
 from fnn.nets import summary as summary
-from fnn.train import History as History
 from fnn.train import NonFiniteError as NonFiniteError
 from fnn.train import evaluate as evaluate
 from fnn.train import fit as fit

@@ -14,8 +14,9 @@ import optax
 from fnn import _check
 from fnn._types import Array, ArrayLike, Key, Params, Rule
 from fnn.data import check_data, epoch_seeds, shuffled_batches
+from fnn.history import History
 from fnn.steps import TrainState, epoch, init
-from fnn.train import History, check_settings
+from fnn.train import check_settings
 
 
 def fit_many(

@@ -8,29 +8,27 @@ on the host), or an iterable of such tuples, one a batch, where they do not fit.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from fnn import _check
 from fnn._types import Array, ArrayLike, Key, Params, Rule, at_least_float32
+from fnn.checkpoint import Checkpointer
 from fnn.data import Sampler, check_batches, check_data, check_rule, drawn, epoch_seeds, padded, shuffled_batches
-from fnn.steps import Epoch, NonFiniteStep, Record, Recorder, init, run_arrays, run_iterable
+from fnn.epochs import Loop, NonFiniteStep, Part, Record, Recorder, Segments, paced, record_shapes, run_arrays, run_iterable
+from fnn.history import History, Log, add, all_steps, end_epoch, history, steps_at_hand
+from fnn.resume import resumable
+from fnn.sharding import place
+from fnn.sharding.plans import Plan
+from fnn.sharding.training import Placement, placed_order, placed_state, spans_processes
+from fnn.steps import TrainState, init
 
 Callback = Callable[[int, dict[str, float]], Any]
-
-
-class History(NamedTuple):
-    """What `fit` measured. From `fit_many` every array has a leading axis of nets."""
-
-    loss: Array  # [epochs]: the mean over the epoch's examples, each taken before its step
-    step_loss: Array  # [steps]: the loss of every batch
-    validation: dict[str, Array]  # [epochs] each: what `evaluate` gives after every epoch; {} without validation data
-    records: Any = ()  # a tree of [records, ...]: what `record` gave
 
 
 class NonFiniteError(FloatingPointError):
@@ -43,11 +41,12 @@ class NonFiniteError(FloatingPointError):
         history: the losses up to the step.
     """
 
-    def __init__(self, epoch: int, steps_before: int, stop: NonFiniteStep, history: History) -> None:
-        self.params, self.leaf, self.history = stop.params, stop.leaf, history
-        self.step = steps_before + len(stop.losses) - 1
+    def __init__(self, stop: NonFiniteStep, log: Log) -> None:
+        self.params, self.leaf, self.step = stop.params, stop.leaf, all_steps(log)
+        log.step_loss.append(np.array([stop.loss]))
+        self.history = history(log)
         super().__init__(
-            f"Training stopped at step {self.step} (epoch {epoch}, batch {len(stop.losses) - 1}): loss {float(stop.losses[-1])}, "
+            f"Training stopped at step {self.step} (epoch {len(log.loss)}, batch {steps_at_hand(log)}): loss {float(stop.loss)}, "
             f"first non-finite leaf {stop.leaf}. A lower learning rate, or gradient clipping (optax.clip_by_global_norm), may mend it. "
             "`error.params` are the last finite parameters."
         )
@@ -67,6 +66,9 @@ def fit(
     sampler: Sampler = shuffled_batches,
     record: Record | None = None,
     record_every: int = 1,
+    checkpoint: Checkpointer | None = None,
+    mesh: Mesh | None = None,
+    plan: Plan | None = None,
 ) -> tuple[Params, History]:
     """Trains a net.
 
@@ -87,6 +89,14 @@ def fit(
             epoch before the steps 0, `record_every`, 2 `record_every`, ... of every epoch; `history.records` has them. It is compiled
             in: pass the same function again, and nothing compiles again.
         record_every: the stride in steps, at least 1.
+        checkpoint: a `fnn.checkpoint.Checkpointer`. The training saves into its folder and, where that has a checkpoint, goes on from it:
+            called again with the same arguments, it gives bit for bit what a training that never stopped gives. SIGTERM and Ctrl-C
+            finish the step and save. `callback` is called anew for an epoch whose checkpoint was not finished.
+        mesh: of `fnn.sharding.make_mesh`: batches are split over its axis "data" and filled up by rows of weight 0 where it does not divide
+            them; arrays of data are on every device. With several processes all call `fit` alike, with the same arrays or each with an
+            iterable of its own part of every batch, `batch_size / jax.process_count()` rows.
+        plan: where the params lie on the mesh, such as `fnn.sharding.fully_sharded(mesh, params)`; the optimiser's and the rule's state
+            follow. None has them on every device.
 
     Returns:
         `(params, history)`.
@@ -95,6 +105,8 @@ def fit(
         TypeError, ValueError: an argument or the data cannot be meant; before any training, but for the batches of an
             iterable, which are checked as they come.
         NonFiniteError: a loss or an update became NaN or infinite; carries the last finite parameters.
+        CheckpointError: the checkpoint is damaged, or is of another training.
+        Stopped: a `SystemExit`: the process was told to stop, and all is saved.
 
     >>> import fnn
     >>> net = fnn.mlp((3, 2))
@@ -107,30 +119,34 @@ def fit(
     check_settings(rule, optimizer, epochs, batch_size, callback)
     recorder = _recorder(record, record_every)
     _check.is_key("key", key)
-    rule_key, key = jax.random.split(key)
+    rule_key, order_key = jax.random.split(key)
     data, validation = _check_both(rule, params, data, validation, batch_size, epochs)
-    state = init(rule, optimizer, params, rule_key)
-    step_losses: list[Array] = []
-    epoch_losses: list[Array] = []
-    metrics: list[dict[str, float]] = []
-    records: list[Any] = []
-    run = _epoch_runner(data, key, epochs, batch_size, sampler)
-    for e in range(epochs):
-        try:
-            state, losses, mean, found = run(rule, optimizer, state, data, e, recorder)
-        except NonFiniteStep as stop:
-            before = sum(len(losses) for losses in step_losses)
-            history = _history(epoch_losses, [*step_losses, jnp.stack(stop.losses)], metrics, records)
-            raise NonFiniteError(e, before, stop, history) from None
-        step_losses.append(losses)
-        epoch_losses.append(mean)
-        records.append(found)
-        if validation is not None:
-            metrics.append(evaluate(rule, state.params, validation, checked=True))
-        validated = {f"validation_{name}": number for name, number in metrics[-1].items()} if metrics else {}
-        if callback is not None and bool(callback(e, {"loss": float(mean)} | validated)):
-            break
-    return state.params, _history(epoch_losses, step_losses, metrics, records)
+    settings = _settings(rule, data, validation, batch_size, sampler, recorder)
+    state, placement = _placed(rule, optimizer, params, rule_key, mesh, plan)
+    if mesh is not None:
+        data = place(mesh, data) if isinstance(data, tuple) else data
+        validation = jax.device_get(validation)  # for evaluate, which puts it where the params are
+    loop = Loop(rule, optimizer, recorder, placement)
+    run = _epoch_runner(data, order_key, epochs, batch_size, sampler, paced() if checkpoint else None, placement)
+    with resumable(checkpoint, state, key, settings, lambda state: record_shapes(loop, state, data, batch_size)) as (begun, keep):
+        state, log, ended = begun
+        for e in range(len(log.loss), 0 if ended else epochs):
+            try:
+                for part in run(loop, state, data, e, steps_at_hand(log)):
+                    state = part.state
+                    add(log, part.losses, part.counts, part.records)
+                    keep(state, log)
+            except NonFiniteStep as stop:
+                raise NonFiniteError(stop, log) from None
+            end_epoch(log)
+            if validation is not None:
+                log.validation.append(evaluate(rule, state.params, validation, checked=True))
+            metrics = {"loss": float(log.loss[-1])} | {f"validation_{k}": v for k, v in (log.validation or [{}])[-1].items()}
+            ended = callback is not None and bool(callback(e, metrics))
+            keep(state, log, metrics, last=e == epochs - 1, ended=ended)
+            if ended:
+                break
+    return state.params, history(log)
 
 
 def evaluate(
@@ -162,7 +178,7 @@ def evaluate(
     count = x.shape[0]
     size = count if batch_size is None else batch_size
     _check.positive("batch_size", size, whole=True)
-    weights = jnp.ones(count, jnp.float32) if weights is None else weights
+    weights = np.ones(count, np.float32) if weights is None else weights
     sums: dict[str, float] = {}
     for i in range(0, count, size):
         batch = padded((x[i : i + size], targets[i : i + size], weights[i : i + size]), min(size, count))
@@ -186,20 +202,43 @@ def _sums_function(rule: Rule) -> Callable[..., dict[str, Array]]:
     return jax.jit(sums)
 
 
-def _epoch_runner(data: Any, key: Key, epochs: int, batch_size: int, sampler: Any) -> Callable[..., Epoch]:
-    """`(rule, optimizer, state, data, epoch, recorder) -> Epoch` for arrays, or for an iterable."""
+def _epoch_runner(
+    data: Any, key: Key, epochs: int, batch_size: int, sampler: Any, segments: Segments | None, placement: Placement | None
+) -> Callable[..., Iterator[Part]]:
+    """`(loop, state, data, epoch, first) -> parts` for arrays, or for an iterable."""
     _check.is_function("sampler", sampler, "(seed, examples, batch_size) -> (rows, present), such as `fnn.data.poisson_batches`")
     if not isinstance(data, tuple):
         if sampler is not shuffled_batches:
             raise ValueError("`sampler` draws from arrays, but `data` is an iterable, with batches of its own. Pass arrays, or no sampler.")
-        return functools.partial(run_iterable, batch_size=batch_size)
+        here = -(-batch_size // jax.process_count()) if placement and spans_processes(placement.mesh) else batch_size
+        return functools.partial(run_iterable, batch_size=here)
     seeds = epoch_seeds(key, epochs + 1)
 
     @functools.lru_cache(maxsize=2)
     def draw(e: int) -> tuple[Any, Any]:
-        return drawn(sampler, seeds[e], data[0].shape[0], batch_size)
+        rows, present = drawn(sampler, seeds[e], data[0].shape[0], batch_size)
+        return (rows, present) if placement is None else placed_order(placement.mesh, rows, present)
 
-    return functools.partial(run_arrays, draw=draw)
+    return functools.partial(run_arrays, draw=draw, segments=segments)
+
+
+def _placed(
+    rule: Rule, optimizer: Any, params: Params, key: Key, mesh: Mesh | None, plan: Plan | None
+) -> tuple[TrainState, Placement | None]:
+    """The first state, on the mesh if there is one."""
+    if mesh is None:
+        if plan is not None:
+            raise ValueError("`plan` says where params lie on a mesh, but `mesh` is None. Pass the mesh too: `fnn.sharding.make_mesh()`.")
+        return init(rule, optimizer, params, key), None
+    params = place(mesh, params, plan)
+    return placed_state(mesh, plan, params, init(rule, optimizer, params, key))
+
+
+def _settings(rule: Rule, data: Any, validation: Any, batch_size: int, sampler: Any, recorder: Recorder) -> dict[str, Any]:
+    """What a training that goes on must share with the one that began, as JSON has it."""
+    examples = [None if part is None or not isinstance(part, tuple) else len(part[0]) for part in (data, validation)]
+    return {"rule": str(rule), "loss": str(rule.loss), "examples": examples[0], "validation examples": examples[1],
+            "batch_size": batch_size, "sampler": getattr(sampler, "__name__", "a sampler"), "record_every": recorder.every}  # fmt: skip
 
 
 def _recorder(record: Any, every: Any) -> Recorder:
@@ -208,14 +247,6 @@ def _recorder(record: Any, every: Any) -> Recorder:
         _check.hashable("record", record)
     _check.positive("record_every", every, whole=True)
     return Recorder(record, int(every))
-
-
-def _history(epoch_losses: list[Array], step_losses: list[Array], metrics: list[dict[str, float]], records: list[Any]) -> History:
-    # joined on the host: no program to compile for every length
-    losses, steps, found = jax.device_get((epoch_losses, step_losses, records))
-    validation = {name: jnp.array([m[name] for m in metrics]) for name in (metrics[0] if metrics else ())}
-    joined = jax.tree.map(lambda *epochs: jnp.asarray(np.concatenate(epochs)), *found) if found else ()
-    return History(jnp.asarray(np.array(losses)), jnp.asarray(np.concatenate(steps)), validation, joined)
 
 
 def check_settings(rule: Any, optimizer: Any, epochs: Any, batch_size: Any, callback: Any = None) -> None:

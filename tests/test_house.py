@@ -13,23 +13,12 @@ import pytest
 import fnn
 
 ROOT = Path(__file__).parents[1]
-ORDER = [
-    "_types",
-    "_check",
-    "checkpoint",
-    "_sums",
-    "factors",
-    "activations",
-    "layers",
-    "combinators",
-    "nets",
-    "blocks",
-    "losses",
-    "backprop",
-    "_ridge",
-]
-ORDER += ["reservoir", "per_example", "graph", "checks", "data", "steps", "rules", "alignment", "train", "many", "__init__"]
-PACKAGES = {"checkpoint", "factors", "per_example", "graph", "rules"}  # their files may import one another
+ORDER = re.findall(
+    r"\w+",
+    "_types _check _processes checkpoint _sums factors activations layers combinators nets _layouts interchange blocks losses backprop "
+    "_ridge reservoir per_example graph checks data sharding steps epochs history resume rules alignment train many __init__",
+)
+PACKAGES = {"checkpoint", "factors", "per_example", "graph", "rules", "sharding"}  # their files may import one another
 FILES = sorted((ROOT / "fnn").rglob("*.py"))
 
 
@@ -73,7 +62,8 @@ def run(code: str) -> None:
 def test_importing_fnn_starts_no_backend_and_pulls_in_no_extra():
     run(
         "import sys, fnn; from jax._src import xla_bridge; assert not xla_bridge._backends, 'a backend was started';"
-        "extras = {'sklearn', 'matplotlib', 'sympy', 'tyro', 'rich', 'chex.dataclass', 'pytest', 'pandas', 'torch'} & set(sys.modules);"
+        "extras = {'sklearn', 'matplotlib', 'sympy', 'tyro', 'rich', 'chex.dataclass', 'pytest', 'pandas', 'torch', 'flax', 'equinox'};"
+        "extras &= set(sys.modules);"
         "assert not extras, extras"
     )
 
@@ -81,7 +71,7 @@ def test_importing_fnn_starts_no_backend_and_pulls_in_no_extra():
 def test_the_experiments_extra_has_all_that_they_and_fnn_import():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    wanted = [*project["dependencies"], *extras["experiments"]]
+    wanted = [*project["dependencies"], *extras["experiments"], *extras["tensorboard"]]
     wanted += [name for extra in re.findall(r"fnn\[(\w+)\]", " ".join(wanted)) for name in extras[extra]]
     declared = {re.match(r"[\w-]+", name)[0] for name in wanted} | {"fnn", "numpy", "scipy"}  # the last two come with jax
     files = [file for file in [*FILES, *(ROOT / "experiments").glob("*.py")] if file.name != "_rivals.py"]  # rivals, if there
@@ -118,6 +108,6 @@ def test_every_public_name_of_the_design_is_there():
     names = (
         "mlp serial repeat iterate residual dense layer_norm rms_norm embedding summary collapse value_and_grad factors with_manual_vjp",
         "compare_gradients check_layer check_loss fit fit_many evaluate activations losses rules per_example graph",
-        "reservoir alignment Layer Loss Rule",
+        "reservoir alignment checkpoint interchange sharding Layer Loss Rule",
     )
     assert [name for line in names for name in line.split() if not hasattr(fnn, name)] == []

@@ -14,4 +14,6 @@ from fnn.checkpoint.layout import Manifest as Manifest
 from fnn.checkpoint.reading import manifest as manifest
 from fnn.checkpoint.reading import restore as restore
 from fnn.checkpoint.reading import steps as steps
+from fnn.checkpoint.running import Checkpointer as Checkpointer
+from fnn.checkpoint.running import Stopped as Stopped
 from fnn.checkpoint.writing import save as save

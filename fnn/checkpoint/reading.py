@@ -22,11 +22,11 @@ def restore(folder: str | os.PathLike[str], like: Any, *, step: int | None = Non
     Args:
         folder: of a run, or of one checkpoint.
         like: a tree of the same structure, shapes and dtypes; its leaves may be `jax.ShapeDtypeStruct`s. What is a `jax.Array` there is put
-            where that one is.
+            where that one is. A leaf `...` stands for an array of any shape and dtype.
         step: which; the newest, if None.
 
     Returns:
-        The tree. Leaves are what they are in `like`: `jax.Array`s, NumPy arrays, or Python's numbers.
+        The tree. Leaves are what they are in `like`: `jax.Array`s, NumPy arrays (for `...` too), or Python's numbers.
 
     Raises:
         CheckpointError: nothing is there, a file is damaged, or the tree is another one; the message says what differs, and which older
@@ -144,6 +144,8 @@ def _as(path: Path, name: str, kind: str, array: np.ndarray, leaf: Any) -> Any:
         if type(leaf) is not NUMBERS.get(kind):
             raise differs
         return NUMBERS[kind](array.item())
+    if leaf is ... and kind == "array":
+        return array.copy()
     if not hasattr(leaf, "dtype") or kind.startswith("key:") != jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         raise differs
     made = jax.random.wrap_key_data(jnp.asarray(array), impl=kind.removeprefix("key:")) if kind != "array" else array
@@ -152,7 +154,13 @@ def _as(path: Path, name: str, kind: str, array: np.ndarray, leaf: Any) -> Any:
         raise differs
     if numpy:  # a copy, which can be written to; [()] makes a scalar of an array of no axes
         return made.astype(leaf.dtype) if isinstance(leaf, np.ndarray) else made[()]
-    return jax.device_put(made, leaf.sharding) if isinstance(leaf, jax.Array) else jnp.asarray(made)
+    if getattr(leaf, "weak_type", False):  # as 0.1 is one: it does not decide on the dtype of what it is multiplied with
+        made = jnp.full(made.shape, leaf.dtype.type(0).item()).at[...].set(made)
+    if not isinstance(leaf, jax.Array) or not leaf.committed:
+        return jnp.asarray(made)
+    if leaf.is_fully_addressable or kind == "array":
+        return jax.device_put(made, leaf.sharding)
+    return jax.random.wrap_key_data(jax.device_put(array, leaf.sharding), impl=kind.removeprefix("key:"))  # on devices of several processes
 
 
 def _said(leaf: Any) -> str:

@@ -11,7 +11,7 @@ import secrets
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,19 +48,33 @@ def save(folder: str | os.PathLike[str], tree: Any, *, step: int = 0, metadata: 
     _check.not_negative("step", step)
     if int(step) != step:
         raise ValueError(f"`step` must be a whole number, got {step!r}.")
-    leaves, arrays = [], {}
-    for i, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(tree)):
-        kind, array = _written(jax.tree_util.keystr(path), leaf)
-        arrays[str(i)] = array
-        leaves.append({"path": jax.tree_util.keystr(path), "kind": kind, "shape": list(array.shape), "dtype": array.dtype.name,
-                       "sha256": hashlib.sha256(array.reshape(-1).view(np.uint8).data).hexdigest()})  # fmt: skip
-    manifest = _json({"format": FORMAT, "step": int(step), "metadata": dict(metadata or {}), "versions": _versions(),
-                      "topology": _topology(), "leaves": leaves})  # fmt: skip
+    return write(folder, leaves_of(tree), int(step), metadata or {})
+
+
+class Leaf(NamedTuple):
+    """A leaf of a tree."""
+
+    path: str
+    kind: str  # "array", "key:" and its implementation, or the name of Python's type
+    array: Any  # of JAX or NumPy: its numbers, or a key's bits
+
+
+def leaves_of(tree: Any) -> list[Leaf]:
+    """The leaves, checked. What JAX computes for it is sent to the devices here; `write` only waits, so that it may be another thread's."""
+    return [_leaf(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def write(folder: str | os.PathLike[str], leaves: list[Leaf], step: int, metadata: Mapping[str, Any]) -> Path:
+    """Writes the leaves of a tree, as `save` does."""
+    arrays = {str(i): np.require(leaf.array, leaf.array.dtype.newbyteorder("="), "C") for i, leaf in enumerate(leaves)}
+    described = [_described(leaf, array) for leaf, array in zip(leaves, arrays.values(), strict=True)]
+    manifest = _json({"format": FORMAT, "step": step, "metadata": dict(metadata), "versions": _versions(),
+                      "topology": _topology(), "leaves": described})  # fmt: skip
     home = Path(folder)
     home.mkdir(parents=True, exist_ok=True)
     for old in home.glob(f"{UNFINISHED}*"):
         shutil.rmtree(old)
-    made, final = home / f"{UNFINISHED}{secrets.token_hex(4)}", home / f"{PREFIX}{int(step):012d}"
+    made, final = home / f"{UNFINISHED}{secrets.token_hex(4)}", home / f"{PREFIX}{step:012d}"
     made.mkdir()
     try:
         save_file(arrays, made / ARRAYS)
@@ -78,20 +92,25 @@ def save(folder: str | os.PathLike[str], tree: Any, *, step: int = 0, metadata: 
     return final
 
 
-def _written(path: str, leaf: Any) -> tuple[str, np.ndarray]:
-    """A leaf's kind, and its numbers as a NumPy array in C order and this machine's byte order."""
+def _leaf(path: str, leaf: Any) -> Leaf:
     name = type(leaf).__name__
     if NUMBERS.get(name) is type(leaf):
         if name == "int" and not -(2**63) <= leaf < 2**63:
             raise ValueError(f"`tree{path}` must fit into 64 bits, got {leaf}.")
-        return name, np.asarray(leaf, {"bool": np.bool_, "int": np.int64, "float": np.float64}[name])
+        return Leaf(path, name, np.asarray(leaf, {"bool": np.bool_, "int": np.int64, "float": np.float64}[name]))
     if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return f"key:{jax.random.key_impl(leaf)}", np.require(jax.random.key_data(leaf), requirements="C")
+        return Leaf(path, f"key:{jax.random.key_impl(leaf)}", jax.random.key_data(leaf))
     if not isinstance(leaf, (jax.Array, np.ndarray, np.generic)):
         raise TypeError(f"`tree{path}` must be an array, a key or a number, got {leaf!r:.80} ({name}). Put it into `metadata`.")
     if leaf.dtype.name not in DTYPES:
         raise TypeError(f"`tree{path}` has the dtype {leaf.dtype}, which safetensors has no name for. Known: {', '.join(DTYPES)}.")
-    return "array", np.require(leaf, leaf.dtype.newbyteorder("="), "C")
+    return Leaf(path, "array", leaf)
+
+
+def _described(leaf: Leaf, array: np.ndarray) -> dict[str, Any]:
+    """What the manifest says of a leaf."""
+    digest = hashlib.sha256(array.reshape(-1).view(np.uint8).data).hexdigest()
+    return {"path": leaf.path, "kind": leaf.kind, "shape": list(array.shape), "dtype": array.dtype.name, "sha256": digest}
 
 
 def _json(content: dict[str, Any]) -> str:

@@ -1,0 +1,220 @@
+"""Checkpoints of a run that goes on: saved in the background, the newest and the best kept, a last one where a signal says stop."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import shutil
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from fnn import _check
+from fnn.checkpoint.layout import PREFIX, UNFINISHED, CheckpointError, every, number
+from fnn.checkpoint.reading import manifest
+from fnn.checkpoint.writing import Leaf, leaves_of, write
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+@dataclass(frozen=True)
+class Checkpointer:
+    """When `fit` saves, where, and what is kept.
+
+    Attributes:
+        folder: of this run alone; made if it is not there.
+        every: epochs from one checkpoint to the next; the last epoch is saved in any case.
+        seconds: a checkpoint within an epoch too, when so much time has passed since the last; None for none.
+        keep: how many of the newest checkpoints stay.
+        best: a metric of `fit`'s callback (`loss`, `validation_loss`, `validation_accuracy`); the best epoch is saved, and stays.
+        mode: "min" or "max": what the best is; if None, "max" for an accuracy and "min" else.
+        wait: whether training waits where a checkpoint is due while another is still being written; else it is left out, unless it is the
+            best or the last.
+        metadata: whatever JSON can hold, such as the configuration; every manifest has it.
+
+    Raises:
+        TypeError, ValueError: a setting cannot be meant.
+
+    >>> Checkpointer("runs/one", best="validation_accuracy").keep
+    3
+    """
+
+    folder: str | os.PathLike[str]
+    every: int = 1
+    seconds: float | None = 600.0
+    keep: int = 3
+    best: str | None = None
+    mode: str | None = None
+    wait: bool = False
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.folder, (str, os.PathLike)):
+            raise TypeError(f"`folder` must be a path, got {self.folder!r}.")
+        _check.positive("every", self.every, whole=True)
+        _check.positive("keep", self.keep, whole=True)
+        if self.seconds is not None:
+            _check.positive("seconds", self.seconds)
+        if self.mode is not None:
+            _check.one_of("mode", self.mode, ("min", "max"))
+
+    def sign(self) -> int:
+        """1 where the best value of the metric is the least, -1 where it is the greatest."""
+        return -1 if (self.mode or ("max" if (self.best or "").endswith("accuracy") else "min")) == "max" else 1
+
+
+class Stopped(SystemExit):
+    """`fit` was told to stop by SIGTERM or Ctrl-C, and all is saved; where nobody catches it, its message ends the process with code 1."""
+
+
+class Saver(NamedTuple):
+    """What `fit` needs of a `Checkpointer` while it runs."""
+
+    save: Callable[[Any, int, dict[str, Any]], None]  # (tree, step, metadata): in the background, after the one before
+    busy: Callable[[], bool]  # whether the one before is still being written
+    due: Callable[[], bool]  # whether it is time for a checkpoint within an epoch
+    told: Callable[[], int]  # the signal that told the process to stop; 0 if none did
+
+
+@contextlib.contextmanager
+def saving(settings: Checkpointer) -> Iterator[Saver]:
+    """A folder that is this process's alone, a thread that saves into it, and ears for signals; all is written when the block ends.
+
+    Of several processes of one training only the first writes.
+    """
+    home, writes = Path(settings.folder), jax.process_index() == 0
+    last = time.monotonic()
+    with _alone(home) if writes else contextlib.nullcontext(), _stop_signals() as told, _background() as (submit, busy):
+
+        def save_soon(tree: Any, step: int, metadata: dict[str, Any]) -> None:
+            nonlocal last
+            last = time.monotonic()
+            if writes:
+                submit(_write_and_prune, settings, leaves_of(tree), step, {**metadata, "metadata": dict(settings.metadata)})
+
+        def due() -> bool:
+            return settings.seconds is not None and time.monotonic() - last >= settings.seconds
+
+        yield Saver(save_soon, busy, due, told)
+
+
+def _write_and_prune(settings: Checkpointer, leaves: list[Leaf], step: int, metadata: dict[str, Any]) -> None:
+    home = Path(settings.folder)
+    write(home, leaves, step, metadata)
+    kept = {*every(home)[-settings.keep :], *_best(settings, home)}
+    for path in set(every(home)) - kept:
+        path.rename(path.with_name(path.name.replace(PREFIX, UNFINISHED)))  # at once: a half-removed checkpoint is none
+    _tidy(home)
+
+
+def _best(settings: Checkpointer, home: Path) -> list[Path]:
+    """The checkpoint that is best by the metric, the oldest of equals; none without a metric."""
+    if settings.best is None:
+        return []
+    found = []
+    for path in every(home):
+        value = _metrics(path).get(settings.best)
+        if value is not None and math.isfinite(value):
+            found.append((settings.sign() * value, number(path), path))
+    return [min(found)[-1]] if found else []
+
+
+def _metrics(path: Path) -> dict[str, Any]:
+    try:
+        return manifest(path).metadata.get("metrics", {})
+    except CheckpointError:  # damaged: it stays until it is among the old ones
+        return {}
+
+
+def _tidy(home: Path) -> None:
+    """Removes what a killed process left."""
+    for left in home.glob(f"{UNFINISHED}*"):
+        shutil.rmtree(left)
+
+
+@contextlib.contextmanager
+def _background() -> Iterator[tuple[Callable[..., None], Callable[[], bool]]]:
+    """`submit(function, *arguments)`: calls it in another thread, after the one before, whose errors come here; and whether it is busy."""
+    pending: list[Future[None]] = []
+    with ThreadPoolExecutor(1, "fnn-checkpoint") as pool:
+
+        def submit(function: Callable[..., None], *arguments: Any) -> None:
+            while pending:
+                pending.pop().result()
+            pending.append(pool.submit(function, *arguments))
+
+        try:
+            yield submit, lambda: bool(pending) and not pending[0].done()
+        finally:
+            while pending:
+                pending.pop().result()
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[Callable[[], int]]:
+    """Yields a function that gives the signal's number, once one came; a second one ends the process at once, whatever it is at."""
+    came: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may ask for signals
+        yield lambda: 0
+        return
+
+    def listen(ear: socket.socket) -> None:
+        while number := ear.recv(1):
+            if number[0] in SIGNALS and came:
+                os._exit(128 + number[0])
+            if number[0] in SIGNALS:
+                came.append(number[0])
+                print(
+                    f"{signal.Signals(number[0]).name}: finishing the step and saving; once more to exit at once.",
+                    file=sys.stderr,
+                    flush=True,
+                )
+
+    ear, mouth = socket.socketpair()
+    mouth.setblocking(False)
+    listener = threading.Thread(target=listen, args=(ear,), name="fnn-signals", daemon=True)
+    listener.start()
+    handlers = {each: signal.signal(each, lambda *_: None) for each in SIGNALS}
+    wakeup = signal.set_wakeup_fd(mouth.fileno(), warn_on_full_buffer=False)  # told at once, and not when XLA returns
+    try:
+        yield lambda: came[0] if came else 0
+    finally:
+        signal.set_wakeup_fd(wakeup)
+        for each, handler in handlers.items():
+            signal.signal(each, signal.SIG_DFL if handler is None else handler)
+        mouth.close()
+        listener.join()
+        ear.close()
+
+
+@contextlib.contextmanager
+def _alone(home: Path) -> Iterator[None]:
+    """Makes the folder, locks it where the system can, and clears it; the lock goes with the process, however it ends."""
+    home.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        _tidy(home)
+        yield
+        return
+    descriptor = os.open(home, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise CheckpointError(home, "another process saves its run here. Wait for it, or choose another folder.") from None
+    try:
+        _tidy(home)
+        yield
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,26 @@
+"""Placement on a mesh of devices: where parameters, optimiser state and batches lie. `jax.jit` of any function then runs there.
+
+A mesh has the axes "data", over which a batch is split, and "model", over which weights are. A plan is a tree like the params with a
+`PartitionSpec` for each array: data, to be looked at and edited.
+
+    mesh = make_mesh(model=2)
+    plan = tensor_parallel(mesh, params)
+    where = follow(plan, params, state)  # a `TrainState` of `fnn.steps`: params, optimiser's state, rule's state
+    step = jax.jit(fnn.steps.step(rule, optimizer), out_shardings=(shardings(mesh, where), None))  # else XLA may move them
+    state, value = step(place(mesh, state, where), *place_batch(mesh, (x, targets)))
+
+With several processes every function here is called by all of them alike.
+"""
+
+from fnn.sharding.collectives import data_parallel as data_parallel
+from fnn.sharding.collectives import gathered as gathered
+from fnn.sharding.mesh import make_mesh as make_mesh
+from fnn.sharding.placing import place as place
+from fnn.sharding.placing import place_batch as place_batch
+from fnn.sharding.plans import PLANS as PLANS
+from fnn.sharding.plans import follow as follow
+from fnn.sharding.plans import fully_sharded as fully_sharded
+from fnn.sharding.plans import replicated as replicated
+from fnn.sharding.plans import shardings as shardings
+from fnn.sharding.plans import tensor_parallel as tensor_parallel
+from fnn.sharding.training import own_batches as own_batches

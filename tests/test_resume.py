@@ -1,0 +1,298 @@
+"""A training that was stopped and goes on gives, bit for bit, what one that never stopped gives."""
+
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from test_checkpoint import raw
+
+import fnn
+from fnn import epochs, losses, rules
+from fnn.checkpoint import Checkpointer, CheckpointError, Stopped, manifest, running, steps
+
+NET = fnn.mlp((5, 6, 3), "tanh")
+WIDER = fnn.mlp((5, 7, 3), "tanh")
+LOSS = losses.softmax_cross_entropy_with_integer_labels
+KEY = jax.random.key(7)
+PARAMS = jax.jit(NET.init)(jax.random.key(0))
+BACKPROP = rules.backprop(NET, LOSS)
+ADAM = optax.inject_hyperparams(optax.adam)(0.01)  # a state with weak types in it
+
+
+def blobs(n=45):
+    rng = np.random.default_rng(0)
+    t = rng.integers(0, 3, n).astype(np.int32)
+    return (rng.normal(size=(n, 5)) + 3 * np.eye(3, 5)[t]).astype(np.float32), t
+
+
+DATA = blobs()
+
+
+def batches(e):
+    """An epoch of an iterable, in an order of its own."""
+    order = np.random.default_rng(e).permutation(45)
+    for i in range(0, 45, 4):
+        yield DATA[0][order[i : i + 4]], DATA[1][order[i : i + 4]]
+
+
+def norm(params, state, x, targets, weights):
+    return {"b": jnp.abs(params[1].b).sum(), "x": x.sum()}
+
+
+def train(folder, rule=BACKPROP, data=DATA, optimizer=ADAM, epochs=3, stop=None, **settings):
+    """A training with all that can be had; `stop` is what may end it."""
+    checkpoint = None if folder is None else Checkpointer(folder, **{"seconds": 1e-9, "keep": 1000, "wait": True} | settings)
+    return fnn.fit(rule, optimizer, PARAMS, data, epochs=epochs, batch_size=4, key=KEY, validation=blobs(10), record=norm, record_every=5,
+                   checkpoint=checkpoint, callback=stop)  # fmt: skip
+
+
+def same(a, b):
+    return jax.tree.structure(a) == jax.tree.structure(b) and list(map(raw, jax.tree.leaves(a))) == list(map(raw, jax.tree.leaves(b)))
+
+
+@pytest.fixture
+def short_parts(monkeypatch):
+    """Arrays are gone through in parts of five steps, and not in as many as half a second has."""
+    monkeypatch.setattr(fnn.train, "paced", lambda: lambda first, n: ((i, min(i + 5, n)) for i in range(first, n, 5)))
+
+
+@pytest.mark.usefixtures("short_parts")
+@pytest.mark.parametrize("data", [DATA, (*DATA, np.linspace(0, 2, 45, dtype=np.float32)), batches], ids=["arrays", "weighted", "iterable"])
+def test_from_every_checkpoint_on_it_is_the_same_training(tmp_path, data):
+    rule = rules.node_perturbation(NET, LOSS)
+    expected = train(tmp_path / "whole", rule, data)
+    there = steps(tmp_path / "whole")
+    assert there == ([*range(1, 37)] if data is batches else [5, 10, 12, 17, 22, 24, 29, 34, 36])
+    for step in (*there[:-1:5], there[-1]) if data is batches else there:
+        folder = tmp_path / f"from-{step}"
+        shutil.copytree(tmp_path / "whole" / f"step-{step:012d}", folder / f"step-{step:012d}")
+        assert same(train(folder, rule, data), expected)
+    _, history = train(None, rule, data)
+    assert same(jax.tree.map(jnp.shape, history), jax.tree.map(jnp.shape, expected[1]))
+    np.testing.assert_allclose(history.step_loss, expected[1].step_loss, rtol=1e-4)
+
+
+@pytest.mark.usefixtures("short_parts")
+@pytest.mark.parametrize("rule", rules.RULES, ids=lambda r: r.__name__)
+def test_every_rule_goes_on_as_if_nothing_had_been(tmp_path, rule):
+    made = rule(NET, LOSS)
+    expected = train(tmp_path / "whole", made)
+
+    def crash(e, metrics):
+        if e == 1:
+            raise RuntimeError("crash")
+
+    with pytest.raises(RuntimeError, match="crash"):
+        train(tmp_path / "crashed", made, stop=crash)
+    assert steps(tmp_path / "crashed")[-1] == 24
+    assert same(train(tmp_path / "crashed", made), expected)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, name, capfd):
+    def told_at(step):
+        def data(e):
+            for i, batch in enumerate(batches(e)):
+                if (e, i) == step:
+                    os.kill(os.getpid(), getattr(signal, name))
+                    time.sleep(0.2)  # it has arrived
+                yield batch
+
+        return data
+
+    handlers = [signal.getsignal(each) for each in running.SIGNALS]
+    for step, count in (((0, 0), 1), ((1, 3), 16), ((2, 11), 36)):
+        with pytest.raises(
+            Stopped, match=rf"{name}: stopped in epoch {step[0]} after {step[1] + 1} steps of it; all is saved in .*run. The"
+        ):
+            train(tmp_path / "run", data=told_at(step), seconds=None)
+        assert steps(tmp_path / "run")[-1] == count
+        assert f"{name}: finishing the step and saving; once more to exit at once." in capfd.readouterr().err
+    assert [signal.getsignal(each) for each in running.SIGNALS] == handlers
+    assert signal.set_wakeup_fd(-1) == -1
+    assert same(train(tmp_path / "run", data=batches, seconds=None), train(tmp_path / "whole", data=batches))
+
+
+CHILD = """
+import sys, time
+import jax, optax, fnn, numpy as np
+from fnn.checkpoint import Checkpointer
+net = fnn.mlp((2, 2)); x = np.ones((4, 2), np.float32)
+def data(e):
+    for i in range(1000):
+        print(e, i, flush=True)
+        time.sleep({pause} if i else 0)
+        yield x, x
+fnn.fit(fnn.rules.backprop(net, fnn.losses.l2_loss), optax.sgd(0.1), net.init(jax.random.key(0)), data, epochs=9, batch_size=4,
+        key=jax.random.key(0), checkpoint=Checkpointer(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize(("pause", "signals", "code"), [(0.05, 1, 1), (600, 2, 143)], ids=["one", "two"])
+def test_one_signal_ends_a_process_with_its_message_and_two_at_once(tmp_path, pause, signals, code):
+    command = [sys.executable, "-c", CHILD.format(pause=pause), str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+        try:
+            while child.stdout.readline() != "0 1\n":
+                assert child.poll() is None
+            child.send_signal(signal.SIGTERM)
+            assert child.stderr.readline() == "SIGTERM: finishing the step and saving; once more to exit at once.\n"
+            if signals == 2:
+                child.send_signal(signal.SIGTERM)
+            _, said = child.communicate(timeout=60)
+        finally:
+            child.kill()
+    assert child.returncode == code
+    assert ("all is saved in" in said) == (signals == 1)
+    assert bool(steps(tmp_path)) == (signals == 1)
+
+
+def test_a_training_can_be_made_longer(tmp_path):
+    train(tmp_path / "run", epochs=1)
+    assert same(train(tmp_path / "run", epochs=4), train(tmp_path / "whole", epochs=4))
+
+
+def test_one_that_its_callback_stopped_has_ended(tmp_path):
+    expected = train(tmp_path, stop=lambda e, metrics: e == 1)
+    assert expected[1].loss.shape == (2,)
+    assert same(train(tmp_path), expected)
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path):
+    seen = {}
+
+    def spoiled(e):  # from the third epoch on it learns nonsense
+        return [(x, t if e < 2 else (t + 1) % 3) for x, t in batches(e)]
+
+    for best, choose in (("validation_loss", min), ("validation_accuracy", max), (None, None)):
+        folder = tmp_path / str(best)
+        train(folder, data=spoiled, epochs=7, keep=2, best=best, seconds=None, stop=lambda e, m: seen.update({12 * (e + 1): m}))
+        values = {step: metrics[best] for step, metrics in seen.items()} if best else {}
+        expected = {72, 84} | ({min(step for step, v in values.items() if v == choose(values.values()))} if best else set())
+        assert set(steps(folder)) == expected
+        assert not best or len(expected) == 3
+        assert sorted(p.name for p in folder.iterdir()) == [f"step-{step:012d}" for step in sorted(expected)]
+    assert manifest(folder).metadata["metrics"] == seen[84]
+
+
+def test_a_metric_that_is_not_measured_is_an_error_that_lists_those_that_are(tmp_path):
+    with pytest.raises(ValueError, match="`best` must be a metric of this training, loss, validation_accuracy, validation_loss; got 'acc'"):
+        train(tmp_path, best="acc")
+
+
+def test_a_checkpoint_is_left_out_while_the_last_is_being_written_but_never_the_best_or_the_last(tmp_path, monkeypatch):
+    slow, write = threading.Event(), running.write
+
+    def blocked(*args):
+        slow.wait(60)
+        return write(*args)
+
+    monkeypatch.setattr(running, "write", blocked)
+    best = {"best": "validation_loss", "mode": "max"}  # the first epoch is the worst
+    train(tmp_path / "free", epochs=6, wait=False, seconds=None, stop=lambda e, metrics: slow.set() if e == 4 else None, **best)
+    assert steps(tmp_path / "free")[0] == 12
+    assert steps(tmp_path / "free")[-1] == 72
+    assert not {24, 36, 48} & set(steps(tmp_path / "free"))
+
+
+def test_every_second_epoch_and_the_last_are_saved(tmp_path):
+    train(tmp_path, epochs=5, every=2, seconds=None, metadata={"note": "kept"})
+    assert steps(tmp_path) == [24, 48, 60]
+    assert json.loads((tmp_path / "step-000000000060" / "manifest.json").read_text())["metadata"]["metadata"] == {"note": "kept"}
+
+
+def test_what_killed_processes_left_goes_even_where_nothing_is_to_do(tmp_path):
+    train(tmp_path)
+    (tmp_path / ".unfinished-1234").mkdir()
+    train(tmp_path)
+    assert all(p.name.startswith("step-") for p in tmp_path.iterdir())
+
+
+def test_an_error_of_saving_ends_the_training(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(running, "write", full)
+    with pytest.raises(OSError, match="No space left"):
+        train(tmp_path)
+
+
+def test_two_trainings_in_one_folder_are_refused(tmp_path):
+    with running.saving(Checkpointer(tmp_path)), pytest.raises(CheckpointError, match="another process saves its run here"):
+        train(tmp_path)
+    train(tmp_path, epochs=1)
+
+
+def test_threads_may_train_too(tmp_path):
+    found = []
+    thread = threading.Thread(target=lambda: found.append(train(tmp_path / "thread")))
+    thread.start()
+    thread.join()
+    assert same(found[0], train(tmp_path / "whole"))
+
+
+def test_parts_grow_until_they_take_their_time(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(epochs.time, "monotonic", lambda: clock[0])
+    segments, found = epochs.paced(1.0), []
+    for start, stop in segments(3, 1000):
+        found.append((start, stop))
+        clock[0] += (stop - start) * (0.01 if start < 500 else 0.02)
+    assert found[0][0] == 3
+    assert found[-1][1] == 1000
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(found))
+    sizes = [stop - start for start, stop in found]
+    assert sizes[:3] == [16, 32, 64]
+    assert max(sizes) == 64
+    assert sizes[-2] == 32
+
+
+OTHERS = [
+    ({"batch_size": 5}, "`batch_size` was 4 and is 5"),
+    ({"rule": rules.autodiff(NET, LOSS)}, "`rule` was 'backprop' and is 'autodiff'"),
+    ({"data": blobs(46)}, "`examples` was 45 and is 46"),
+    ({"data": batches}, "`examples` was 45 and is None"),
+    ({"key": jax.random.key(8)}, "its key was another one"),
+    ({"validation": None}, "`validation examples` was 10 and is None"),
+    ({"record_every": 2}, "`record_every` was 5 and is 2"),
+    ({"record": lambda *args: 0.0}, r"only in the checkpoint: \['log'\]\['records'\]\[1\]"),
+    ({"optimizer": optax.sgd(0.1)}, r"the tree is another one than `like`"),
+    ({"rule": rules.backprop(WIDER, LOSS), "params": WIDER.init(KEY)}, r"\['state'\].params\[0\]\[0\].w is array float32\[5, 6\], but"),
+    ({"checkpoint": "runs"}, "`checkpoint` must be a `fnn.checkpoint.Checkpointer`, got 'runs'"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), OTHERS, ids=[message[:30] for _, message in OTHERS])
+def test_the_checkpoint_of_another_training_is_refused(tmp_path, change, message):
+    settings = {"rule": BACKPROP, "optimizer": ADAM, "params": PARAMS, "data": DATA, "epochs": 1, "batch_size": 4, "key": KEY,
+                "validation": blobs(10), "record": norm, "record_every": 5, "checkpoint": Checkpointer(tmp_path)}  # fmt: skip
+    fnn.fit(**settings)
+    with pytest.raises((CheckpointError, TypeError), match=message):
+        fnn.fit(**settings | change)
+    fnn.fit(**settings)
+
+
+BAD = [
+    ({"folder": 3}, TypeError, "`folder` must be a path, got 3"),
+    ({"every": 0}, ValueError, "`every` must be a whole number above 0, got 0"),
+    ({"keep": 1.5}, TypeError, "`keep` must be a whole number above 0, got 1.5"),
+    ({"seconds": -1}, ValueError, "`seconds` must be a finite number above 0, got -1"),
+    ({"mode": "least"}, ValueError, "Unknown mode 'least'"),
+]
+
+
+@pytest.mark.parametrize(("change", "kind", "message"), BAD, ids=[message[:20] for *_, message in BAD])
+def test_a_setting_that_cannot_be_meant_is_an_error(change, kind, message):
+    with pytest.raises(kind, match=message):
+        Checkpointer(**{"folder": "run"} | change)
