@@ -142,12 +142,13 @@ def rewritten(path, change):
     content = json.loads((path / "manifest.json").read_text())
     change(content)
     (path / "manifest.json").write_text(json.dumps(content))
-    (path / "SHA256SUMS").write_text(writing._sums(path))
+    (path / "SHA256SUMS").write_text(writing.sums((path / "manifest.json").read_text()))
 
 
 FORGED = [
     (lambda content: content.update(format=2), "its format is 2; this fnn reads up to 1. Update fnn"),
     (lambda content: content.pop("leaves"), "is none of fnn's"),
+    (lambda content: content.update(header="0" * 64), "the SHA-256 of its header is not the one in manifest.json"),
     (lambda content: content["leaves"][0].update(sha256="0" * 64), r"leaf \['b'\]: its SHA-256 is not the one in manifest.json"),
     (lambda content: content["leaves"].pop(), "holds other leaves than manifest.json lists"),
 ]
@@ -161,11 +162,11 @@ def test_a_manifest_of_another_format_or_other_arrays_is_refused(tmp_path, chang
         restore(tmp_path, like=tree)
 
 
-@pytest.mark.parametrize("name", ["../arrays.safetensors", "/etc/passwd", "other"])
+@pytest.mark.parametrize("name", ["../manifest.json", "/etc/passwd", "other"])
 def test_sums_of_files_elsewhere_are_refused(tmp_path, name):
     path = save(tmp_path, jnp.zeros(2))
-    (path / "SHA256SUMS").write_text((path / "SHA256SUMS").read_text().replace("arrays.safetensors", name))
-    with pytest.raises(CheckpointError, match=r"must list arrays\.safetensors and manifest\.json and nothing else"):
+    (path / "SHA256SUMS").write_text((path / "SHA256SUMS").read_text().replace("manifest.json", name))
+    with pytest.raises(CheckpointError, match=r"must have the SHA-256 of manifest\.json and nothing else"):
         restore(tmp_path, like=jnp.zeros(2))
 
 
@@ -203,7 +204,7 @@ def test_whatever_stops_a_save_leaves_the_older_ones_whole_and_nothing_else(tmp_
     save(tmp_path, jnp.ones(3), step=1)
     calls = [
         (writing, "save_file"),
-        (writing, "_sums"),
+        (writing, "sums"),
         (writing, "_flush"),
         (Path, "rename"),
         (Path, "write_text"),

@@ -1,4 +1,4 @@
-"""Every doctest and every Python block of the README and of docs/rules.md runs."""
+"""Every doctest and every Python block of the README and of docs/ runs."""
 
 import doctest
 import importlib
@@ -41,8 +41,19 @@ def test_readme_block(i, tmp_path, monkeypatch):
 
 def test_the_blocks_of_the_page_on_rules(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "rules.md").read_text(), re.DOTALL):
+    for block in blocks_of("rules.md"):
         exec(block, {})
+
+
+def test_the_blocks_of_the_page_on_scaling(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec("\n".join(blocks_of("scaling.md")), {})  # a block uses what those before it made
+
+
+def blocks_of(page):
+    found = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
+    assert found
+    return found
 
 
 def test_the_readme_has_python_blocks():

@@ -1,8 +1,8 @@
 """Checkpoints: a tree of arrays in a folder, whole or not at all, and never loaded with one bit wrong.
 
     folder/step-000000000042/arrays.safetensors     the leaves, by number
-                             manifest.json          format, versions, step, metadata; every leaf's path, shape, dtype and SHA-256
-                             SHA256SUMS             of the two files, as `sha256sum -c SHA256SUMS` reads it
+                             manifest.json          format, versions, step, metadata; path, shape, dtype and SHA-256 of every leaf
+                             SHA256SUMS             of the manifest, as `sha256sum -c SHA256SUMS` reads it
 
 A checkpoint is written into a folder of another name, flushed to the disk, and renamed: who is killed in between leaves the older ones as
 they were, and a folder `.unfinished-...` that the next `save` removes. One process may save into a folder at a time. No pickle: nothing in

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def manifest(folder: str | os.PathLike[str], *, step: int | None = None) -> Mani
     {'epochs': 5}
     """
     path = find(Path(folder), step)
-    return _parsed(path, _verified(path, MANIFEST))
+    return _manifest(path)[0]
 
 
 def steps(folder: str | os.PathLike[str]) -> list[int]:
@@ -72,43 +73,44 @@ def steps(folder: str | os.PathLike[str]) -> list[int]:
     return [number(path) for path in every(Path(folder))]
 
 
-def _verified(path: Path, name: str) -> bytes:
-    """What is in a file, which is, byte for byte, what was written: nothing is read again after it was checked."""
+def _content(path: Path) -> bytes:
     try:
-        lines = (path / SUMS).read_bytes().decode("ascii").split("\n")
-        sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines[:-1])}
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(path / SUMS, f"cannot be read ({error}).") from None
-    if list(sums) != [ARRAYS, MANIFEST] or lines[-1] != "":
-        raise CheckpointError(path / SUMS, f"must list {ARRAYS} and {MANIFEST} and nothing else; the file is damaged.")
-    try:
-        content = (path / name).read_bytes()
+        return path.read_bytes()
     except OSError as error:
-        raise CheckpointError(path / name, f"cannot be read ({error}).") from None
-    if hashlib.sha256(content).hexdigest() != sums[name]:
-        raise CheckpointError(path / name, f"its SHA-256 is not the one in {SUMS}: this file or that one is damaged.")
-    return content
+        raise CheckpointError(path, f"cannot be read ({error}).") from None
 
 
-def _parsed(path: Path, text: bytes) -> Manifest:
+def _manifest(path: Path) -> tuple[Manifest, str]:
+    """What the manifest says, and the SHA-256 of the arrays' header; it is, byte for byte, what was written."""
+    sums, text = _content(path / SUMS), _content(path / MANIFEST)
+    if not re.fullmatch(rb"[0-9a-f]{64}  manifest\.json\n", sums):
+        raise CheckpointError(path / SUMS, f"must have the SHA-256 of {MANIFEST} and nothing else; the file is damaged.")
+    if hashlib.sha256(text).hexdigest().encode() != sums[:64]:
+        raise CheckpointError(path / MANIFEST, f"its SHA-256 is not the one in {SUMS}: this file or that one is damaged.")
     try:
         content = json.loads(text)
         if content["format"] > FORMAT:
             raise CheckpointError(path / MANIFEST, f"its format is {content['format']}; this fnn reads up to {FORMAT}. Update fnn.")
-        return Manifest(content["step"], content["metadata"], content["versions"], content["topology"], tuple(content["leaves"]))
+        found = Manifest(content["step"], content["metadata"], content["versions"], content["topology"], tuple(content["leaves"]))
+        return found, content["header"]
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(path / MANIFEST, f"is none of fnn's ({type(error).__name__}: {error}).") from None
 
 
 def _read(path: Path) -> tuple[Manifest, dict[str, Any]]:
-    """The manifest, and the leaves' bytes by number."""
-    found, arrays = _parsed(path, _verified(path, MANIFEST)), _verified(path, ARRAYS)
+    """The manifest, and the leaves' bytes by number, every one of which was checked and is not read again."""
+    (found, header), content = _manifest(path), _content(path / ARRAYS)
+    if hashlib.sha256(content[: 8 + int.from_bytes(content[:8], "little")]).hexdigest() != header:
+        raise CheckpointError(path / ARRAYS, f"the SHA-256 of its header is not the one in {MANIFEST}.")
     try:
-        blob = {name: spec["data"] for name, spec in safetensors.deserialize(arrays)}
+        blob = {name: spec["data"] for name, spec in safetensors.deserialize(content)}
     except safetensors.SafetensorError as error:
         raise CheckpointError(path / ARRAYS, f"is no safetensors file ({error}).") from None
     if set(blob) != {str(i) for i in range(len(found.leaves))}:
         raise CheckpointError(path / ARRAYS, f"holds other leaves than {MANIFEST} lists.")
+    for i, entry in enumerate(found.leaves):
+        if hashlib.sha256(blob[str(i)]).hexdigest() != entry["sha256"]:
+            raise CheckpointError(path / ARRAYS, f"leaf {entry['path']}: its SHA-256 is not the one in {MANIFEST}.")
     return found, blob
 
 
@@ -130,8 +132,6 @@ def _rebuilt(path: Path, found: Manifest, blob: dict[str, Any], like: Any) -> An
         raise CheckpointError(path / MANIFEST, f"the tree is another one than `like` ({said}).")
     leaves = []
     for i, (entry, (name, leaf)) in enumerate(zip(found.leaves, wanted, strict=True)):
-        if hashlib.sha256(blob[str(i)]).hexdigest() != entry["sha256"]:
-            raise CheckpointError(path / ARRAYS, f"leaf {name}: its SHA-256 is not the one in {MANIFEST}.")
         array = np.frombuffer(blob[str(i)], jnp.dtype(entry["dtype"])).reshape(entry["shape"])
         leaves.append(_as(path, name, entry["kind"], array, leaf))
     return jax.tree.unflatten(jax.tree.structure(like), leaves)

@@ -146,7 +146,7 @@ def _tidy(home: Path) -> None:
 def _background() -> Iterator[tuple[Callable[..., None], Callable[[], bool]]]:
     """`submit(function, *arguments)`: calls it in another thread, after the one before, whose errors come here; and whether it is busy."""
     pending: list[Future[None]] = []
-    with ThreadPoolExecutor(1, "fnn-checkpoint") as pool:
+    with ThreadPoolExecutor(1, "fnn-checkpoint", _step_aside) as pool:
 
         def submit(function: Callable[..., None], *arguments: Any) -> None:
             while pending:
@@ -158,6 +158,12 @@ def _background() -> Iterator[tuple[Callable[..., None], Callable[[], bool]]]:
         finally:
             while pending:
                 pending.pop().result()
+
+
+def _step_aside() -> None:
+    """This thread takes the time that the training leaves; where the system has no priorities of threads, its share."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
 @contextlib.contextmanager

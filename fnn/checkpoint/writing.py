@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -68,8 +69,8 @@ def write(folder: str | os.PathLike[str], leaves: list[Leaf], step: int, metadat
     """Writes the leaves of a tree, as `save` does."""
     arrays = {str(i): np.require(leaf.array, leaf.array.dtype.newbyteorder("="), "C") for i, leaf in enumerate(leaves)}
     described = [_described(leaf, array) for leaf, array in zip(leaves, arrays.values(), strict=True)]
-    manifest = _json({"format": FORMAT, "step": step, "metadata": dict(metadata), "versions": _versions(),
-                      "topology": _topology(), "leaves": described})  # fmt: skip
+    manifest = {"format": FORMAT, "step": step, "metadata": dict(metadata), "versions": _versions(), "topology": _topology()}
+    _json(manifest)  # before anything is written
     home = Path(folder)
     home.mkdir(parents=True, exist_ok=True)
     for old in home.glob(f"{UNFINISHED}*"):
@@ -78,8 +79,9 @@ def write(folder: str | os.PathLike[str], leaves: list[Leaf], step: int, metadat
     made.mkdir()
     try:
         save_file(arrays, made / ARRAYS)
-        (made / MANIFEST).write_text(manifest, encoding="utf-8")
-        (made / SUMS).write_text(_sums(made), encoding="ascii")
+        text = _json({**manifest, "header": _header_sha256(made / ARRAYS), "leaves": described})
+        (made / MANIFEST).write_text(text, encoding="utf-8")
+        (made / SUMS).write_text(sums(text), encoding="ascii")
         for name in (ARRAYS, MANIFEST, SUMS, "."):
             _flush(made / name)
         if final.exists():
@@ -120,6 +122,7 @@ def _json(content: dict[str, Any]) -> str:
         raise TypeError(f"`metadata` must be what JSON can hold: {error}.") from None
 
 
+@functools.cache
 def _versions() -> dict[str, str]:
     found = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "optax", "numpy", "safetensors")}
     return {"python": platform.python_version(), **found}
@@ -129,14 +132,16 @@ def _topology() -> dict[str, Any]:
     return {"backend": jax.default_backend(), "devices": jax.device_count(), "processes": jax.process_count()}
 
 
-def _sums(path: Path) -> str:
-    """The lines of `sha256sum arrays.safetensors manifest.json`."""
-    return "".join(f"{_sha256(path / name)}  {name}\n" for name in (ARRAYS, MANIFEST))
+def sums(manifest: str) -> str:
+    """The line of `sha256sum manifest.json`."""
+    return f"{hashlib.sha256(manifest.encode()).hexdigest()}  {MANIFEST}\n"
 
 
-def _sha256(file: Path) -> str:
+def _header_sha256(file: Path) -> str:
+    """Of what stands before the arrays in a safetensors file: the header's length in 8 bytes, and the header."""
     with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+        length = opened.read(8)
+        return hashlib.sha256(length + opened.read(int.from_bytes(length, "little"))).hexdigest()
 
 
 def _flush(path: Path) -> None:
