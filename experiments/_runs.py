@@ -32,13 +32,24 @@ def begin(name: str, config: Any, out: Path | None) -> Path:
         FileExistsError: `out` holds a run.
         OSError: it cannot be made.
     """
-    taken = (Path("runs") / f"{name}-{i:03d}" for i in itertools.count(1))
-    path = _run.folder(name, next(p for p in taken if not p.exists()) if out is None else out)
+    path = _new(name) if out is None else _run.folder(name, out)
     if (path / CONFIG).exists():
         raise FileExistsError(f"{path} holds a run already. Go on with it: --resume {path}. Or choose another folder: --out FOLDER.")
     content = {"experiment": name, "config": _run.jsonable(config), "versions": _run.versions()}
-    (path / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    part = path / f"{CONFIG}.part"
+    part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    part.replace(path / CONFIG)
     return path
+
+
+def _new(name: str) -> Path:
+    """The first of runs/NAME-001, runs/NAME-002, ... that is not there, made; no two processes get the same."""
+    for i in itertools.count(1):
+        with contextlib.suppress(FileExistsError):
+            path = Path("runs") / f"{name}-{i:03d}"
+            path.mkdir(parents=True)
+            return path
+    raise AssertionError
 
 
 def config_of(path: Path, kind: type) -> Any:

@@ -38,6 +38,7 @@ from fnn import _check, checkpoint
 from fnn.checkpoint import Checkpointer
 
 KINDS = ("starting", "training", "saving")
+TURNS = ("training", "saving", "training", "saving", "starting")  # what the processes are at when they are killed
 LOSS = fnn.losses.softmax_cross_entropy_with_integer_labels
 RULES = {rule.__name__: rule for rule in fnn.rules.RULES}
 
@@ -117,7 +118,7 @@ def run(config: Config, advance: Callable[[str], Any] = lambda text: None) -> Re
         startup = _startup(config, Path(home, "startup"))
         place = Path(home, "0")
         while len(kills) < config.kills:
-            if (kill := _killed(config, place, rng, startup)) is None:  # it came to its end before
+            if (kill := _killed(config, place, TURNS[len(kills) % len(TURNS)], rng, startup)) is None:  # it came to its end before
                 digests.append(_end_of(_started(config, place)))
                 left += _beside_checkpoints(place)
                 place = Path(home, str(len(digests)))
@@ -184,9 +185,8 @@ def _end_of(child: Child) -> str:
         child.process.join()
 
 
-def _killed(config: Config, place: Path, rng: random.Random, startup: float) -> Kill | None:
+def _killed(config: Config, place: Path, kind: str, rng: random.Random, startup: float) -> Kill | None:
     """Goes on with a training and kills its process at a random moment; None where it came to its end before."""
-    kind = rng.choices(KINDS, (2, 4, 4))[0]
     before, child = checkpoint.steps(place), _started(config, place)
     try:
         if kind == "starting":

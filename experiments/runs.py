@@ -71,12 +71,17 @@ def _read(path: Path) -> Run:
     lines = read_metrics(path)
     curves = []
     for name in ("validation_loss", "validation_accuracy"):
-        of_seeds = [[m[name] for m in lines if m["seed"] == seed and name in m] for seed in flags["seeds"]]
+        of_seeds = [[_number(m[name]) for m in lines if m["seed"] == seed and name in m] for seed in flags["seeds"]]
         curves.append([float(np.mean(values)) for values in zip(*filter(None, of_seeds), strict=False)])
     loss, accuracy = curves
     asked = {name: flags[name] for name in ("dataset", "rule", "optimizer", "learning_rate", "epochs")}
     of = flags["epochs"] * len(flags["seeds"])
     return Run(path.name, **asked, done=len(lines), of=of, loss=np.array(loss), accuracy=accuracy[-1] if accuracy else None)
+
+
+def _number(value: float | None) -> float:
+    """What JSON has as null was not finite."""
+    return float("nan") if value is None else value
 
 
 def main(config: Config) -> None:

@@ -21,7 +21,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -191,7 +191,7 @@ def main(config: Config) -> None:
     if config.resume is None:
         folder = _processes.same_path(_runs.begin("train", config, config.out) if _processes.leads() else None)
     else:
-        folder, config = config.resume, _runs.config_of(config.resume, Config)
+        folder, config = config.resume, replace(_runs.config_of(config.resume, Config), distributed=config.distributed)
     with _run.progress(len(config.seeds) * config.epochs, f"{config.dataset}, {config.rule}") as advance:
         try:
             result = run(config, lambda epoch, metrics: advance(f"loss {metrics['loss']:.4f}"), folder)

@@ -57,13 +57,13 @@ class Part(NamedTuple):
 class NonFiniteStep(Exception):
     """Raised inside an epoch, for `fit` to pass on: the loss of the bad step, the parameters before it, the bad leaf."""
 
-    def __init__(self, loss: float, params: Params, leaf: str) -> None:
+    def __init__(self, loss: np.ndarray, params: Params, leaf: str) -> None:
         self.loss, self.params, self.leaf = loss, params, leaf
 
 
 def paced(seconds: float = 0.5) -> Segments:
     """Parts that take about so long, told by the time that the ones before took."""
-    size = 16
+    size = 1
 
     def segments(first: int, steps: int) -> Iterator[tuple[int, int]]:
         nonlocal size
@@ -93,9 +93,8 @@ def run_arrays(
         after, losses, counts, records, finite = run(state, (rows, present), np.int32(start), np.int32(stop), *data)
         draw(e + 1)  # while the device is at work; `draw` remembers it for the next epoch
         if bool(finite):
-            losses, counts, records = jax.device_get((losses, counts, records))
-            recorded = slice(-(-start // every), -(-stop // every))
-            yield Part(after, losses[start:stop], counts[start:stop], jax.tree.map(lambda r, s=recorded: r[s], records))
+            losses, counts = jax.device_get((losses, counts))
+            yield Part(after, losses[start:stop], counts[start:stop], _slice(records, -(-start // every), -(-stop // every)))
         else:
             of = (batch_of((rows[i], None if present is None else present[i]), weights) for i in range(start, stop))
             batches = ((take(x, r), take(targets, r), w) for r, w in of)
@@ -110,7 +109,10 @@ def run_iterable(loop: Loop, state: TrainState, data: Any, e: int, first: int, b
     batches = data(e) if callable(data) else data
     if not isinstance(batches, Iterable):
         raise TypeError(f"`data(epoch)` must return an iterable of batches (x, targets), got {type(batches).__name__} in epoch {e}.")
-    checked = _checked_batches(loop.rule, state.params, islice(batches, first, None), e, first, batch_size)
+    rest = iter(batches)
+    if (skipped := sum(1 for _ in islice(rest, first))) < first:
+        raise ValueError(f"`data` gave {skipped} batches in epoch {e}, of which {first} were done before. It must give the same again.")
+    checked = _checked_batches(loop.rule, state.params, rest, e, first, batch_size)
     if loop.placement is not None:
         mesh = loop.placement.mesh
         checked = (place_batch(mesh, batch) for batch in checked)
@@ -123,17 +125,21 @@ def run_iterable(loop: Loop, state: TrainState, data: Any, e: int, first: int, b
         )
 
 
-def record_shapes(loop: Loop, state: TrainState, data: Any, batch_size: int) -> Any:
-    """Shapes and dtypes of what is recorded of a batch; () where nothing is."""
-    record = loop.recorder.record
-    if record is None:
-        return ()
+def record_structure(loop: Loop, state: TrainState, data: Any, batch_size: int) -> Any:
+    """The structure of what is recorded of a batch; takes one where `data` is an iterable."""
+    record: Any = loop.recorder.record
     if isinstance(data, tuple):
-        batch = jax.tree.map(lambda a: a[:batch_size], data)
+        x, targets, weights = jax.tree.map(lambda a: a[:batch_size], data)
     else:
         batches: Any = data(0) if callable(data) else data
-        batch = next(_checked_batches(loop.rule, state.params, batches, 0, 0, batch_size))
-    return jax.eval_shape(record, state.params, state.rule, *batch)
+        x, targets, weights = next(_checked_batches(loop.rule, state.params, iter(batches), 0, 0, batch_size))
+    weights = jax.ShapeDtypeStruct((len(x),), jnp.float32) if weights is None else weights  # batches have them where they are filled up
+    return jax.tree.structure(jax.eval_shape(record, state.params, state.rule, x, targets, weights))
+
+
+def _slice(records: Any, first: int, last: int) -> Any:
+    """What was recorded in a part, on the host; none of the rest of the epoch is copied."""
+    return jax.device_get(jax.tree.map(lambda r: lax.dynamic_slice_in_dim(r, first, last - first), records))
 
 
 def _checked_batches(
@@ -156,7 +162,7 @@ def _one_by_one(loop: Loop, state: TrainState, batches: Iterable[Any], first: in
             found = _record_function(recorder.record)(state.params, state.rule, x, targets, weights)
         after, value, count, grads, finite = one_step(state, x, targets, weights)
         if not bool(finite):
-            raise NonFiniteStep(float(value), state.params, _first_bad_leaf({"grads": grads, "params": after.params}))
+            raise NonFiniteStep(np.asarray(value), state.params, _first_bad_leaf({"grads": grads, "params": after.params}))
         state = after
         yield Part(state, *jax.tree.map(lambda a: a[None], jax.device_get((value, count, found))))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
@@ -20,37 +21,29 @@ class History(NamedTuple):
     records: Any = ()  # a tree of [records, ...]: what `record` gave
 
 
-class Log(NamedTuple):
-    """What was measured so far, in pieces on the host; the lists grow."""
+@dataclass
+class Log:
+    """What was measured so far, in pieces on the host; it grows."""
 
-    loss: list[np.ndarray]  # one number for each finished epoch
-    validation: list[dict[str, float]]  # of each finished epoch
-    step_loss: list[np.ndarray]  # [steps] each; those of the epoch at hand are the last `len(counts)`
-    counts: list[np.ndarray]  # [steps] each, of the epoch at hand: what each batch weighs in its mean
-    records: list[Any]  # trees of [records, ...]
-
-
-def empty() -> Log:
-    """Nothing yet."""
-    return Log([], [], [], [], [])
-
-
-def steps_at_hand(log: Log) -> int:
-    """How many steps of the epoch at hand are done."""
-    return sum(map(len, log.counts))
-
-
-def all_steps(log: Log) -> int:
-    """How many steps are done in all."""
-    return sum(map(len, log.step_loss))
+    loss: list[np.ndarray] = field(default_factory=list)  # one number for each finished epoch
+    validation: list[dict[str, float]] = field(default_factory=list)  # of each finished epoch
+    step_loss: list[np.ndarray] = field(default_factory=list)  # [steps] each; those of the epoch at hand are the last `len(counts)`
+    counts: list[np.ndarray] = field(default_factory=list)  # [steps] each, of the epoch at hand: what each batch weighs in its mean
+    records: list[list[np.ndarray]] = field(default_factory=list)  # the leaves of trees of [records, ...]
+    structure: Any = None  # of these trees, once there was one
+    steps: int = 0  # in all
+    at_hand: int = 0  # steps of the epoch at hand
 
 
 def add(log: Log, losses: np.ndarray, counts: np.ndarray, records: Any) -> None:
     """Some more steps of the epoch at hand; `records` is None where nothing was recorded."""
     log.step_loss.append(losses)
     log.counts.append(counts)
+    log.steps += len(losses)
+    log.at_hand += len(losses)
     if records is not None:
-        log.records.append(records)
+        leaves, log.structure = jax.tree.flatten(records)
+        log.records.append(leaves)
 
 
 def end_epoch(log: Log) -> None:
@@ -59,34 +52,32 @@ def end_epoch(log: Log) -> None:
     total = counts.sum(dtype=np.float64)
     log.loss.append(np.asarray((losses * (counts / (total or 1))).sum(dtype=np.float64), losses.dtype))
     log.counts.clear()
+    log.at_hand = 0
 
 
 def to_tree(log: Log) -> dict[str, Any]:
     """The log as arrays, for a checkpoint."""
     validation = {name: np.array([m[name] for m in log.validation]) for name in (log.validation[0] if log.validation else ())}
     joined = {name: np.concatenate(getattr(log, name) or [np.zeros(0, np.float32)]) for name in ("step_loss", "counts")}
-    return {"loss": np.array(log.loss), "validation": validation, **joined, "records": jax.tree.leaves(_joined(log.records))}
+    records = [np.concatenate(pieces) for pieces in zip(*log.records, strict=True)]
+    return {"loss": np.array(log.loss), "validation": validation, **joined, "records": records}
 
 
-def from_tree(tree: dict[str, Any], records: Any) -> Log:
-    """The log that `to_tree` was given; `records` has the structure of what is recorded."""
-    log, k = empty(), len(tree["counts"])
+def from_tree(tree: dict[str, Any]) -> Log:
+    """The log that `to_tree` was given, but for the structure of what is recorded."""
+    log, k = Log(), len(tree["counts"])
     log.loss.extend(tree["loss"])
     log.validation.extend({name: float(values[e]) for name, values in tree["validation"].items()} for e in range(len(tree["loss"])))
-    done = len(tree["step_loss"]) - k
+    log.steps, log.at_hand = len(tree["step_loss"]), k
+    done = log.steps - k
     log.step_loss.extend(piece for piece in (tree["step_loss"][:done], tree["step_loss"][done:]) if len(piece))
     log.counts.extend([tree["counts"]] if k else [])
-    log.records.extend([jax.tree.unflatten(jax.tree.structure(records), tree["records"])] if tree["records"] else [])
+    log.records.extend([tree["records"]] if tree["records"] else [])
     return log
 
 
 def history(log: Log) -> History:
     """The log as `fit` returns it."""
     tree = to_tree(log)
-    measured = tree["loss"], tree["step_loss"], tree["validation"], _joined(log.records)
-    loss, step_loss, validation, records = jax.tree.map(jnp.asarray, measured)
-    return History(loss, step_loss, validation, records)
-
-
-def _joined(records: list[Any]) -> Any:
-    return jax.tree.map(lambda *pieces: np.concatenate(pieces), *records) if records else ()
+    records = jax.tree.unflatten(log.structure, tree["records"]) if log.records else ()
+    return History(*jax.tree.map(jnp.asarray, (tree["loss"], tree["step_loss"], tree["validation"], records)))

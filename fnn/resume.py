@@ -21,7 +21,7 @@ from fnn._processes import greatest, on_host
 from fnn._types import Key
 from fnn.checkpoint import Checkpointer, CheckpointError, Stopped
 from fnn.checkpoint.layout import MANIFEST, find
-from fnn.checkpoint.running import Saver, saving
+from fnn.checkpoint.running import Saver, saving, sign
 from fnn.history import Log
 from fnn.steps import TrainState
 
@@ -38,7 +38,7 @@ class Begun(NamedTuple):
 
 @contextlib.contextmanager
 def resumable(
-    checkpointer: Checkpointer | None, state: TrainState, key: Key, settings: dict[str, Any], records: Callable[[TrainState], Any]
+    checkpointer: Checkpointer | None, state: TrainState, key: Key, settings: dict[str, Any], epochs: int
 ) -> Iterator[tuple[Begun, Keep]]:
     """Where a training goes on, and a function that keeps where it is.
 
@@ -47,7 +47,7 @@ def resumable(
         state: that before the first step, as it was then.
         key: `fit`'s.
         settings: what must be as it was, by name.
-        records: `state -> tree` of the structure of what is recorded.
+        epochs: `fit`'s.
 
     Yields:
         `(begun, keep)`. `keep(state, log)` after some steps saves where it is time; `keep(state, log, metrics, last, ended)` after an
@@ -58,7 +58,7 @@ def resumable(
         CheckpointError: what is there is damaged, or is of another training.
     """
     if checkpointer is None:
-        yield Begun(state, history.empty(), False), lambda *args, **kwargs: None
+        yield Begun(state, Log(), False), lambda *args, **kwargs: None
         return
     if not isinstance(checkpointer, Checkpointer):
         raise TypeError(f"`checkpoint` must be a `fnn.checkpoint.Checkpointer`, got {checkpointer!r:.80}. Pass `Checkpointer(folder)`.")
@@ -66,7 +66,7 @@ def resumable(
         newest = max(checkpoint.steps(checkpointer.folder), default=-1)
         if greatest(newest) != [newest]:
             raise CheckpointError(Path(checkpointer.folder), "another process sees a newer checkpoint: all must share the folder.")
-        begun = Begun(state, history.empty(), False) if newest < 0 else _restored(checkpointer, state, key, settings, records)
+        begun = Begun(state, Log(), False) if newest < 0 else _restored(checkpointer, state, key, settings, epochs)
         yield begun, _keep(checkpointer, saver, key, settings, newest)
 
 
@@ -75,53 +75,52 @@ def _keep(checkpointer: Checkpointer, saver: Saver, key: Key, settings: dict[str
 
     def keep(state: TrainState, log: Log, metrics: dict[str, float] | None = None, last: bool = False, ended: bool = False) -> None:
         nonlocal saved
-        step, epochs = history.all_steps(log), len(log.loss)
+        step, epochs = log.steps, len(log.loss)
         told, is_time, busy = greatest(saver.told(), saver.due(), saver.busy())  # of all processes, which must do the same
-        must = told or last or ended or (metrics is not None and _is_best(checkpointer, log, metrics))
+        must = told or last or ended or (metrics is not None and _is_best(checkpointer, log))
         due = is_time if metrics is None else epochs % checkpointer.every == 0
         if (must or (due and (checkpointer.wait or not busy))) and (step > saved or metrics is not None):
             numbers = {name: value if math.isfinite(value) else None for name, value in (metrics or {}).items()}
             tree = on_host({"state": state, "key": key, "log": history.to_tree(log)})
-            position = {"epoch": epochs, "step_in_epoch": history.steps_at_hand(log), "ended": ended}
-            position["measures"] = [*tree["log"]["validation"]]
+            position = {"epoch": epochs, "step_in_epoch": log.at_hand, "ended": ended}
+            position |= {"measures": [*tree["log"]["validation"]], "recorded": len(tree["log"]["records"])}
             saver.save(tree, step, {**position, "metrics": numbers, "settings": settings})
             saved = step
         if told:
             raise Stopped(
-                f"{Signals(told).name}: stopped in epoch {epochs} after {history.steps_at_hand(log)} steps of it; "
+                f"{Signals(told).name}: stopped in epoch {epochs} after {log.at_hand} steps of it; "
                 f"all is saved in {checkpointer.folder}. The same call goes on from there."
             )
 
     return keep
 
 
-def _is_best(checkpointer: Checkpointer, log: Log, metrics: dict[str, float]) -> bool:
+def _is_best(checkpointer: Checkpointer, log: Log) -> bool:
     """Whether the epoch that has ended is the best so far by the metric that counts."""
     if checkpointer.best is None:
         return False
-    if checkpointer.best not in metrics:
-        raise ValueError(f"`best` must be a metric of this training, {', '.join(metrics)}; got {checkpointer.best!r}.")
     name = checkpointer.best.removeprefix("validation_")
-    values = [checkpointer.sign() * v for v in (log.loss if name == checkpointer.best else [m[name] for m in log.validation])]
-    return bool(values[-1] < min(values[:-1], default=math.inf))
+    values = [sign(checkpointer) * v for v in (log.loss if name == checkpointer.best else [m[name] for m in log.validation])]
+    return bool(values[-1] < min((value for value in values[:-1] if not math.isnan(value)), default=math.inf))
 
 
-def _restored(
-    checkpointer: Checkpointer, state: TrainState, key: Key, settings: dict[str, Any], records: Callable[[TrainState], Any]
-) -> Begun:
+def _restored(checkpointer: Checkpointer, state: TrainState, key: Key, settings: dict[str, Any], epochs: int) -> Begun:
     """Where the newest checkpoint of a run is, if it is of this training."""
     folder = Path(checkpointer.folder)
     path, metadata = find(folder, None), checkpoint.manifest(folder).metadata
-    for name, here in settings.items():
-        if (before := metadata.get("settings", {}).get(name)) != here:
-            raise _of_another(path, f"`{name}` was {before!r} and is {here!r}")
-    recorded = records(state)
-    leaves = [...] * len(jax.tree.leaves(recorded))
-    log = {"loss": ..., "validation": dict.fromkeys(metadata["measures"], ...), "step_loss": ..., "counts": ..., "records": leaves}
+    before = metadata.get("settings", {})
+    for name in settings.keys() & before.keys() if before else settings:
+        if before.get(name) != settings[name]:
+            raise _of_another(path, f"`{name}` was {before.get(name)!r} and is {settings[name]!r}")
+    done, more = metadata["epoch"], metadata["step_in_epoch"]
+    if done + (more > 0) > epochs:
+        raise CheckpointError(path, f"is of {done} epochs and {more} steps, but `epochs` is {epochs}. Pass more epochs, or another folder.")
+    names, leaves = dict.fromkeys(metadata["measures"], ...), [...] * metadata["recorded"]
+    log = {"loss": ..., "validation": names, "step_loss": ..., "counts": ..., "records": leaves}
     tree = checkpoint.restore(folder, like={"state": state, "key": key, "log": log})
     if not np.array_equal(jax.random.key_data(tree["key"]), jax.random.key_data(key)):
         raise _of_another(path, "its key was another one")
-    return Begun(tree["state"], history.from_tree(tree["log"], recorded), metadata["ended"])
+    return Begun(tree["state"], history.from_tree(tree["log"]), metadata["ended"])
 
 
 def _of_another(path: Path, difference: str) -> CheckpointError:

@@ -20,8 +20,8 @@ from fnn import _check
 from fnn._types import Array, ArrayLike, Key, Params, Rule, at_least_float32
 from fnn.checkpoint import Checkpointer
 from fnn.data import Sampler, check_batches, check_data, check_rule, drawn, epoch_seeds, padded, shuffled_batches
-from fnn.epochs import Loop, NonFiniteStep, Part, Record, Recorder, Segments, paced, record_shapes, run_arrays, run_iterable
-from fnn.history import History, Log, add, all_steps, end_epoch, history, steps_at_hand
+from fnn.epochs import Loop, NonFiniteStep, Part, Record, Recorder, Segments, paced, record_structure, run_arrays, run_iterable
+from fnn.history import History, Log, add, end_epoch, history
 from fnn.resume import resumable
 from fnn.sharding import place
 from fnn.sharding.plans import Plan
@@ -42,11 +42,11 @@ class NonFiniteError(FloatingPointError):
     """
 
     def __init__(self, stop: NonFiniteStep, log: Log) -> None:
-        self.params, self.leaf, self.step = stop.params, stop.leaf, all_steps(log)
-        log.step_loss.append(np.array([stop.loss]))
+        self.params, self.leaf, self.step = stop.params, stop.leaf, log.steps
+        log.step_loss.append(stop.loss[None])
         self.history = history(log)
         super().__init__(
-            f"Training stopped at step {self.step} (epoch {len(log.loss)}, batch {steps_at_hand(log)}): loss {float(stop.loss)}, "
+            f"Training stopped at step {self.step} (epoch {len(log.loss)}, batch {log.at_hand}): loss {float(stop.loss)}, "
             f"first non-finite leaf {stop.leaf}. A lower learning rate, or gradient clipping (optax.clip_by_global_norm), may mend it. "
             "`error.params` are the last finite parameters."
         )
@@ -90,8 +90,10 @@ def fit(
             in: pass the same function again, and nothing compiles again.
         record_every: the stride in steps, at least 1.
         checkpoint: a `fnn.checkpoint.Checkpointer`. The training saves into its folder and, where that has a checkpoint, goes on from it:
-            called again with the same arguments, it gives bit for bit what a training that never stopped gives. SIGTERM and Ctrl-C
-            finish the step and save. `callback` is called anew for an epoch whose checkpoint was not finished.
+            called again with the same arguments, or more epochs, it gives bit for bit what a training that never stopped gives. What can
+            be seen of another training (settings, shapes, key) is refused; another learning rate or other numbers in the data cannot be
+            seen. SIGTERM and Ctrl-C finish the step and save. `callback` is called anew for an epoch whose checkpoint was not finished;
+            one that it has stopped has ended.
         mesh: of `fnn.sharding.make_mesh`: batches are split over its axis "data" and filled up by rows of weight 0 where it does not divide
             them; arrays of data are on every device. With several processes all call `fit` alike, with the same arrays or each with an
             iterable of its own part of every batch, `batch_size / jax.process_count()` rows.
@@ -105,12 +107,12 @@ def fit(
         TypeError, ValueError: an argument or the data cannot be meant; before any training, but for the batches of an
             iterable, which are checked as they come.
         NonFiniteError: a loss or an update became NaN or infinite; carries the last finite parameters.
-        CheckpointError: the checkpoint is damaged, or is of another training.
+        CheckpointError: the checkpoint is damaged, or is of another training, or of more epochs.
         Stopped: a `SystemExit`: the process was told to stop, and all is saved.
 
     >>> import fnn
     >>> net = fnn.mlp((3, 2))
-    >>> data = jnp.ones((8, 3)), jnp.ones((8, 2))
+    >>> data = np.ones((8, 3), np.float32), np.ones((8, 2), np.float32)
     >>> params, history = fit(fnn.rules.backprop(net, fnn.losses.l2_loss), optax.sgd(0.1), net.init(jax.random.key(0)), data,
     ...                       epochs=3, batch_size=4, key=jax.random.key(1))
     >>> history.step_loss.shape
@@ -122,17 +124,18 @@ def fit(
     rule_key, order_key = jax.random.split(key)
     data, validation = _check_both(rule, params, data, validation, batch_size, epochs)
     settings = _settings(rule, data, validation, batch_size, sampler, recorder)
+    _check_best(checkpoint, rule, validation)
     state, placement = _placed(rule, optimizer, params, rule_key, mesh, plan)
     if mesh is not None:
         data = place(mesh, data) if isinstance(data, tuple) else data
         validation = jax.device_get(validation)  # for evaluate, which puts it where the params are
     loop = Loop(rule, optimizer, recorder, placement)
     run = _epoch_runner(data, order_key, epochs, batch_size, sampler, paced() if checkpoint else None, placement)
-    with resumable(checkpoint, state, key, settings, lambda state: record_shapes(loop, state, data, batch_size)) as (begun, keep):
+    with resumable(checkpoint, state, key, settings, epochs) as (begun, keep):
         state, log, ended = begun
         for e in range(len(log.loss), 0 if ended else epochs):
             try:
-                for part in run(loop, state, data, e, steps_at_hand(log)):
+                for part in run(loop, state, data, e, log.at_hand):
                     state = part.state
                     add(log, part.losses, part.counts, part.records)
                     keep(state, log)
@@ -146,6 +149,8 @@ def fit(
             keep(state, log, metrics, last=e == epochs - 1, ended=ended)
             if ended:
                 break
+    if log.records and log.structure is None:  # there was nothing left to train
+        log.structure = record_structure(loop, state, data, batch_size)
     return state.params, history(log)
 
 
@@ -170,7 +175,7 @@ def evaluate(
     >>> import fnn
     >>> net = fnn.mlp((3, 2))
     >>> rule = fnn.rules.backprop(net, fnn.losses.softmax_cross_entropy_with_integer_labels)
-    >>> sorted(evaluate(rule, net.init(jax.random.key(0)), (jnp.zeros((8, 3)), jnp.zeros(8, int))))
+    >>> sorted(evaluate(rule, net.init(jax.random.key(0)), (np.zeros((8, 3), np.float32), np.zeros(8, int))))
     ['accuracy', 'loss']
     """
     check_rule(rule)
@@ -236,9 +241,11 @@ def _placed(
 
 def _settings(rule: Rule, data: Any, validation: Any, batch_size: int, sampler: Any, recorder: Recorder) -> dict[str, Any]:
     """What a training that goes on must share with the one that began, as JSON has it."""
-    examples = [None if part is None or not isinstance(part, tuple) else len(part[0]) for part in (data, validation)]
-    return {"rule": str(rule), "loss": str(rule.loss), "examples": examples[0], "validation examples": examples[1],
-            "batch_size": batch_size, "sampler": getattr(sampler, "__name__", "a sampler"), "record_every": recorder.every}  # fmt: skip
+    examples, validated = (len(part[0]) if isinstance(part, tuple) else None for part in (data, validation))
+    settings = {"rule": str(rule), "loss": str(rule.loss), "examples": examples, "validation examples": validated,
+                "batch_size": int(batch_size), "sampler": getattr(sampler, "__name__", "a sampler"),
+                "records": recorder.record is not None, "record_every": recorder.every}  # fmt: skip
+    return settings if examples else {name: setting for name, setting in settings.items() if name != "examples"}
 
 
 def _recorder(record: Any, every: Any) -> Recorder:
@@ -260,6 +267,15 @@ def check_settings(rule: Any, optimizer: Any, epochs: Any, batch_size: Any, call
     _check.positive("batch_size", batch_size, whole=True)
     if callback is not None:
         _check.is_function("callback", callback, "(epoch, metrics) -> stop")
+
+
+def _check_best(checkpoint: Any, rule: Rule, validation: Any) -> None:
+    """Raises unless the metric by which the best checkpoint is chosen will be there."""
+    best = getattr(checkpoint, "best", None)
+    measured = ["loss"] + ["validation_loss"] * (validation is not None)
+    measured += ["validation_accuracy"] * (validation is not None and rule.loss.correct is not None)
+    if best is not None and best not in measured:
+        raise ValueError(f"`best` of `checkpoint` must be a metric of this training, {', '.join(measured)}; got {best!r}.")
 
 
 def _check_both(rule: Rule, params: Params, data: Any, validation: Any, batch_size: int, epochs: int) -> tuple[Any, Any]:

@@ -75,7 +75,7 @@ SECTION = any(line.startswith("## Alternatives to backprop") for line in LINES)
 ALTERNATIVES = ["evolutionary algorithms", "reservoir computing", "direct feedback alignment", "forward-forward"]
 ON_ALTERNATIVES = {"alignment-angles", "credit-assignment", "evolution", "forward-gradient-variance", "mackey-glass"}
 # Experiments on other things than the lectures teach.
-OTHERS = {"benchmark", "gallery", "influence", "private-training", "privacy-audit"}
+OTHERS = {"benchmark", "endurance", "gallery", "influence", "private-training", "privacy-audit", "runs"}
 
 
 def named(cell):

@@ -79,6 +79,14 @@ def test_a_checkpoint_goes_on_elsewhere_to_rounding(tmp_path):
         assert error(wide(found), wide(history)) < 1e-6
 
 
+def test_a_run_over_arrays_goes_on_over_own_batches(tmp_path):
+    """As one process goes on with what several began."""
+    expected, _ = train(folder=tmp_path / "whole")
+    train(folder=tmp_path / "run", epochs=1)
+    params, _ = train(folder=tmp_path / "run", batches=own_batches(data(), 10, KEY, 2))
+    assert error(wide(params), wide(expected)) < 1e-6
+
+
 def test_own_batches_are_those_of_arrays():
     weights = np.linspace(0, 1, 45, dtype=np.float32)
     for given in (data(), (*data(), weights)):

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -169,6 +171,105 @@ def test_one_that_its_callback_stopped_has_ended(tmp_path):
     assert same(train(tmp_path), expected)
 
 
+@pytest.mark.usefixtures("short_parts")
+def test_fewer_epochs_than_are_done_are_an_error(tmp_path):
+    train(tmp_path, epochs=2)
+    with pytest.raises(CheckpointError, match=r"is of 2 epochs and 0 steps, but `epochs` is 1\. Pass more epochs, or another folder"):
+        train(tmp_path, epochs=1)
+    (tmp_path / "step-000000000024").rename(tmp_path / "gone")
+    shutil.copytree(tmp_path / "step-000000000017", tmp_path / "step-000000000099")  # in the middle of the second epoch
+    with pytest.raises(CheckpointError, match="is of 1 epochs and 5 steps, but `epochs` is 1"):
+        train(tmp_path, epochs=1)
+
+
+def weighed(params, state, x, targets, weights):
+    return weights * x.sum(-1)
+
+
+def test_what_is_recorded_of_batches_that_are_filled_up_goes_on(tmp_path):
+    def fit(epochs, folder):
+        return fnn.fit(BACKPROP, ADAM, PARAMS, DATA, epochs=epochs, batch_size=4, key=KEY, record=weighed, checkpoint=Checkpointer(folder))
+
+    fit(1, tmp_path / "run")
+    expected = fit(3, tmp_path / "whole")
+    assert same(fit(3, tmp_path / "run"), expected)
+    assert same(fit(3, tmp_path / "run"), expected)  # nothing left to train
+
+
+def test_a_generator_that_can_be_gone_through_once_loses_no_batch(tmp_path):
+    def fit(folder, stop=None):
+        def data():
+            for i, batch in enumerate(batches(0)):
+                if i == stop:
+                    raise RuntimeError("crash")
+                yield batch
+
+        saver = Checkpointer(folder, seconds=1e-9, wait=True)
+        return fnn.fit(BACKPROP, ADAM, PARAMS, data(), epochs=1, batch_size=np.int64(4), key=KEY, record=norm, checkpoint=saver)
+
+    expected = fit(tmp_path / "whole")
+    with pytest.raises(RuntimeError, match="crash"):
+        fit(tmp_path / "run", stop=5)
+    assert same(fit(tmp_path / "run"), expected)
+    assert same(fit(tmp_path / "run"), expected)
+
+
+def test_an_iterable_that_became_shorter_is_an_error(tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        train(tmp_path, data=lambda e: (1 / 0 if i == 7 else b for i, b in enumerate(batches(e))))
+    with pytest.raises(ValueError, match="`data` gave 3 batches in epoch 0, of which 7 were done before"):
+        train(tmp_path, data=lambda e: itertools.islice(batches(e), 3))
+
+
+def test_a_signal_while_the_last_checkpoint_is_written_is_heard(tmp_path, monkeypatch):
+    write = running.write
+
+    def told(home, leaves, step, metadata):
+        if step == 36:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return write(home, leaves, step, metadata)
+
+    monkeypatch.setattr(running, "write", told)
+    with pytest.raises(Stopped, match="SIGTERM: stopped after the last epoch; all is saved in"):
+        train(tmp_path, seconds=None)
+    assert steps(tmp_path)[-1] == 36
+
+
+def test_children_that_are_forked_meanwhile_hear_nothing_and_hold_nothing(tmp_path):
+    """A worker that is terminated stops itself and not the training, which does not wait for those that live on."""
+    context, alive = multiprocessing.get_context("fork"), []
+
+    def work(e, metrics):
+        for _ in range(2):
+            child = context.Process(target=time.sleep, args=(600,), daemon=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of forks beside threads
+                child.start()
+            alive.append(child)
+        time.sleep(0.2)
+        alive[-1].terminate()
+        alive[-1].join(30)
+        assert alive[-1].exitcode == -signal.SIGTERM
+
+    try:
+        train(tmp_path, epochs=1, stop=work)
+        assert alive[0].is_alive()
+        train(tmp_path, epochs=2)  # the lock went with the training
+    finally:
+        for child in alive:
+            child.kill()
+            child.join()
+
+
+def test_a_checkpoint_that_was_being_replaced_is_put_back(tmp_path):
+    """Killed between the two renames, with no other checkpoint."""
+    expected = train(tmp_path / "whole")
+    train(tmp_path / "run", epochs=1, keep=1)
+    (tmp_path / "run" / "step-000000000012").rename(tmp_path / "run" / ".replaced-step-000000000012")
+    assert same(train(tmp_path / "run", stop=lambda e, metrics: None if e else 1 / 0), expected)
+    assert all(p.name.startswith("step-") for p in (tmp_path / "run").iterdir())
+
+
 def test_the_newest_and_the_best_are_kept(tmp_path):
     seen = {}
 
@@ -187,8 +288,9 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
 
 
 def test_a_metric_that_is_not_measured_is_an_error_that_lists_those_that_are(tmp_path):
-    with pytest.raises(ValueError, match="`best` must be a metric of this training, loss, validation_accuracy, validation_loss; got 'acc'"):
-        train(tmp_path, best="acc")
+    with pytest.raises(ValueError, match="must be a metric of this training, loss, validation_loss, validation_accuracy; got 'acc'"):
+        train(tmp_path / "run", best="acc")
+    assert not (tmp_path / "run").exists()  # before any training
 
 
 def test_a_checkpoint_is_left_out_while_the_last_is_being_written_but_never_the_best_or_the_last(tmp_path, monkeypatch):
@@ -210,6 +312,14 @@ def test_every_second_epoch_and_the_last_are_saved(tmp_path):
     train(tmp_path, epochs=5, every=2, seconds=None, metadata={"note": "kept"})
     assert steps(tmp_path) == [24, 48, 60]
     assert json.loads((tmp_path / "step-000000000060" / "manifest.json").read_text())["metadata"]["metadata"] == {"note": "kept"}
+
+
+def test_a_relative_folder_stays_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other").mkdir()
+    train("run", seconds=None, stop=lambda e, metrics: os.chdir(tmp_path / "other"))
+    assert steps(tmp_path / "run") == [12, 24, 36]
+    assert not any((tmp_path / "other").iterdir())
 
 
 def test_what_killed_processes_left_goes_even_where_nothing_is_to_do(tmp_path):
@@ -253,7 +363,7 @@ def test_parts_grow_until_they_take_their_time(monkeypatch):
     assert found[-1][1] == 1000
     assert all(a[1] == b[0] for a, b in itertools.pairwise(found))
     sizes = [stop - start for start, stop in found]
-    assert sizes[:3] == [16, 32, 64]
+    assert sizes[:7] == [1, 2, 4, 8, 16, 32, 64]
     assert max(sizes) == 64
     assert sizes[-2] == 32
 
@@ -262,11 +372,10 @@ OTHERS = [
     ({"batch_size": 5}, "`batch_size` was 4 and is 5"),
     ({"rule": rules.autodiff(NET, LOSS)}, "`rule` was 'backprop' and is 'autodiff'"),
     ({"data": blobs(46)}, "`examples` was 45 and is 46"),
-    ({"data": batches}, "`examples` was 45 and is None"),
     ({"key": jax.random.key(8)}, "its key was another one"),
     ({"validation": None}, "`validation examples` was 10 and is None"),
     ({"record_every": 2}, "`record_every` was 5 and is 2"),
-    ({"record": lambda *args: 0.0}, r"only in the checkpoint: \['log'\]\['records'\]\[1\]"),
+    ({"record": None}, "`records` was True and is False"),
     ({"optimizer": optax.sgd(0.1)}, r"the tree is another one than `like`"),
     ({"rule": rules.backprop(WIDER, LOSS), "params": WIDER.init(KEY)}, r"\['state'\].params\[0\]\[0\].w is array float32\[5, 6\], but"),
     ({"checkpoint": "runs"}, "`checkpoint` must be a `fnn.checkpoint.Checkpointer`, got 'runs'"),
@@ -289,6 +398,8 @@ BAD = [
     ({"keep": 1.5}, TypeError, "`keep` must be a whole number above 0, got 1.5"),
     ({"seconds": -1}, ValueError, "`seconds` must be a finite number above 0, got -1"),
     ({"mode": "least"}, ValueError, "Unknown mode 'least'"),
+    ({"metadata": [1]}, TypeError, "`metadata` must be a dict, got \\[1\\]"),
+    ({"metadata": {"rate": np.float32(1)}}, TypeError, "`metadata` must be what JSON can hold"),
 ]
 
 

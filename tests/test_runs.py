@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+import shutil
 import signal
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -99,8 +101,11 @@ def test_sigterm_saves_and_says_how_to_go_on(tmp_path):
     command = [sys.executable, "-m", "experiments", "train", "--epochs", "100000", "--seeds", "0", "--out", str(tmp_path / "run")]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
         try:
+            end = time.monotonic() + 90
             while not steps(tmp_path / "run" / "checkpoints" / "seed-0"):
                 assert child.poll() is None
+                assert time.monotonic() < end
+                time.sleep(0.05)
             child.send_signal(signal.SIGTERM)
             _, said = child.communicate(timeout=60)
         finally:
@@ -126,6 +131,25 @@ def test_the_list_says_how_far_runs_are_and_how_to_go_on(tmp_path, whole, capsys
     np.testing.assert_allclose(found.loss, (values[:2] + values[4:6]) / 2)
     (done,) = runs.run(runs.Config(folder=whole.parent, names=(whole.name,)))
     assert (done.done, done.of, len(done.loss)) == (8, 8, 4)
+
+
+def test_what_was_not_finite_is_drawn_as_that(tmp_path, whole):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_bytes((whole / "config.json").read_bytes())
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"seed": 0, "epoch": 0, "loss": null, "validation_loss": null}\n')
+    runs.main(runs.Config(folder=tmp_path, out=tmp_path / "out"))
+    assert np.isnan(runs.run(runs.Config(folder=tmp_path))[0].loss).tolist() == [True]
+
+
+def test_a_damaged_checkpoint_is_one_line(tmp_path, whole, capsys):
+    shutil.copytree(whole, tmp_path / "run")
+    home = tmp_path / "run" / "checkpoints" / "seed-0"
+    newest = home / f"step-{steps(home)[-1]:012d}"
+    (newest / "manifest.json").write_text("{}")
+    assert main(["train", "--resume", str(tmp_path / "run")]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {newest / 'manifest.json'}: its SHA-256 is not the one in SHA256SUMS")
+    assert f"or remove {newest} to go on from it." in said
 
 
 def other_version(path):

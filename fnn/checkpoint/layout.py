@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 
 FORMAT = 1
 ARRAYS, MANIFEST, SUMS = "arrays.safetensors", "manifest.json", "SHA256SUMS"
-PREFIX, UNFINISHED = "step-", ".unfinished-"
+PREFIX, UNFINISHED, REPLACED = "step-", ".unfinished-", ".replaced-"
 NUMBERS = {"bool": bool, "int": int, "float": float}  # Python's own; NumPy has types of the same names
 DTYPES = ("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float16", "float32", "float64", "bfloat16",
           "float8_e4m3fn", "float8_e5m2", "complex64")  # fmt: skip
 
 
-class CheckpointError(Exception):
+class CheckpointError(ValueError):
     """A checkpoint is damaged, is of another tree, or is not there.
 
     Attributes:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +43,8 @@ def restore(folder: str | os.PathLike[str], like: Any, *, step: int | None = Non
     5
     """
     path = find(Path(folder), step)
-    try:
+    with _offering_older(path):
         return _rebuilt(path, *_read(path), like)
-    except CheckpointError as error:
-        older = next((p for p in reversed(every(path.parent)) if p < path and _is_whole(p)), None)
-        if older is None:
-            raise
-        raise CheckpointError(error.path, f"{error.reason} An older one is whole: restore({str(older)!r}, ...).") from None
 
 
 def manifest(folder: str | os.PathLike[str], *, step: int | None = None) -> Manifest:
@@ -61,7 +58,8 @@ def manifest(folder: str | os.PathLike[str], *, step: int | None = None) -> Mani
     {'epochs': 5}
     """
     path = find(Path(folder), step)
-    return _manifest(path)[0]
+    with _offering_older(path):
+        return _manifest(path)[0]
 
 
 def steps(folder: str | os.PathLike[str]) -> list[int]:
@@ -71,6 +69,19 @@ def steps(folder: str | os.PathLike[str]) -> list[int]:
     []
     """
     return [number(path) for path in every(Path(folder))]
+
+
+@contextlib.contextmanager
+def _offering_older(path: Path) -> Iterator[None]:
+    """An error about a checkpoint also says which older one is whole."""
+    try:
+        yield
+    except CheckpointError as error:
+        older = next((p for p in reversed(every(path.parent)) if p < path and _is_whole(p)), None)
+        if older is None:
+            raise
+        mend = f"An older one is whole: restore({str(older)!r}, ...); or remove {path} to go on from it."
+        raise CheckpointError(error.path, f"{error.reason} {mend}") from None
 
 
 def _content(path: Path) -> bytes:

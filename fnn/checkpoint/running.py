@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import shutil
 import signal
 import socket
 import sys
@@ -22,7 +21,12 @@ import jax
 from fnn import _check
 from fnn.checkpoint.layout import PREFIX, UNFINISHED, CheckpointError, every, number
 from fnn.checkpoint.reading import manifest
-from fnn.checkpoint.writing import Leaf, leaves_of, write
+from fnn.checkpoint.writing import Leaf, leaves_of, tidy, to_json, write
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl: Any = None
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -67,10 +71,9 @@ class Checkpointer:
             _check.positive("seconds", self.seconds)
         if self.mode is not None:
             _check.one_of("mode", self.mode, ("min", "max"))
-
-    def sign(self) -> int:
-        """1 where the best value of the metric is the least, -1 where it is the greatest."""
-        return -1 if (self.mode or ("max" if (self.best or "").endswith("accuracy") else "min")) == "max" else 1
+        if not isinstance(self.metadata, Mapping):
+            raise TypeError(f"`metadata` must be a dict, got {self.metadata!r:.80}.")
+        to_json(dict(self.metadata))
 
 
 class Stopped(SystemExit):
@@ -81,8 +84,8 @@ class Saver(NamedTuple):
     """What `fit` needs of a `Checkpointer` while it runs."""
 
     save: Callable[[Any, int, dict[str, Any]], None]  # (tree, step, metadata): in the background, after the one before
-    busy: Callable[[], bool]  # whether the one before is still being written
     due: Callable[[], bool]  # whether it is time for a checkpoint within an epoch
+    busy: Callable[[], bool]  # whether the one before is still being written; raises its error where it failed
     told: Callable[[], int]  # the signal that told the process to stop; 0 if none did
 
 
@@ -92,29 +95,42 @@ def saving(settings: Checkpointer) -> Iterator[Saver]:
 
     Of several processes of one training only the first writes.
     """
-    home, writes = Path(settings.folder), jax.process_index() == 0
+    home, writes = Path(settings.folder).absolute(), jax.process_index() == 0  # wherever the process goes
+    with _alone(home) if writes else contextlib.nullcontext(), _stop_signals() as told:
+        with _background() as (submit, busy):
+            save_soon, due = _saver(settings, home, writes, submit)
+            yield Saver(save_soon, due, busy, told)
+        if told():  # while the last checkpoint was written
+            raise Stopped(f"{signal.Signals(told()).name}: stopped after the last epoch; all is saved in {settings.folder}.")
+
+
+def _saver(settings: Checkpointer, home: Path, writes: bool, submit: Callable[..., None]) -> Any:
+    """`save` and `due` of a `Saver`."""
     last = time.monotonic()
-    with _alone(home) if writes else contextlib.nullcontext(), _stop_signals() as told, _background() as (submit, busy):
 
-        def save_soon(tree: Any, step: int, metadata: dict[str, Any]) -> None:
-            nonlocal last
-            last = time.monotonic()
-            if writes:
-                submit(_write_and_prune, settings, leaves_of(tree), step, {**metadata, "metadata": dict(settings.metadata)})
+    def save_soon(tree: Any, step: int, metadata: dict[str, Any]) -> None:
+        nonlocal last
+        last = time.monotonic()
+        if writes:
+            submit(_write_and_prune, settings, home, leaves_of(tree), step, {**metadata, "metadata": dict(settings.metadata)})
 
-        def due() -> bool:
-            return settings.seconds is not None and time.monotonic() - last >= settings.seconds
+    def due() -> bool:
+        return settings.seconds is not None and time.monotonic() - last >= settings.seconds
 
-        yield Saver(save_soon, busy, due, told)
+    return save_soon, due
 
 
-def _write_and_prune(settings: Checkpointer, leaves: list[Leaf], step: int, metadata: dict[str, Any]) -> None:
-    home = Path(settings.folder)
+def _write_and_prune(settings: Checkpointer, home: Path, leaves: list[Leaf], step: int, metadata: dict[str, Any]) -> None:
     write(home, leaves, step, metadata)
     kept = {*every(home)[-settings.keep :], *_best(settings, home)}
     for path in set(every(home)) - kept:
         path.rename(path.with_name(path.name.replace(PREFIX, UNFINISHED)))  # at once: a half-removed checkpoint is none
-    _tidy(home)
+    tidy(home)
+
+
+def sign(settings: Checkpointer) -> int:
+    """1 where the best value of the metric is the least, -1 where it is the greatest."""
+    return -1 if (settings.mode or ("max" if (settings.best or "").endswith("accuracy") else "min")) == "max" else 1
 
 
 def _best(settings: Checkpointer, home: Path) -> list[Path]:
@@ -125,7 +141,7 @@ def _best(settings: Checkpointer, home: Path) -> list[Path]:
     for path in every(home):
         value = _metrics(path).get(settings.best)
         if value is not None and math.isfinite(value):
-            found.append((settings.sign() * value, number(path), path))
+            found.append((sign(settings) * value, number(path), path))
     return [min(found)[-1]] if found else []
 
 
@@ -134,12 +150,6 @@ def _metrics(path: Path) -> dict[str, Any]:
         return manifest(path).metadata.get("metrics", {})
     except CheckpointError:  # damaged: it stays until it is among the old ones
         return {}
-
-
-def _tidy(home: Path) -> None:
-    """Removes what a killed process left."""
-    for left in home.glob(f"{UNFINISHED}*"):
-        shutil.rmtree(left)
 
 
 @contextlib.contextmanager
@@ -153,8 +163,13 @@ def _background() -> Iterator[tuple[Callable[..., None], Callable[[], bool]]]:
                 pending.pop().result()
             pending.append(pool.submit(function, *arguments))
 
+        def busy() -> bool:
+            if pending and pending[0].done():
+                pending.pop().result()
+            return bool(pending)
+
         try:
-            yield submit, lambda: bool(pending) and not pending[0].done()
+            yield submit, busy
         finally:
             while pending:
                 pending.pop().result()
@@ -166,6 +181,18 @@ def _step_aside() -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
+_IN_CHILDREN: list[Callable[[], None]] = []  # what a child that is forked meanwhile must undo
+
+
+def _undo_in_child() -> None:
+    while _IN_CHILDREN:
+        _IN_CHILDREN.pop()()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_undo_in_child)
+
+
 @contextlib.contextmanager
 def _stop_signals() -> Iterator[Callable[[], int]]:
     """Yields a function that gives the signal's number, once one came; a second one ends the process at once, whatever it is at."""
@@ -173,54 +200,82 @@ def _stop_signals() -> Iterator[Callable[[], int]]:
     if threading.current_thread() is not threading.main_thread():  # only the main thread may ask for signals
         yield lambda: 0
         return
-
-    def listen(ear: socket.socket) -> None:
-        while number := ear.recv(1):
-            if number[0] in SIGNALS and came:
-                os._exit(128 + number[0])
-            if number[0] in SIGNALS:
-                came.append(number[0])
-                print(
-                    f"{signal.Signals(number[0]).name}: finishing the step and saving; once more to exit at once.",
-                    file=sys.stderr,
-                    flush=True,
-                )
-
     ear, mouth = socket.socketpair()
     mouth.setblocking(False)
-    listener = threading.Thread(target=listen, args=(ear,), name="fnn-signals", daemon=True)
+    listener = threading.Thread(target=_listen, args=(ear, came), name="fnn-signals", daemon=True)
     listener.start()
-    handlers = {each: signal.signal(each, lambda *_: None) for each in SIGNALS}
     wakeup = signal.set_wakeup_fd(mouth.fileno(), warn_on_full_buffer=False)  # told at once, and not when XLA returns
+    heard = [each for each in SIGNALS if signal.getsignal(each) is not signal.SIG_IGN]
+    handlers = {each: signal.signal(each, lambda *_: None) for each in heard}
+
+    def restore(wakeup: int = wakeup) -> None:
+        for each, handler in handlers.items():
+            signal.signal(each, signal.SIG_DFL if handler is None else handler)
+        signal.set_wakeup_fd(wakeup)
+
+    def in_child() -> None:
+        restore(-1)
+        ear.close()
+        mouth.close()
+
+    _IN_CHILDREN.append(in_child)
     try:
         yield lambda: came[0] if came else 0
     finally:
-        signal.set_wakeup_fd(wakeup)
-        for each, handler in handlers.items():
-            signal.signal(each, signal.SIG_DFL if handler is None else handler)
+        _IN_CHILDREN.remove(in_child)
+        restore()
+        mouth.shutdown(socket.SHUT_RDWR)  # what a child has of it does not keep it open
         mouth.close()
         listener.join()
         ear.close()
+
+
+def _listen(ear: socket.socket, came: list[int]) -> None:
+    """Takes down the signals that C's handler tells; exits at the second."""
+    while number := ear.recv(1):
+        if number[0] in SIGNALS and came:
+            os._exit(128 + number[0])
+        if number[0] in SIGNALS:
+            came.append(number[0])
+            with contextlib.suppress(OSError, ValueError):  # nobody may be there to read it
+                name = signal.Signals(number[0]).name
+                print(f"{name}: finishing the step and saving; once more to exit at once.", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def _alone(home: Path) -> Iterator[None]:
     """Makes the folder, locks it where the system can, and clears it; the lock goes with the process, however it ends."""
     home.mkdir(parents=True, exist_ok=True)
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        _tidy(home)
+    descriptor = _locked(home)
+    if descriptor is None:
+        tidy(home)
         yield
         return
+
+    def close() -> None:
+        os.close(descriptor)
+
+    _IN_CHILDREN.append(close)
+    try:
+        tidy(home)
+        yield
+    finally:
+        _IN_CHILDREN.remove(close)
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+        close()
+
+
+def _locked(home: Path) -> int | None:
+    """A descriptor of the folder that no other process can have; None where the system has no such locks."""
+    if fcntl is None:
+        return None
     descriptor = os.open(home, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
         raise CheckpointError(home, "another process saves its run here. Wait for it, or choose another folder.") from None
-    try:
-        _tidy(home)
-        yield
-    finally:
+    except OSError:  # some file systems of networks
         os.close(descriptor)
+        return None
+    return descriptor

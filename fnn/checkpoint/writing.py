@@ -20,7 +20,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from fnn import _check
-from fnn.checkpoint.layout import ARRAYS, DTYPES, FORMAT, MANIFEST, NUMBERS, PREFIX, SUMS, UNFINISHED
+from fnn.checkpoint.layout import ARRAYS, DTYPES, FORMAT, MANIFEST, NUMBERS, PREFIX, REPLACED, SUMS, UNFINISHED
 
 
 def save(folder: str | os.PathLike[str], tree: Any, *, step: int = 0, metadata: Mapping[str, Any] | None = None) -> Path:
@@ -70,28 +70,40 @@ def write(folder: str | os.PathLike[str], leaves: list[Leaf], step: int, metadat
     arrays = {str(i): np.require(leaf.array, leaf.array.dtype.newbyteorder("="), "C") for i, leaf in enumerate(leaves)}
     described = [_described(leaf, array) for leaf, array in zip(leaves, arrays.values(), strict=True)]
     manifest = {"format": FORMAT, "step": step, "metadata": dict(metadata), "versions": _versions(), "topology": _topology()}
-    _json(manifest)  # before anything is written
+    to_json(manifest)  # before anything is written
     home = Path(folder)
     home.mkdir(parents=True, exist_ok=True)
-    for old in home.glob(f"{UNFINISHED}*"):
-        shutil.rmtree(old)
+    tidy(home)
     made, final = home / f"{UNFINISHED}{secrets.token_hex(4)}", home / f"{PREFIX}{step:012d}"
     made.mkdir()
     try:
         save_file(arrays, made / ARRAYS)
-        text = _json({**manifest, "header": _header_sha256(made / ARRAYS), "leaves": described})
+        text = to_json({**manifest, "header": _header_sha256(made / ARRAYS), "leaves": described})
         (made / MANIFEST).write_text(text, encoding="utf-8")
         (made / SUMS).write_text(sums(text), encoding="ascii")
         for name in (ARRAYS, MANIFEST, SUMS, "."):
             _flush(made / name)
         if final.exists():
-            final.rename(home / f"{UNFINISHED}{secrets.token_hex(4)}")
+            final.rename(home / f"{REPLACED}{final.name}")
         made.rename(final)
     except BaseException:
         shutil.rmtree(made, ignore_errors=True)
         raise
     _flush(home)
+    tidy(home)
     return final
+
+
+def tidy(home: Path) -> None:
+    """Removes what a killed process left half done, and puts back what it had not replaced yet."""
+    for old in home.glob(f"{REPLACED}*"):
+        final = home / old.name.removeprefix(REPLACED)
+        if final.exists():
+            shutil.rmtree(old)
+        else:
+            old.rename(final)
+    for old in home.glob(f"{UNFINISHED}*"):
+        shutil.rmtree(old)
 
 
 def _leaf(path: str, leaf: Any) -> Leaf:
@@ -115,7 +127,8 @@ def _described(leaf: Leaf, array: np.ndarray) -> dict[str, Any]:
     return {"path": leaf.path, "kind": leaf.kind, "shape": list(array.shape), "dtype": array.dtype.name, "sha256": digest}
 
 
-def _json(content: dict[str, Any]) -> str:
+def to_json(content: dict[str, Any]) -> str:
+    """JSON, or an error that says what cannot be."""
     try:
         return json.dumps(content, indent=1, allow_nan=False) + "\n"
     except (TypeError, ValueError) as error:
