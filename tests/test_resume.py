@@ -101,7 +101,27 @@ def test_every_rule_goes_on_as_if_nothing_had_been(tmp_path, rule):
     assert same(train(tmp_path / "crashed", made), expected)
 
 
+@pytest.fixture
+def own_handlers():
+    """Python's own: what a shell starts in the background ignores Ctrl-C."""
+    before = {each: signal.getsignal(each) for each in running.SIGNALS}
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    for each, handler in before.items():
+        signal.signal(each, handler)
+
+
+@pytest.mark.usefixtures("own_handlers")
+def test_a_signal_that_is_ignored_stays_ignored(tmp_path):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    train(tmp_path, epochs=2, stop=lambda e, metrics: os.kill(os.getpid(), signal.SIGINT))
+    assert steps(tmp_path)[-1] == 24
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+@pytest.mark.usefixtures("own_handlers")
 def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, name, capfd):
     def told_at(step):
         def data(e):
@@ -221,6 +241,7 @@ def test_an_iterable_that_became_shorter_is_an_error(tmp_path):
         train(tmp_path, data=lambda e: itertools.islice(batches(e), 3))
 
 
+@pytest.mark.usefixtures("own_handlers")
 def test_a_signal_while_the_last_checkpoint_is_written_is_heard(tmp_path, monkeypatch):
     write = running.write
 
