@@ -68,7 +68,7 @@ class Config:
 
 
 GALLERY = Config(kills=30, repetitions=0)
-TINY = Config(kills=2, epochs=20, hidden=(8,), examples=256, wide=(8,), repetitions=1)
+TINY = Config(kills=1, epochs=20, hidden=(8,), examples=256, wide=(8,), repetitions=1)
 
 
 class Kill(NamedTuple):

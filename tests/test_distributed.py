@@ -93,14 +93,7 @@ def params_after(folder, step):
     return found
 
 
-TRAIN = [*FLAGS, "--epochs", "30", "--distributed"]
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """An undisturbed run of two processes."""
-    folder = tmp_path_factory.mktemp("whole")
-    return finished(folder, [*TRAIN, "--out", str(folder / "run")])
+TRAIN = [*FLAGS, "--epochs", "40", "--distributed"]
 
 
 def test_two_processes_are_one_with_two_devices(tmp_path):
@@ -116,12 +109,8 @@ def test_two_processes_are_one_with_two_devices(tmp_path):
     assert [(m["seed"], m["epoch"]) for m in _runs.read_metrics(tmp_path / "two" / "run")] == [(0, 0)]
 
 
-def test_two_processes_give_the_same_bits_again(tmp_path, whole):
-    assert finished(tmp_path, [*TRAIN, "--out", str(tmp_path / "run")]) == whole
-
-
-def test_where_one_dies_the_other_ends_and_the_run_goes_on(tmp_path, whole):
-    """Five trials: either rank, at a random moment."""
+def test_where_one_dies_or_is_told_to_stop_both_end_and_the_run_goes_on_to_the_same_bits(tmp_path):
+    """Five trials of either rank killed at a random moment, and a signal to one; then the bits of a run that nobody disturbed."""
     rng, flags = np.random.default_rng(0), [*TRAIN, "--out", str(tmp_path / "run")]
     for victim in (0, 1, 1, 0, 1):
         before = len(checkpoint.steps(home(tmp_path)))
@@ -133,21 +122,24 @@ def test_where_one_dies_the_other_ends_and_the_run_goes_on(tmp_path, whole):
             other.join(30)
             assert other.exitcode not in (None, 0), running.said()
         flags = ["--resume", str(tmp_path / "run"), "--distributed"]
-    assert checkpoint.manifest(home(tmp_path)).metadata["epoch"] < 30
-    assert finished(tmp_path, flags) == whole
-    assert [(m["seed"], m["epoch"]) for m in _runs.read_metrics(tmp_path / "run")] == [(0, e) for e in range(30)]
+    assert checkpoint.manifest(home(tmp_path)).metadata["epoch"] < 40
+    told(tmp_path, flags)
+    disturbed = finished(tmp_path, flags)
+    assert [(m["seed"], m["epoch"]) for m in _runs.read_metrics(tmp_path / "run")] == [(0, e) for e in range(40)]
+    (tmp_path / "whole").mkdir()
+    assert finished(tmp_path / "whole", [*TRAIN, "--out", str(tmp_path / "whole" / "run")]) == disturbed
 
 
-def test_a_signal_to_one_stops_both_and_the_run_goes_on(tmp_path, whole):
-    with Processes(tmp_path, [*TRAIN, "--out", str(tmp_path / "run")]) as running:
-        wait(running, lambda: checkpoint.steps(home(tmp_path)))
+def told(folder, flags):
+    """A signal to one process stops both with a message."""
+    before = len(checkpoint.steps(home(folder)))
+    with Processes(folder, flags) as running:
+        wait(running, lambda: len(checkpoint.steps(home(folder))) > before)
         os.kill(running.all[1].pid, signal.SIGTERM)
         for process in running.all:
             process.join(60)
         assert [process.exitcode for process in running.all] == [1, 1], running.said()
-        again = f"Go on: python -m experiments train --resume {tmp_path / 'run'} --distributed"
-        assert running.said().count(again) == 2
-    assert finished(tmp_path, ["--resume", str(tmp_path / "run"), "--distributed"]) == whole
+        assert running.said().count(f"Go on: python -m experiments train --resume {folder / 'run'} --distributed") == 2
 
 
 def wait(running, until):

@@ -31,11 +31,10 @@ def test_doctests(name):
     assert doctest.testmod(importlib.import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE).failed == 0
 
 
-@pytest.mark.parametrize("i", range(len(BLOCKS)))
-def test_readme_block(i, tmp_path, monkeypatch):
+def test_the_blocks_of_the_readme(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    file = tmp_path / "block.py"
-    file.write_text("\n".join(BLOCKS[: i + 1]))  # a block may use what those before it made
+    file = tmp_path / "readme.py"
+    file.write_text("\n".join(BLOCKS))  # a block uses what those before it made
     runpy.run_path(str(file))
 
 

@@ -102,12 +102,10 @@ def test_gradients_norms_and_clipped_gradients_are_those_of_one_device(dtype, pl
     assert norms.min() < MAX_NORM < norms.max()  # some are clipped, some are not
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("plan_of", PLANS)
 @pytest.mark.parametrize("name", NETS)
-def test_so_they_are_for_every_kind_of_net(dtype, plan_of, name):
-    with jax.enable_x64(dtype == "float64"):
-        agrees(NETS[name], losses.l2_loss, dtype, plan_of, [(4, 2)], rows=1 if name == "one unit" else 13)
+def test_so_they_are_for_every_kind_of_net(x64, plan_of, name):
+    agrees(NETS[name], losses.l2_loss, "float64", plan_of, [(4, 2)], rows=1 if name == "one unit" else 13)
 
 
 EDITED = ((Dense(P("data", "model"), P("model")), ()), Dense(P("model", "data"), P()))  # a plan of one's own, with both axes
