@@ -297,8 +297,8 @@ def draw(path: Path, result: Result) -> None:
         for kind, colour, marker in zip(KINDS, COLOURS, "osv", strict=False):
             shown = [(i, kill.epoch) for i, kill in enumerate(result.kills) if kill.kind == kind]
             if shown:
-                axes.scatter(*zip(*shown, strict=True), color=colour, marker=marker, s=16, label=f"killed while {kind}", zorder=2)
+                axes.scatter(*zip(*shown, strict=True), color=colour, marker=marker, s=16, label=kind, zorder=2)
         axes.set(xlabel="kill", ylabel="epoch of the newest checkpoint")
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.set_ylim(top=1.2 * axes.get_ylim()[1])  # room for the legend
-        axes.legend(loc="upper center", ncols=len(KINDS))
+        axes.set_ylim(0, 1.3 * axes.get_ylim()[1])  # room for the legend
+        axes.legend(title="killed while", loc="upper center", ncols=len(KINDS))

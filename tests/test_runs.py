@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -88,6 +89,14 @@ def test_tensorboard_shows_what_was_measured(whole):
         expected = {(name, m["epoch"]): m[name] for m in lines for name in m if name not in ("seed", "epoch")}
         found = {(tag, step): value for tag, step, value in events(whole / "tensorboard" / f"seed-{seed}")}
         assert found == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="8 devices: JAX_NUM_CPU_DEVICES=8")
+@pytest.mark.parametrize("plan", train.PLANS)
+def test_the_flags_put_a_training_on_devices(plan):
+    config = dataclasses.replace(train.TINY, sizes=(8, 8), seeds=(0,))
+    (alone,), (spread,) = (train.run(c).seeds for c in (config, dataclasses.replace(config, devices=8, model=2, plan=plan)))
+    np.testing.assert_allclose(spread.epoch_test_loss, alone.epoch_test_loss, rtol=1e-5)
 
 
 def test_new_runs_get_folders_of_their_own(tmp_path, monkeypatch):
