@@ -6,8 +6,8 @@ A net learns digits by node perturbation, whose random numbers are part of its s
 (SIGKILL, which nothing can catch) at random moments: while it starts, while it trains, or while it saves; then it is started again, in a
 process of its own, until it is done. Expect it to go on every time, parameters with the SHA-256 of a run that nobody disturbed, and nothing
 left in its folder but checkpoints. Then 784-512-512-10, the largest net of `benchmark`, is trained on as many examples as MNIST has, with
-and without a checkpoint after every epoch: expect 1 to 3 % more time. The memory is measured with a wider net: expect less than a copy
-of the state. 200 kills take three to six minutes on two cores, and the rest two.
+and without a checkpoint after every epoch: expect some 4 % more time. The memory is measured with a wider net: expect less than a copy
+of the state. 200 kills take three to six minutes on two cores, and the rest one.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ Prints the losses and the accuracy of every seed, and their mean; draws the lear
 parameters and the order of its batches; `--data-seed` draws or splits the data. The defaults reach about 97 % on the test
 digits in a few seconds.
 
-A run has a folder of its own, runs/train-001, with a checkpoint after every epoch. Stop it when you like (Ctrl-C finishes the step and
-saves; even `kill -9` and a power cut cost no more than an epoch), and go on:
+A run has a folder of its own, runs/train-001, with a checkpoint after every epoch, but while another is being written. Stop it when you
+like (Ctrl-C finishes the step and saves; even `kill -9` costs no more than what came after the last checkpoint), and go on:
 
     python -m experiments train --resume runs/train-001
 
@@ -170,11 +170,8 @@ def run(config: Config, on_epoch: OnEpoch | None = None, path: Path | None = Non
         optimizer = make_optimizer(config, len(data.x_train))
         train, test = (_cast(part, config.dtype) for part in ((data.x_train, data.t_train), (data.x_test, data.t_test)))
         mesh = _mesh(config)
-        with (
-            _runs.metrics_writer(path, config.seeds, config.tensorboard)
-            if path and _processes.leads()
-            else contextlib.nullcontext() as write
-        ):
+        out = path if _processes.leads() else None
+        with contextlib.nullcontext() if out is None else _runs.metrics_writer(out, config.seeds, config.tensorboard) as write:
             fits = [_Fit(path and _checkpointer(config, path, seed), _callback(seed, on_epoch, write)) for seed in config.seeds]
             seeds = tuple(
                 _train(config, seed, net, rule, optimizer, train, test, fit, mesh) for seed, fit in zip(config.seeds, fits, strict=True)

@@ -12,6 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 
 
+def said(leaf: Any) -> str:
+    """A leaf in a message: its dtype and shape."""
+    return f"{leaf.dtype}{list(leaf.shape)}" if hasattr(leaf, "dtype") else f"{leaf!r:.40} ({type(leaf).__name__})"
+
+
 def is_array(name: str, value: Any) -> None:
     """Raises a TypeError unless `value` is a JAX or NumPy array (or a tracer, or a shape) of numbers."""
     if not (hasattr(value, "shape") and hasattr(value, "dtype")):

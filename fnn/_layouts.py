@@ -80,7 +80,7 @@ def fitted(
     problems = {
         "missing": [name for name in wanted if name not in found],
         "left over": [name for name in found if name not in wanted],
-        "different": [f"{name} is {said(a)}, expected {said(leaf)}" for name, a, leaf in wrong],
+        "different": [f"{name} is {_check.said(a)}, expected {_check.said(leaf)}" for name, a, leaf in wrong],
     }
     if any(problems.values()):
         mend = "Parameters of another net?"
@@ -121,7 +121,9 @@ def layers(argument: str, params: Params) -> list[Module]:
             continue
         at = f"{argument}.{path}" if path else argument
         if type(node) not in RANKS:
-            raise ValueError(f"`{at}` is {said(node)} outside a dense layer, norm or embedding: other libraries have no place for it.")
+            raise ValueError(
+                f"`{at}` is {_check.said(node)} outside a dense layer, norm or embedding: other libraries have no place for it."
+            )
         _check_leaves(at, node)
         kind = {Dense: "Dense", Embedding: "Embed"}.get(type(node)) or ("RMSNorm" if node.bias is None else "LayerNorm")
         found.append(Module(path, node, kind, place))
@@ -143,11 +145,6 @@ def dtype(leaf: Any) -> Any:
     return jax.dtypes.canonicalize_dtype(leaf.dtype, allow_extended_dtype=True)
 
 
-def said(leaf: Any) -> str:
-    """A leaf in a message: its dtype and shape."""
-    return f"{leaf.dtype}{list(leaf.shape)}" if hasattr(leaf, "dtype") else f"{leaf!r:.40} ({type(leaf).__name__})"
-
-
 def listed(names: Sequence[str]) -> str:
     """The first names of a list."""
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
@@ -160,7 +157,7 @@ def _check_leaves(at: str, node: Any) -> None:
         if len(leaf.shape) != rank:
             mend = "Stacked by `fnn.repeat`? Other libraries have single layers: `fnn.serial(*[layer] * n)`, whose params are "
             mend += "`tuple(jax.tree.map(lambda leaf: leaf[i], stacked) for i in range(n))`."
-            raise ValueError(f"`{at}.{field}` is {said(leaf)}, expected {rank} {'axis' if rank == 1 else 'axes'}. {mend}")
+            raise ValueError(f"`{at}.{field}` is {_check.said(leaf)}, expected {rank} {'axis' if rank == 1 else 'axes'}. {mend}")
 
 
 def _own(a: Any, dtype: Any) -> Array:

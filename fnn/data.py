@@ -42,7 +42,7 @@ def check_data(
     Traceback (most recent call last):
     ValueError: `targets` must be labels in 0 ... 1 for 2 outputs, got 2 in row 1. Labels that count from 1? Pass `targets - 1`.
     """
-    _check_params(params)
+    check_params(params)
     rows = _check_arrays(data, name)
     x, targets = jnp.asarray(data[0]), jnp.asarray(data[1])
     if jnp.issubdtype(x.dtype, jnp.integer) and not np.array_equal(np.asarray(x), np.asarray(data[0])):
@@ -185,7 +185,8 @@ def check_batches(data: Any, epochs: int) -> None:
         )
 
 
-def _check_params(params: Any) -> None:
+def check_params(params: Any) -> None:
+    """Raises a TypeError unless all leaves are arrays, or shapes of some."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
             at = f"`params{jax.tree_util.keystr(path)}`"

@@ -1,4 +1,4 @@
-"""One step, and one epoch as a `lax.scan`: what `fit` is made of, as pure functions for a loop of one's own.
+"""One step, of which `fit` is made, and one epoch as a `lax.scan`: pure functions for a loop of one's own.
 
 Any `Rule` and any optax optimiser go into the same loop. Source: lecture 002 (SGD), 004 (training loop).
 """

@@ -2,7 +2,8 @@
 
 Data flows one way: key -> init -> params -> forward -> loss.grad -> backward -> grads -> optax -> params. Data are a tuple
 `(x, targets)` or `(x, targets, weights)` of arrays `[examples, ...]`, which stay on the device (the order of each epoch is drawn
-on the host), or an iterable of such tuples, one a batch, where they do not fit. The steps themselves are in `fnn.steps`.
+on the host), or an iterable of such tuples, one a batch, where they do not fit. The steps are in `fnn.steps`, the epochs in
+`fnn.epochs`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from fnn.history import History, Log, add, end_epoch, history
 from fnn.resume import resumable
 from fnn.sharding import place
 from fnn.sharding.plans import Plan
-from fnn.sharding.training import Placement, placed_order, placed_state, spans_processes
+from fnn.sharding.training import Placement, placed_order, placed_state
 from fnn.steps import TrainState, init
 
 Callback = Callable[[int, dict[str, float]], Any]
@@ -192,7 +193,7 @@ def evaluate(
     return {name: s / sums["weight"] for name, s in sums.items() if name != "weight"}
 
 
-# Kept per rule, as the compiled functions of `fnn.steps`.
+# Kept per rule, as the compiled functions of `fnn.epochs`.
 @functools.lru_cache(maxsize=64)
 def _sums_function(rule: Rule) -> Callable[..., dict[str, Array]]:
     def sums(params: Params, x: Array, targets: Array, weights: Array) -> dict[str, Array]:
@@ -215,7 +216,7 @@ def _epoch_runner(
     if not isinstance(data, tuple):
         if sampler is not shuffled_batches:
             raise ValueError("`sampler` draws from arrays, but `data` is an iterable, with batches of its own. Pass arrays, or no sampler.")
-        here = -(-batch_size // jax.process_count()) if placement and spans_processes(placement.mesh) else batch_size
+        here = -(-batch_size // jax.process_count()) if placement and placement.mesh.is_multi_process else batch_size
         return functools.partial(run_iterable, batch_size=here)
     seeds = epoch_seeds(key, epochs + 1)
 

@@ -5,8 +5,8 @@
                              SHA256SUMS             of the manifest, as `sha256sum -c SHA256SUMS` reads it
 
 A checkpoint is written into a folder of another name, flushed to the disk, and renamed: who is killed in between leaves the older ones as
-they were, and a folder `.unfinished-...` that the next `save` removes. One process may save into a folder at a time. No pickle: nothing in
-a checkpoint is ever run. `arrays.safetensors` can be read by any library of that format.
+they were, and a folder `.unfinished-...` that the next `save` removes, or `.replaced-...` that it puts back. One process may save into a
+folder at a time. No pickle: nothing in a checkpoint is ever run. `arrays.safetensors` can be read by any library of that format.
 """
 
 from fnn.checkpoint.layout import CheckpointError as CheckpointError

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 
+from fnn import _check
 from fnn.checkpoint.layout import ARRAYS, FORMAT, MANIFEST, NUMBERS, SUMS, CheckpointError, Manifest, every, find, number
 
 
@@ -150,7 +151,9 @@ def _rebuilt(path: Path, found: Manifest, blob: dict[str, Any], like: Any) -> An
 
 def _as(path: Path, name: str, kind: str, array: np.ndarray, leaf: Any) -> Any:
     """The numbers as what `like` has at that leaf."""
-    differs = CheckpointError(path / MANIFEST, f"leaf {name} is {kind} {array.dtype}{list(array.shape)}, but `like` has {_said(leaf)}.")
+    differs = CheckpointError(
+        path / MANIFEST, f"leaf {name} is {kind} {array.dtype}{list(array.shape)}, but `like` has {_check.said(leaf)}."
+    )
     if kind in NUMBERS or type(leaf) in NUMBERS.values():
         if type(leaf) is not NUMBERS.get(kind):
             raise differs
@@ -172,7 +175,3 @@ def _as(path: Path, name: str, kind: str, array: np.ndarray, leaf: Any) -> Any:
     if leaf.is_fully_addressable or kind == "array":
         return jax.device_put(made, leaf.sharding)
     return jax.random.wrap_key_data(jax.device_put(array, leaf.sharding), impl=kind.removeprefix("key:"))  # on devices of several processes
-
-
-def _said(leaf: Any) -> str:
-    return f"{leaf.dtype}{list(leaf.shape)}" if hasattr(leaf, "dtype") else f"{leaf!r:.40} ({type(leaf).__name__})"

@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from fnn._types import Params
+from fnn.data import check_params
 from fnn.layers import Dense
 from fnn.sharding.mesh import DATA, MODEL, check_mesh, size_of
 
@@ -40,7 +41,7 @@ def replicated(mesh: Mesh, params: Params) -> Plan:
     (P(),)
     """
     check_mesh(mesh)
-    _check_arrays(params)
+    check_params(params)
     return jax.tree.map(lambda leaf: P(), params)
 
 
@@ -98,7 +99,7 @@ def fully_sharded(mesh: Mesh, params: Params) -> Plan:
     (P(None, 'data'),)
     """
     size = size_of(mesh, DATA)
-    _check_arrays(params)
+    check_params(params)
 
     def spec(leaf: Any) -> P:
         axes = [a for a in range(max(leaf.ndim - 2, 0), leaf.ndim) if leaf.shape[a] % size == 0]
@@ -159,7 +160,7 @@ def shardings(mesh: Mesh, plan: Plan) -> Any:
 
 def planned(params: Params, plan: Plan) -> list[tuple[tuple[Any, ...], Any, P]]:
     """Path, array and spec of every leaf; raises where the plan has not one for each."""
-    _check_arrays(params)
+    check_params(params)
     arrays, specs = (dict(jax.tree_util.tree_leaves_with_path(tree)) for tree in (params, plan))
     mend = "Edit one of `fnn.sharding.replicated(mesh, params)`."
     for path in [path for path in arrays if path not in specs]:
@@ -178,10 +179,3 @@ def planned(params: Params, plan: Plan) -> list[tuple[tuple[Any, ...], Any, P]]:
 def _are_paired(first: Dense, second: Dense, size: int) -> bool:
     """Whether what the first dense layer puts out, once for every layer of a `repeat`, is what the second takes, and can be split."""
     return first.w.shape[:-2] == second.w.shape[:-2] and first.w.shape[-1] == second.w.shape[-2] and first.w.shape[-1] % size == 0
-
-
-def _check_arrays(params: Any) -> None:
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
-            at = f"`params{jax.tree_util.keystr(path)}`"
-            raise TypeError(f"Leaves of `params` must be arrays, got {type(leaf).__name__} at {at}. Pass what `net.init(key)` returns.")

@@ -74,8 +74,3 @@ def own_batches(data: tuple[Any, ...], batch_size: int, key: Key, epochs: int) -
             yield data[0][r], data[1][r], w * data[2][r] if len(data) == 3 else w
 
     return batches
-
-
-def spans_processes(mesh: Mesh | None) -> bool:
-    """Whether some devices of a mesh are another process's."""
-    return mesh is not None and len({device.process_index for device in mesh.devices.flat}) > 1
