@@ -1,4 +1,7 @@
-"""Random nets, data and references that several tests share. A case is a function of its number alone."""
+"""Random nets, data and references that several tests share. A case is a function of its number alone.
+
+Its arrays are sent by `jax.device_put`: `jnp.asarray` compiles a program for every shape that it has not seen (jax 0.10).
+"""
 
 from __future__ import annotations
 
@@ -60,7 +63,7 @@ def case(number: int, deepest: int = 6) -> Case:
     positions = 2 if shape == "positions" else 3 if shape == "tied" and number % 2 else None
     x = _short(rng.normal(size=(batch, *(() if positions is None else (positions,)), widths[0])))
     if shape == "embedding":
-        x = jnp.asarray(rng.integers(0, 7, (batch, 3)), jnp.int32)
+        x = jax.device_put(rng.integers(0, 7, (batch, 3)).astype(np.int32))
     outputs = jax.eval_shape(net.apply, params, x)
     weights = None if number % 4 else _short(rng.uniform(0.1, 2.0, batch) * (np.arange(batch) % 3 != 1))
     name = f"{number}-{shape}-{activation.name}-{loss.name}-batch{batch}-{widths}"
@@ -70,14 +73,14 @@ def case(number: int, deepest: int = 6) -> Case:
 def targets_for(loss: Loss, shape: tuple[int, ...], rng: np.random.Generator) -> Any:
     """Targets that the loss takes for outputs of that shape."""
     if loss.name == "softmax_cross_entropy_with_integer_labels":
-        return jnp.asarray(rng.integers(0, shape[-1], shape[:-1]), jnp.int32)
+        return jax.device_put(rng.integers(0, shape[-1], shape[:-1]).astype(np.int32))
     if loss.name in ("softmax_cross_entropy", "kl_divergence"):
         rows = rng.uniform(0.01, 1.0, shape)
         return _short(rows / rows.sum(-1, keepdims=True))
     if loss.name in ("sigmoid_binary_cross_entropy", "binary_cross_entropy"):
         return _short(rng.uniform(0.0, 1.0, shape))
     if loss.name == "hinge_loss":
-        return jnp.asarray(rng.choice([-1.0, 1.0], shape))
+        return jax.device_put(rng.choice([-1.0, 1.0], shape))
     return _short(rng.normal(size=shape))
 
 
@@ -138,4 +141,4 @@ def _params(net: Layer, rng: np.random.Generator) -> Any:
 
 def _short(a: np.ndarray) -> Any:
     """Float64 numbers that bfloat16 holds exactly, so that a cast to another dtype is the same case."""
-    return jnp.asarray(a.astype(jnp.bfloat16).astype(np.float64))
+    return jax.device_put(a.astype(jnp.bfloat16).astype(np.float64))

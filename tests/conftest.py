@@ -19,6 +19,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy's, which spin while they wait, beside those of XLA
 
 
 # Else several devices of one CPU may begin collectives in different orders and wait for each other for ever (jaxlib 0.10.2).
@@ -35,7 +36,7 @@ def _flags() -> str:
 
 if "XLA_FLAGS" not in os.environ:  # workers inherit what the first process found
     os.environ["XLA_FLAGS"] = _flags()
-gc.set_threshold(100_000, 20, 20)  # JAX makes objects by the million, few of them in cycles
+gc.disable()  # JAX makes objects by the million, few of them in cycles; after each file, below
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
@@ -49,6 +50,7 @@ def _forget_programs():
     """Compiled programs of one file are of no use to the next."""
     yield
     jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture

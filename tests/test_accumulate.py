@@ -24,7 +24,7 @@ def leaves(tree):
 
 @pytest.mark.parametrize(("number", "weighted"), [(1, False), (10, True), (20, False)])
 def test_microbatches_of_every_size_give_the_whole_batch(x64, number, weighted):
-    c = case(number)
+    c = case(number, deepest=2)
     source, batch = fnn.factors(c.net, c.loss), len(c.x)
     statistics = {
         "clipped": (per_example.clipped_gradient(source, 0.7), None),

@@ -113,7 +113,7 @@ def test_manual_gradient_is_the_central_difference(x64, number):
     f = fnn.mean_loss(c.net, c.loss)
 
     rng = np.random.default_rng(number)
-    directions = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=(3, *p.shape))), c.params)
+    directions = jax.tree.map(lambda p: rng.normal(size=(3, *p.shape)), c.params)
 
     @jax.jit
     def slopes(directions, params, *rest):
