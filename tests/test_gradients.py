@@ -109,7 +109,7 @@ SMOOTH = [
 
 @pytest.mark.parametrize("number", SMOOTH)
 def test_manual_gradient_is_the_central_difference(x64, number):
-    c = case(number)
+    c = case(number, deepest=3)
     f = fnn.mean_loss(c.net, c.loss)
 
     rng = np.random.default_rng(number)
