@@ -6,8 +6,9 @@ A net learns digits by node perturbation, whose random numbers are part of its s
 (SIGKILL, which nothing can catch) at random moments: while it starts, while it trains, or while it saves; then it is started again, in a
 process of its own, until it is done. Expect it to go on every time, parameters with the SHA-256 of a run that nobody disturbed, and nothing
 left in its folder but checkpoints. Then 784-512-512-10, the largest net of `benchmark`, is trained on as many examples as MNIST has, with
-and without a checkpoint after every epoch: expect some 4 % more time. The memory is measured with a wider net: expect less than a copy
-of the state. 200 kills take three to six minutes on two cores, and the rest one.
+and without a checkpoint after every epoch: expect some 4 % more time. The memory is measured with a wider net, in processes of their own:
+expect one copy of the state, that which is being written, or less where the steps that follow begin when it is done, give or take
+what a process differs from another. 200 kills take three to six minutes on two cores, and the rest four.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,8 +60,8 @@ class Config:
     """Of an epoch of that net: noise of MNIST's size, at batch 128."""
     wide: tuple[int, ...] = (4096, 4096)
     """Hidden layers of the net whose memory is measured, large enough to be told from the rest of the process."""
-    repetitions: int = 7
-    """Trainings of four epochs, with and without, for the medians; nothing is measured if 0."""
+    repetitions: int = 21
+    """Trainings with and without, for the medians of time, and processes in threes for that of memory; nothing is measured if 0."""
     seed: int = 0
     """Of the parameters, the batches, and the moments."""
     out: Path | None = None
@@ -83,6 +84,7 @@ class Cost(NamedTuple):
     """Training with a checkpoint after every epoch, beside training without."""
 
     ratio: float  # of the medians of the time
+    interval: tuple[float, float]  # of confidence, 95 %
     copies: float  # peak memory more, in copies of the state, of the wide net
     megabytes: float  # of that state
 
@@ -222,17 +224,19 @@ def _beside_checkpoints(place: Path) -> list[str]:
 def _cost(config: Config) -> Cost:
     """The ratio of the times in one process; the peaks of memory in a new one each."""
     with _context().Pool(1) as pool:
-        ratio = pool.apply(_timed, (config,))
-    peaks = []
-    for saved in (False, True):
-        with _context().Pool(1) as pool:
-            peaks.append(pool.apply(_peak, (config, saved)))
-    (plain, size), (saving, _) = peaks
-    return Cost(ratio, (saving - plain) / size, size / 1e6)
+        times = pool.apply(_times, (config,))
+    peaks: dict[bool, list[float]] = {False: [], True: []}
+    for _ in range(-(-config.repetitions // 3)):
+        for saved in peaks:
+            with _context().Pool(1) as pool:
+                peaks[saved].append(pool.apply(_peak, (config, saved)))
+    size = _state_bytes(config)
+    copies = (statistics.median(peaks[True]) - statistics.median(peaks[False])) / size
+    return Cost(_ratio(times), _interval(times, config.seed), copies, size / 1e6)
 
 
-def _trainer(config: Config, hidden: tuple[int, ...], examples: int, epochs: int) -> tuple[Callable[[bool], Any], float]:
-    """`train(saved)`, and how many bytes its state has."""
+def _trainer(config: Config, hidden: tuple[int, ...], examples: int, epochs: int) -> Callable[[bool], Any]:
+    """`train(saved)`."""
     rng, keys = np.random.default_rng(config.seed), jax.random.split(fnn.key(config.seed), 2)
     x, t = rng.normal(size=(examples, 784)).astype(np.float32), rng.integers(0, 10, examples).astype(np.int32)
     net, optimizer = fnn.mlp((784, *hidden, 10)), optax.adam(1e-3)
@@ -243,27 +247,47 @@ def _trainer(config: Config, hidden: tuple[int, ...], examples: int, epochs: int
             saver = Checkpointer(place, wait=True) if saved else None
             return fnn.fit(rule, optimizer, params, (x, t), epochs=epochs, batch_size=128, key=keys[1], checkpoint=saver)
 
-    return train, sum(leaf.nbytes for leaf in jax.tree.leaves((params, optimizer.init(params))))
+    return train
 
 
-def _timed(config: Config) -> float:
-    train, _ = _trainer(config, config.hidden, config.examples, epochs=4)
+def _times(config: Config) -> list[tuple[float, float]]:
+    """Seconds of a training without and with checkpoints, side by side and in random order."""
+    train = _trainer(config, config.hidden, config.examples, epochs=4)
     for saved in (False, True):
         train(saved)
-    times: dict[bool, list[float]] = {False: [], True: []}
-    rng = random.Random(config.seed)
+    times, rng = [], random.Random(config.seed)
     for _ in range(config.repetitions):
+        took = {}
         for saved in rng.sample((False, True), 2):
             begun = time.perf_counter()
             train(saved)
-            times[saved].append(time.perf_counter() - begun)
-    return statistics.median(times[True]) / statistics.median(times[False])
+            took[saved] = time.perf_counter() - begun
+        times.append((took[False], took[True]))
+    return times
 
 
-def _peak(config: Config, saved: bool) -> tuple[float, float]:
-    train, size = _trainer(config, config.wide, examples=256, epochs=3)
-    train(saved)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024), size
+def _ratio(times: Sequence[tuple[float, float]]) -> float:
+    plain, saving = (statistics.median(each) for each in zip(*times, strict=True))
+    return saving / plain
+
+
+def _interval(times: list[tuple[float, float]], seed: int) -> tuple[float, float]:
+    """By the bootstrap: the ratio of pairs that are drawn from these, again and again."""
+    rng = random.Random(seed)
+    ratios = sorted(_ratio(rng.choices(times, k=len(times))) for _ in range(1000))
+    return ratios[25], ratios[974]
+
+
+def _peak(config: Config, saved: bool) -> float:
+    _trainer(config, config.wide, examples=256, epochs=3)(saved)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _state_bytes(config: Config) -> int:
+    """Of the wide net: parameters, and the two moments and the count of Adam."""
+    params = jax.eval_shape(fnn.mlp((784, *config.wide, 10)).init, jax.random.key(0))
+    state = params, jax.eval_shape(optax.adam(1e-3).init, params)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 
 def main(config: Config) -> None:
@@ -278,10 +302,10 @@ def main(config: Config) -> None:
     print(f"Left beside checkpoints: {', '.join(result.left) or 'nothing'}")
     if result.cost:
         timed, wide = ("-".join(map(str, (784, *hidden, 10))) for hidden in (config.hidden, config.wide))
-        print(
-            f"A checkpoint after every epoch of {config.examples:,} examples takes {timed} {100 * (result.cost.ratio - 1):.1f} % more time,"
-        )
-        print(f"and {wide}, whose state has {result.cost.megabytes:.0f} MB, {result.cost.copies:.2f} copies of it more memory at the peak")
+        more, low, high = (100 * (ratio - 1) for ratio in (result.cost.ratio, *result.cost.interval))
+        print(f"A checkpoint after every epoch of {config.examples:,} examples: {timed} takes {more:.1f} % more time")
+        print(f"(95 % interval {low:.1f} to {high:.1f} %), and {wide}, whose state has {result.cost.megabytes:.0f} MB,")
+        print(f"{result.cost.copies:.2f} copies of it more memory at the peak")
     draw(path / "endurance.png", result)
     print(f"Saved {save_metrics(path, config, result)} and {path / 'endurance.png'}")
     if same < len(result.digests) or result.left:

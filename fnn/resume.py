@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from signal import Signals
 from typing import Any, NamedTuple
@@ -34,44 +34,55 @@ class Begun(NamedTuple):
     state: TrainState
     log: Log
     ended: bool  # its callback has stopped it
+    keep: Keep  # keeps where it is
 
 
-@contextlib.contextmanager
-def resumable(
-    checkpointer: Checkpointer | None, state: TrainState, key: Key, settings: dict[str, Any], epochs: int
-) -> Iterator[tuple[Begun, Keep]]:
-    """Where a training goes on, and a function that keeps where it is.
+def saver_of(checkpointer: Checkpointer | None) -> contextlib.AbstractContextManager[Saver | None]:
+    """What saves while the block lasts; None where nothing is saved.
+
+    Raises:
+        TypeError: `checkpointer` is none.
+    """
+    if checkpointer is None:
+        return contextlib.nullcontext()
+    if not isinstance(checkpointer, Checkpointer):
+        raise TypeError(f"`checkpoint` must be a `fnn.checkpoint.Checkpointer`, got {checkpointer!r:.80}. Pass `Checkpointer(folder)`.")
+    return saving(checkpointer)
+
+
+def begin(
+    checkpointer: Checkpointer | None, saver: Saver | None, state: TrainState, key: Key, settings: dict[str, Any], epochs: int
+) -> Begun:
+    """Where a training goes on. A function that is done, and no block, so that nothing holds the first state while others follow.
 
     Args:
         checkpointer: None for a training without checkpoints.
+        saver: its `saver_of`.
         state: that before the first step, as it was then.
         key: `fit`'s.
         settings: what must be as it was, by name.
         epochs: `fit`'s.
 
-    Yields:
-        `(begun, keep)`. `keep(state, log)` after some steps saves where it is time; `keep(state, log, metrics, last, ended)` after an
-        epoch saves every so many epochs. Both save, and raise `Stopped`, where the process was told to stop.
+    Returns:
+        `(state, log, ended, keep)`. `keep(state, log)` after some steps saves where it is time; `keep(state, log, metrics, last, ended)`
+        after an epoch saves every so many epochs. Both save, and raise `Stopped`, where the process was told to stop.
 
     Raises:
-        TypeError: `checkpointer` is none.
         CheckpointError: what is there is damaged, or is of another training.
     """
-    if checkpointer is None:
-        yield Begun(state, Log(), False), lambda *args, **kwargs: None
-        return
-    if not isinstance(checkpointer, Checkpointer):
-        raise TypeError(f"`checkpoint` must be a `fnn.checkpoint.Checkpointer`, got {checkpointer!r:.80}. Pass `Checkpointer(folder)`.")
-    with saving(checkpointer) as saver:
-        newest = max(checkpoint.steps(checkpointer.folder), default=-1)
-        if greatest(newest) != [newest]:
-            raise CheckpointError(Path(checkpointer.folder), "another process sees a newer checkpoint: all must share the folder.")
-        begun = Begun(state, Log(), False) if newest < 0 else _restored(checkpointer, state, key, settings, epochs)
-        yield begun, _keep(checkpointer, saver, key, settings, newest)
+    if checkpointer is None or saver is None:
+        return Begun(state, Log(), False, lambda *args, **kwargs: None)
+    newest = max(checkpoint.steps(checkpointer.folder), default=-1)
+    if greatest(newest) != [newest]:
+        raise CheckpointError(Path(checkpointer.folder), "another process sees a newer checkpoint: all must share the folder.")
+    keep = _keep(checkpointer, saver, key, settings, newest)
+    if newest < 0:
+        return Begun(state, Log(), False, keep)
+    return Begun(*_restored(checkpointer, state, key, settings, epochs), keep)
 
 
 def _keep(checkpointer: Checkpointer, saver: Saver, key: Key, settings: dict[str, Any], saved: int) -> Keep:
-    """The function that `resumable` yields; `saved` is the step of the newest checkpoint."""
+    """The function that `begin` returns; `saved` is the step of the newest checkpoint."""
 
     def keep(state: TrainState, log: Log, metrics: dict[str, float] | None = None, last: bool = False, ended: bool = False) -> None:
         nonlocal saved
@@ -104,7 +115,9 @@ def _is_best(checkpointer: Checkpointer, log: Log) -> bool:
     return bool(values[-1] < min((value for value in values[:-1] if not math.isnan(value)), default=math.inf))
 
 
-def _restored(checkpointer: Checkpointer, state: TrainState, key: Key, settings: dict[str, Any], epochs: int) -> Begun:
+def _restored(
+    checkpointer: Checkpointer, state: TrainState, key: Key, settings: dict[str, Any], epochs: int
+) -> tuple[TrainState, Log, bool]:
     """Where the newest checkpoint of a run is, if it is of this training."""
     folder = Path(checkpointer.folder)
     path, metadata = find(folder, None), checkpoint.manifest(folder).metadata
@@ -120,7 +133,7 @@ def _restored(checkpointer: Checkpointer, state: TrainState, key: Key, settings:
     tree = checkpoint.restore(folder, like={"state": state, "key": key, "log": log})
     if not np.array_equal(jax.random.key_data(tree["key"]), jax.random.key_data(key)):
         raise _of_another(path, "its key was another one")
-    return Begun(tree["state"], history.from_tree(tree["log"]), metadata["ended"])
+    return tree["state"], history.from_tree(tree["log"]), metadata["ended"]
 
 
 def _of_another(path: Path, difference: str) -> CheckpointError:

@@ -23,7 +23,7 @@ from fnn.checkpoint import Checkpointer
 from fnn.data import Sampler, check_batches, check_data, check_rule, drawn, epoch_seeds, padded, shuffled_batches
 from fnn.epochs import Loop, NonFiniteStep, Part, Record, Recorder, Segments, paced, record_structure, run_arrays, run_iterable
 from fnn.history import History, Log, add, end_epoch, history
-from fnn.resume import resumable
+from fnn.resume import begin, saver_of
 from fnn.sharding import place
 from fnn.sharding.plans import Plan
 from fnn.sharding.training import Placement, placed_order, placed_state
@@ -132,8 +132,8 @@ def fit(
         validation = jax.device_get(validation)  # for evaluate, which puts it where the params are
     loop = Loop(rule, optimizer, recorder, placement)
     run = _epoch_runner(data, order_key, epochs, batch_size, sampler, paced() if checkpoint else None, placement)
-    with resumable(checkpoint, state, key, settings, epochs) as (begun, keep):
-        state, log, ended = begun
+    with saver_of(checkpoint) as saver:
+        state, log, ended, keep = begin(checkpoint, saver, state, key, settings, epochs)
         for e in range(len(log.loss), 0 if ended else epochs):
             try:
                 for part in run(loop, state, data, e, log.at_hand):

@@ -329,6 +329,24 @@ def test_a_checkpoint_is_left_out_while_the_last_is_being_written_but_never_the_
     assert not {24, 36, 48} & set(steps(tmp_path / "free"))
 
 
+@pytest.mark.parametrize("saved", [False, True], ids=["not saved", "saved"])
+def test_one_copy_of_the_state_more_is_held_while_a_checkpoint_is_written_and_else_none(tmp_path, monkeypatch, saved):
+    written, live = threading.Event(), []
+    monkeypatch.setattr(running, "write", lambda *args: written.wait(60))
+    net = fnn.mlp((5, 13, 3), "tanh")
+    params = jax.jit(net.init)(jax.random.key(0))
+
+    def count(e, metrics):
+        live.append(sum(array.shape == (5, 13) for array in jax.live_arrays()))
+        if e == 4:
+            written.set()
+
+    saver = Checkpointer(tmp_path, seconds=None) if saved else None
+    fnn.fit(rules.backprop(net, LOSS), optax.adam(0.1), params, DATA, epochs=5, batch_size=4, key=KEY, checkpoint=saver, callback=count)
+    given, state = 1, 3  # the parameters; parameters and two moments
+    assert live == [given + state] + [given + state * (2 if saved else 1)] * 4
+
+
 def test_every_second_epoch_and_the_last_are_saved(tmp_path):
     train(tmp_path, epochs=5, every=2, seconds=None, metadata={"note": "kept"})
     assert steps(tmp_path) == [24, 48, 60]
