@@ -96,7 +96,7 @@ def test_manual_gradient_under_debug_nans_and_checking_leaks(x64, number):
 @pytest.mark.parametrize("number", [1, 50, 99])
 def test_manual_gradient_without_jit_and_without_x64(number):
     with jax.enable_x64(True):
-        c = case(number)
+        c = case(number, deepest=2)
     batch = cast(jax.tree.map(np.asarray, batch_of(c)), np.float32)
     manual, automatic = both(c)(*batch)
     assert error(wide(manual), wide(automatic)) <= 1e-6, c.name

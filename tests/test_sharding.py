@@ -1,5 +1,6 @@
 """On a mesh of eight devices everything is what it is on one, and the devices send each other what the plan says and no more."""
 
+import functools
 import math
 import re
 
@@ -66,6 +67,7 @@ def batch_of(net, params, loss, rows=13):
     return x, rng.normal(size=outputs).astype(first.dtype)
 
 
+@functools.cache  # compiled once for one device
 def everything(net, loss):
     """Gradients by hand and by `jax.grad`, norms, and the clipped gradient, in one program."""
     source, manual, automatic = fnn.factors(net, loss), fnn.value_and_grad(net, loss), jax.value_and_grad(fnn.mean_loss(net, loss))
@@ -133,6 +135,7 @@ def test_a_step_of_every_rule_is_that_of_one_device_and_its_state_stays_where_it
     assert found.optimizer[0].trace[0][0].w.addressable_shards[0].data.shape == (2, 4)
 
 
+@functools.cache  # compiled once for one device
 def sources():
     """Functions for `data_parallel` by name: manual, automatic, clipped, and a mean that is NaN where all weights are 0."""
 

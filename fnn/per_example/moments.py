@@ -87,13 +87,10 @@ def moments(source: Source) -> Callable[..., Moments]:
         share = counted.weights / total_weight(counted)
 
         leaves, tree = jax.tree.flatten(factors, is_leaf=is_factor)
-
-        def of(leaves: list[Any]) -> list[tuple[Array, Array]]:
-            return [f.wide().moments(share) for f in leaves]
-
         present = counted.weights != 0
         harmless = jnp.isfinite(norms) & (present | (norms < 1e6))  # what counts nothing must not overflow on the way
-        found = mended(harmless.all(), of(leaves), lambda _: of([f.masked(present) for f in leaves]))
+        leaves = mended(harmless.all(), leaves, lambda leaves: [f.masked(present) for f in leaves])
+        found = [f.wide().moments(share) for f in leaves]
         mean, variance = (jax.tree.unflatten(tree, [pair[i] for pair in found]) for i in (0, 1))
         return Moments(mean, variance, counted)
 
