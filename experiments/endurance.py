@@ -6,7 +6,7 @@ A net learns digits by node perturbation, whose random numbers are part of its s
 (SIGKILL, which nothing can catch) at random moments: while it starts, while it trains, or while it saves; then it is started again, in a
 process of its own, until it is done. Expect it to go on every time, parameters with the SHA-256 of a run that nobody disturbed, and nothing
 left in its folder but checkpoints. Then 784-512-512-10, the largest net of `benchmark`, is trained on as many examples as MNIST has, with
-and without a checkpoint after every epoch: expect some 4 % more time. The memory is measured with a wider net, in processes of their own:
+and without a checkpoint after every epoch: expect 2 to 4 % more time. The memory is measured with a wider net, in processes of their own:
 expect one copy of the state, that which is being written, or less where the steps that follow begin when it is done, give or take
 what a process differs from another. 200 kills take three to six minutes on two cores, and the rest four.
 """
