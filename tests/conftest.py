@@ -5,7 +5,6 @@ optimisations that take most of its time: a gradient is right or wrong without t
 every kind; `XLA_FLAGS=--xla_cpu_enable_concurrency_optimized_scheduler=false pytest` compiles all tests as users do.
 """
 
-import functools
 import gc
 import os
 import subprocess
@@ -41,10 +40,7 @@ gc.disable()  # JAX makes objects by the million, few of them in cycles; after e
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
-from jax._src.interpreters import mlir  # noqa: E402
 
-if hasattr(mlir, "make_ir_context"):  # one for all programs, and not one with all its dialects for each: a third of a small one's time
-    mlir.make_ir_context = functools.cache(mlir.make_ir_context)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
