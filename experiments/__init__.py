@@ -1,1 +1,4 @@
-"""One file per question, run as `python -m experiments NAME`; files whose names begin with an underscore are helpers."""
+"""One file per question, run as `python -m experiments NAME`.
+
+Files whose names begin with an underscore are helpers.
+"""

@@ -1,7 +1,10 @@
-"""`python -m experiments` lists the experiments; `python -m experiments NAME [flags]` runs one, `NAME --help` explains it.
+"""`python -m experiments` lists the experiments.
 
-An experiment is a module in this folder whose name has no leading underscore. It is found by its file, so the list
-imports none of them, and a new file is all that a new experiment takes (`experiments/_run.py` says what is in it).
+`python -m experiments NAME [flags]` runs one, `NAME --help` explains it.
+
+An experiment is a module in this folder whose name has no leading underscore. It is found by its
+file, so the list imports none of them, and a new file is all that a new experiment takes
+(`experiments/_run.py` says what is in it).
 """
 
 from __future__ import annotations
@@ -34,7 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: those after the program's name; the process's own, if None.
 
     Returns:
-        The exit code: 0, 1 for an error that a message explains, 2 for an unknown experiment (bad flags exit with 2 too).
+        The exit code: 0, 1 for an error that a message explains, 2 for an unknown experiment (bad
+            flags exit with 2 too).
     """
     name, *flags = (sys.argv[1:] if arguments is None else list(arguments)) or ["--help"]
     if name in ("-h", "--help"):
@@ -63,18 +67,30 @@ def _run(name: str, flags: list[str]) -> None:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] in ("experiments", "fnn"):
             raise
-        raise ValueError(f"The package {error.name!r} is missing. Install it: pip install -e '.[experiments]'.") from None
-    module.main(tyro.cli(module.Config, args=flags, prog=f"python -m experiments {name}", description=module.__doc__))
+        raise ValueError(
+            f"The package {error.name!r} is missing. Install it: pip install -e '.[experiments]'."
+        ) from None
+    module.main(
+        tyro.cli(
+            module.Config,
+            args=flags,
+            prog=f"python -m experiments {name}",
+            description=module.__doc__,
+        )
+    )
 
 
 def _known(name: str) -> None:
-    from fnn._check import one_of  # here, so that the list does not wait for JAX
+    from fnn._validate import one_of  # here, so that the list does not wait for JAX
 
     one_of("experiment", name, discover())
 
 
 def _raised_by_us(trace: TracebackType | None) -> bool:
-    """Whether a `raise` of the project's own did it, whose message explains itself; 1 / 0 in a file of ours is a bug."""
+    """Whether a `raise` of the project's own did it, whose message explains itself.
+
+    1 / 0 in a file of ours is a bug.
+    """
     import fnn
 
     if trace is None:
@@ -94,7 +110,13 @@ def _listing(found: dict[str, str]) -> str:
     width = max(map(len, found), default=0)
     lines = [f"  {name:<{width}}  {description}" for name, description in found.items()]
     return "\n".join(
-        ["python -m experiments NAME [flags], where NAME is one of", "", *lines, "", "NAME --help explains one and its flags."]
+        [
+            "python -m experiments NAME [flags], where NAME is one of",
+            "",
+            *lines,
+            "",
+            "NAME --help explains one and its flags.",
+        ]
     )
 
 

@@ -1,7 +1,9 @@
-"""IDX files, the format of MNIST and its kin: read, found in a folder, and downloaded with a pinned hash.
+"""IDX files, the format of MNIST and its kin.
 
-Format: two zero bytes, a dtype code, the number of axes; the length of every axis as a big-endian uint32; the values in C
-order, big-endian. Source: http://yann.lecun.com/exdb/mnist/.
+Read, found in a folder, and downloaded with a pinned hash.
+
+Format: two zero bytes, a dtype code, the number of axes; the length of every axis as a big-endian
+uint32; the values in C order, big-endian. Source: http://yann.lecun.com/exdb/mnist/.
 """
 
 from __future__ import annotations
@@ -31,16 +33,23 @@ class Remote:
     md5: Mapping[str, str]
 
 
-FILES = ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz", "t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz")
-_MNIST = (
-    "f68b3c2dcbeaaa9fbdd348bbdeb94873 d53e105ee54ea40749a09fcbcd1e9432 9fb629c4189551a2d022fa330f9573f3 ec29112dd5afa0611ce80d1b7f02629c"
+FILES = (
+    "train-images-idx3-ubyte.gz",
+    "train-labels-idx1-ubyte.gz",
+    "t10k-images-idx3-ubyte.gz",
+    "t10k-labels-idx1-ubyte.gz",
 )
-_FASHION = (
-    "8d4fb7e6c68d591d4c3dfef9ec88bf0d 25c81989df183df01b3e8a0aad5dffbe bef4ecab320f06d8554ea6380940ec79 bb300cfdad3c16e7a12a480ee83cd310"
-)
+_MNIST = "f68b3c2dcbeaaa9fbdd348bbdeb94873 d53e105ee54ea40749a09fcbcd1e9432 9fb629c4189551a2d022fa330f9573f3 ec29112dd5afa0611ce80d1b7f02629c"
+_FASHION = "8d4fb7e6c68d591d4c3dfef9ec88bf0d 25c81989df183df01b3e8a0aad5dffbe bef4ecab320f06d8554ea6380940ec79 bb300cfdad3c16e7a12a480ee83cd310"
 REMOTES = {
-    "mnist": Remote("https://ossci-datasets.s3.amazonaws.com/mnist", dict(zip(FILES, _MNIST.split(), strict=True))),
-    "fashion-mnist": Remote("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com", dict(zip(FILES, _FASHION.split(), strict=True))),
+    "mnist": Remote(
+        "https://ossci-datasets.s3.amazonaws.com/mnist",
+        dict(zip(FILES, _MNIST.split(), strict=True)),
+    ),
+    "fashion-mnist": Remote(
+        "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com",
+        dict(zip(FILES, _FASHION.split(), strict=True)),
+    ),
 }
 
 
@@ -66,12 +75,18 @@ def read_idx(path: Path) -> np.ndarray:
     axes, dtype = content[3], np.dtype(DTYPES[content[2]])
     start = 4 + 4 * axes
     if len(content) < start:
-        raise ValueError(f"{path}: expected a header of {start} bytes for {axes} axes, got {len(content)} bytes. The file is cut off.")
+        raise ValueError(
+            f"{path}: expected a header of {start} bytes for {axes} axes, got {len(content)} bytes. The file is cut off."
+        )
     shape = struct.unpack(f">{axes}I", content[4:start])
     expected, got = dtype.itemsize * int(np.prod(shape, dtype=object)), len(content) - start
     if got != expected:
-        raise ValueError(f"{path}: expected {expected} bytes for shape {shape} of {dtype.name}, got {got}. Fetch the file again.")
-    return np.frombuffer(content, dtype, offset=start).reshape(shape).astype(dtype.newbyteorder("="))
+        raise ValueError(
+            f"{path}: expected {expected} bytes for shape {shape} of {dtype.name}, got {got}. Fetch the file again."
+        )
+    return (
+        np.frombuffer(content, dtype, offset=start).reshape(shape).astype(dtype.newbyteorder("="))
+    )
 
 
 def read_images(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
@@ -85,24 +100,32 @@ def read_images(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
         `(images [n, height, width] of uint8, labels [n] of uint8)`.
 
     Raises:
-        FileNotFoundError, ValueError: a file is missing or damaged, or images and labels do not belong together.
+        FileNotFoundError, ValueError: a file is missing or damaged, or images and labels do not
+            belong together.
     """
     image_file, label_file = _find(folder, split, "images"), _find(folder, split, "labels")
     images, labels = read_idx(image_file), read_idx(label_file)
     for file, array, axes in ((image_file, images, 3), (label_file, labels, 1)):
         if array.ndim != axes or array.dtype != np.uint8 or array.size == 0:
-            raise ValueError(f"{file}: expected {axes} axes of uint8, none empty, got shape {array.shape} of {array.dtype}.")
+            raise ValueError(
+                f"{file}: expected {axes} axes of uint8, none empty, got shape {array.shape} of {array.dtype}."
+            )
     if len(images) != len(labels):
-        raise ValueError(f"{image_file} has {len(images)} images but {label_file} has {len(labels)} labels. Are they of one set?")
+        raise ValueError(
+            f"{image_file} has {len(images)} images but {label_file} has {len(labels)} labels. Are they of one set?"
+        )
     return images, labels
 
 
 def download(name: str, *, url: str | None = None, cache: Path | None = None) -> Path:
-    """Fetches the four files of a set, each once; they are checked by their md5 then and at every later call.
+    """Fetches the four files of a set, each once.
+
+    They are checked by their md5 then and at every later call.
 
     Args:
         name: a key of `REMOTES`.
-        url: where the files lie; if None, the environment variable FNN_DATA_URL, or the set's usual place.
+        url: where the files lie; if None, the environment variable FNN_DATA_URL, or the set's usual
+            place.
         cache: where to keep them; if None, the user's cache folder.
 
     Returns:
@@ -147,14 +170,21 @@ def _contents(path: Path) -> bytes:
 
 
 def _find(folder: Path, split: str, kind: str) -> Path:
-    """The file of one split: the official name if it is there, else the only one such as `train10k-images-idx3-ubyte.gz`."""
+    """The file of one split.
+
+    The official name if it is there, else the only one such as `train10k-images-idx3-ubyte.gz`.
+    """
     if not folder.is_dir():
         raise FileNotFoundError(f"`data_dir` must be a folder, got {folder}, which is none.")
     pattern = rf"{split}.*{kind}[-.]idx\d-ubyte(\.gz)?"
     found = sorted(path for path in folder.iterdir() if re.fullmatch(pattern, path.name))
     official = [path for path in found if re.match(rf"{split}-{kind}", path.name)]
     if not found:
-        raise FileNotFoundError(f"{folder}: no {split} {kind} there, such as {split}-{kind}-idx{3 if kind == 'images' else 1}-ubyte.gz.")
+        raise FileNotFoundError(
+            f"{folder}: no {split} {kind} there, such as {split}-{kind}-idx{3 if kind == 'images' else 1}-ubyte.gz."
+        )
     if len(found) > 1 and not official:
-        raise ValueError(f"{folder}: several files may be the {split} {kind}: {', '.join(path.name for path in found)}. Keep one.")
+        raise ValueError(
+            f"{folder}: several files may be the {split} {kind}: {', '.join(path.name for path in found)}. Keep one."
+        )
     return (official or found)[0]

@@ -1,4 +1,7 @@
-"""What experiments on two classes in the plane share: nets from several starts, the one of median accuracy, and its picture."""
+"""What experiments on two classes in the plane share.
+
+Nets from several starts, the one of median accuracy, and its picture.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,8 @@ import numpy as np
 
 import fnn
 
-CLASSES = ("#B35806", "#542788")  # the two ends of the colour map PuOr: class 0 orange, class 1 purple
+# the two ends of the colour map PuOr: class 0 orange, class 1 purple
+CLASSES = ("#B35806", "#542788")
 
 Extent = tuple[float, float, float, float]  # left, right, bottom and top of a square
 
@@ -25,7 +29,16 @@ class Starts(NamedTuple):
 
 
 def train_starts(
-    rule: fnn.Rule, optimizer: Any, net: fnn.Layer, train: Any, test: Any, *, epochs: int, batch_size: int, starts: int, seed: int
+    rule: fnn.Rule,
+    optimizer: Any,
+    net: fnn.Layer,
+    train: Any,
+    test: Any,
+    *,
+    epochs: int,
+    batch_size: int,
+    starts: int,
+    seed: int,
 ) -> Starts:
     """Trains a net from every start at once and tests it on both parts, each `(x, targets)`.
 
@@ -33,12 +46,16 @@ def train_starts(
         ValueError: a net diverges.
     """
     keys = jax.random.split(fnn.key(seed), starts)
-    params, history = fnn.fit_many(rule, optimizer, net.init, train, epochs=epochs, batch_size=batch_size, keys=keys)
+    params, history = fnn.fit_many(
+        rule, optimizer, net.init, train, epochs=epochs, batch_size=batch_size, keys=keys
+    )
     loss = np.asarray(history.loss)
     if diverged := int((~np.isfinite(loss)).any(1).sum()):
         raise ValueError(f"{diverged} of {starts} nets diverge. Choose a lower `learning_rate`.")
     each = [jax.tree.map(lambda leaf, i=i: leaf[i], params) for i in range(starts)]
-    on_train, on_test = (np.array([fnn.evaluate(rule, p, part)["accuracy"] for p in each]) for part in (train, test))
+    on_train, on_test = (
+        np.array([fnn.evaluate(rule, p, part)["accuracy"] for p in each]) for part in (train, test)
+    )
     shown = int(np.argsort(on_train)[starts // 2])
     return Starts(on_train, on_test, loss, shown, each[shown])
 
@@ -46,7 +63,9 @@ def train_starts(
 def grid(extent: Extent, pixels: int) -> np.ndarray:
     """The points of a square, `[pixels, pixels, 2]`; rows from the bottom up."""
     left, right, bottom, top = extent
-    return np.stack(np.meshgrid(np.linspace(left, right, pixels), np.linspace(bottom, top, pixels)), axis=-1).astype(np.float32)
+    return np.stack(
+        np.meshgrid(np.linspace(left, right, pixels), np.linspace(bottom, top, pixels)), axis=-1
+    ).astype(np.float32)
 
 
 def draw_values(axis: Any, values: np.ndarray, extent: Extent, low: float, high: float) -> None:
@@ -55,8 +74,11 @@ def draw_values(axis: Any, values: np.ndarray, extent: Extent, low: float, high:
     axis.grid(False)
 
 
-def draw_regions(axis: Any, probability: np.ndarray, extent: Extent, x: np.ndarray, t: np.ndarray) -> None:
-    """The probability of class 1 over the plane, the boundary where it is 1/2, and the points `x` of the classes `t`."""
+def draw_regions(
+    axis: Any, probability: np.ndarray, extent: Extent, x: np.ndarray, t: np.ndarray
+) -> None:
+    """The probability of class 1 over the plane, the boundary where it is 1/2, and the points `x`
+    of the classes `t`."""
     draw_values(axis, probability, extent, 0.0, 1.0)
     if probability.min() < 0.5 < probability.max():  # else there is no boundary
         axis.contour(probability, levels=[0.5], colors="black", extent=extent, linewidths=1.5)

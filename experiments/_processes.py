@@ -10,31 +10,40 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-HEARTBEAT = 10  # seconds without a sign of life after which a process is held for dead, and the others end too
+# seconds without a sign of life after which a process is held for dead, and the others end too
+HEARTBEAT = 10
 
 
 def start() -> None:
     """Joins the other processes; before anything else of JAX is used.
 
-    The coordinator's address, how many processes there are, and which this is, come from the variables JAX_COORDINATOR_ADDRESS (host:port),
-    JAX_NUM_PROCESSES and JAX_PROCESS_ID; where none of them is set, from SLURM, Open MPI, Kubernetes or a TPU pod, as JAX finds out.
+    The coordinator's address, how many processes there are, and which this is, come from the
+    variables JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID; where none
+    of them is set, from SLURM, Open MPI, Kubernetes or a TPU pod, as JAX finds out.
 
     Raises:
-        ValueError: only some of the variables are set, or not to whole numbers; or none is, and JAX finds no cluster.
+        ValueError: only some of the variables are set, or not to whole numbers; or none is, and JAX
+            finds no cluster.
     """
     given = {name: os.environ[name] for name in VARIABLES if os.environ.get(name)}
     if given and len(given) < len(VARIABLES):
         missing = ", ".join(name for name in VARIABLES if name not in given)
-        raise ValueError(f"`distributed`: {', '.join(given)} is set, but not {missing}. Set all three; or none, on a cluster.")
+        raise ValueError(
+            f"`distributed`: {', '.join(given)} is set, but not {missing}. Set all three; or none, on a cluster."
+        )
     if not given:
         try:
             jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT)
         except (ValueError, RuntimeError) as error:
-            raise ValueError(f"`distributed`: JAX finds no cluster here ({error}). Set {', '.join(VARIABLES)} for each process.") from None
+            raise ValueError(
+                f"`distributed`: JAX finds no cluster here ({error}). Set {', '.join(VARIABLES)} for each process."
+            ) from None
         return
     address, count, rank = (given[name] for name in VARIABLES)
     if not (count.isdecimal() and rank.isdecimal() and int(rank) < int(count)):
-        raise ValueError(f"`distributed`: JAX_PROCESS_ID must be in 0 ... JAX_NUM_PROCESSES - 1, got {rank} and {count}.")
+        raise ValueError(
+            f"`distributed`: JAX_PROCESS_ID must be in 0 ... JAX_NUM_PROCESSES - 1, got {rank} and {count}."
+        )
     jax.distributed.initialize(address, int(count), int(rank), heartbeat_timeout_seconds=HEARTBEAT)
 
 

@@ -1,4 +1,7 @@
-"""The same work in other libraries, for the benchmark: training loops, and per-example gradients; those that are installed."""
+"""The same work in other libraries, for the benchmark: training loops, and per-example gradients.
+
+Those that are installed.
+"""
 
 from __future__ import annotations
 
@@ -64,15 +67,28 @@ def sklearn_loop(x: np.ndarray, t: np.ndarray, epochs: int, seed: int) -> Call:
 
     def loop() -> None:
         settings: dict[str, Any] = {"batch_size": 32}
-        net = MLPClassifier((32,), solver="sgd", learning_rate_init=0.1, momentum=0.0, alpha=0.0, random_state=seed, **settings)
+        net = MLPClassifier(
+            (32,),
+            solver="sgd",
+            learning_rate_init=0.1,
+            momentum=0.0,
+            alpha=0.0,
+            random_state=seed,
+            **settings,
+        )
         for _ in range(epochs):
             net.partial_fit(x, t, classes=np.arange(10))
 
     return loop
 
 
-def per_example(net: fnn.Layer, sizes: tuple[int, ...], params: Any, x: Any, t: Any) -> dict[str, dict[str, Call]]:
-    """Clipped gradients elsewhere, for one batch and max_norm 1: library -> {"plain gradient" and its ways to clipped ones: call}."""
+def per_example(
+    net: fnn.Layer, sizes: tuple[int, ...], params: Any, x: Any, t: Any
+) -> dict[str, dict[str, Call]]:
+    """Clipped gradients elsewhere, for one batch and max_norm 1.
+
+    Library -> {"plain gradient" and its ways to clipped ones: call}.
+    """
     loss = fnn.losses.softmax_cross_entropy_with_integer_labels
     mean = fnn.mean_loss(net, loss)
     found = {"jax.vmap": _jitted({"vmap(grad), clipped": _clipped_by_vmap(mean)}, params, x, t)}
@@ -81,7 +97,9 @@ def per_example(net: fnn.Layer, sizes: tuple[int, ...], params: Any, x: Any, t: 
 
         sizes_of = [None, *(size for size in (1, 2, 4, 8, 16, 32, 64) if size < len(x))]
         ways = {
-            f"clipped_grad, microbatch {size or 'all'}": clipped_grad(mean, l2_clip_norm=1.0, batch_argnums=(1, 2), microbatch_size=size)
+            f"clipped_grad, microbatch {size or 'all'}": clipped_grad(
+                mean, l2_clip_norm=1.0, batch_argnums=(1, 2), microbatch_size=size
+            )
             for size in sizes_of
         }
         found["jax-privacy"] = _jitted({"plain gradient": jax.grad(mean), **ways}, params, x, t)
@@ -98,7 +116,11 @@ def torch_net(sizes: tuple[int, ...]) -> Any:
 
     layers: list[Any] = []
     for i, (m, n) in enumerate(itertools.pairwise(sizes)):
-        layers += [torch.nn.Linear(m, n)] if i == len(sizes) - 2 else [torch.nn.Linear(m, n), torch.nn.ReLU()]
+        layers += (
+            [torch.nn.Linear(m, n)]
+            if i == len(sizes) - 2
+            else [torch.nn.Linear(m, n), torch.nn.ReLU()]
+        )
     return torch.nn.Sequential(*layers)
 
 
@@ -132,9 +154,13 @@ def _opacus(sizes: tuple[int, ...], x: np.ndarray, t: np.ndarray) -> dict[str, C
     from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping  # pyright: ignore[reportMissingImports]
 
     inputs, labels = torch.from_numpy(x.copy()), torch.from_numpy(t.astype(np.int64))
-    net = GradSampleModuleFastGradientClipping(torch_net(sizes), max_grad_norm=1, use_ghost_clipping=True)
+    net = GradSampleModuleFastGradientClipping(
+        torch_net(sizes), max_grad_norm=1, use_ghost_clipping=True
+    )
     sgd = torch.optim.SGD(net.parameters(), 0.0)
-    optimizer = DPOptimizerFastGradientClipping(sgd, noise_multiplier=0.0, max_grad_norm=1.0, expected_batch_size=len(x))
+    optimizer = DPOptimizerFastGradientClipping(
+        sgd, noise_multiplier=0.0, max_grad_norm=1.0, expected_batch_size=len(x)
+    )
     criterion = DPLossFastGradientClipping(net, optimizer, torch.nn.CrossEntropyLoss())
 
     def ghost() -> None:
@@ -162,4 +188,8 @@ def _backpack(sizes: tuple[int, ...], x: np.ndarray, t: np.ndarray) -> dict[str,
         return call
 
     plain = _torch_plain(torch_net(sizes), torch.nn.CrossEntropyLoss(), inputs, labels)
-    return {"plain gradient": plain, "norms (BatchL2Grad)": with_extension(BatchL2Grad), "variance (Variance)": with_extension(Variance)}
+    return {
+        "plain gradient": plain,
+        "norms (BatchL2Grad)": with_extension(BatchL2Grad),
+        "variance (Variance)": with_extension(Variance),
+    }

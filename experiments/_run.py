@@ -1,12 +1,17 @@
-"""What every experiment shares: the run folder, `metrics.json`, tables, a progress bar and the style of pictures.
+"""What every experiment shares.
+
+The run folder, `metrics.json`, tables, a progress bar and the style of pictures.
 
 An experiment is one module with
     a docstring      the question; the command; what to expect; how long it takes
-    Config           a frozen dataclass, a docstring under every field (the command line's help); has `out: Path | None = None`
+    Config           a frozen dataclass, a docstring under every field (the command line's help);
+    has `out: Path | None = None`
     TINY             a `Config` that runs in a second or two, for the tests
-    check(config)    raises an error that names the first flag that cannot be meant; called before `folder` and by `run`
+    check(config)    raises an error that names the first flag that cannot be meant; called before
+    `folder` and by `run`
     run(config)      pure: returns the numbers, and prints and writes nothing
-    main(config)     makes `folder(name, config.out)`, runs, prints a table, saves a picture and `metrics.json` there
+    main(config)     makes `folder(name, config.out)`, runs, prints a table, saves a picture and
+    `metrics.json` there
 """
 
 from __future__ import annotations
@@ -35,9 +40,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from fnn import _check
+from fnn import _validate
 
-# Okabe and Ito (2008), told apart by every kind of colour vision; yellow, too pale for a line on white, is left out.
+# Okabe and Ito (2008), told apart by every kind of colour vision; yellow, too pale for a line on
+# white, is left out.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLE: dict[Any, Any] = {
     "axes.prop_cycle": cycler(color=COLOURS),
@@ -62,12 +68,16 @@ def folder(name: str, out: Path | None = None) -> Path:
     path = Path("runs") / name if out is None else Path(out)
     path.mkdir(parents=True, exist_ok=True)
     if not os.access(path, os.W_OK):
-        raise PermissionError(f"The run folder {path} cannot be written to. Give another one: `--out FOLDER`.")
+        raise PermissionError(
+            f"The run folder {path} cannot be written to. Give another one: `--out FOLDER`."
+        )
     return path
 
 
 def check_positive(config: Any, *names: str, whole: bool = False) -> None:
-    """Raises a TypeError or ValueError that names the first of these flags that is not above 0; of a tuple, the entry.
+    """Raises a TypeError or ValueError that names the first of these flags that is not above 0.
+
+    Of a tuple, the entry.
 
     >>> from types import SimpleNamespace
     >>> check_positive(SimpleNamespace(sizes=(8, 0)), "sizes", whole=True)
@@ -76,16 +86,23 @@ def check_positive(config: Any, *names: str, whole: bool = False) -> None:
     """
     for name in names:
         value = getattr(config, name)
-        entries = {f"{name}[{i}]": entry for i, entry in enumerate(value)} if isinstance(value, tuple) else {name: value}
+        entries = (
+            {f"{name}[{i}]": entry for i, entry in enumerate(value)}
+            if isinstance(value, tuple)
+            else {name: value}
+        )
         for label, entry in entries.items():
-            _check.positive(label, entry, whole=whole)
+            _validate.positive(label, entry, whole=whole)
 
 
 def check_not_negative(config: Any, *names: str) -> None:
-    """Raises a ValueError that names the first of these flags that is not a finite number from 0 on."""
+    """Raises a ValueError that names the first of these flags that is not a finite number from 0
+    on."""
     for name in names:
         if not 0 <= getattr(config, name) < math.inf:
-            raise ValueError(f"`{name}` must be a finite number from 0 on, got {getattr(config, name)}.")
+            raise ValueError(
+                f"`{name}` must be a finite number from 0 on, got {getattr(config, name)}."
+            )
 
 
 def check_seeds(seeds: Sequence[int]) -> None:
@@ -93,9 +110,11 @@ def check_seeds(seeds: Sequence[int]) -> None:
     if not seeds:
         raise ValueError("`seeds` is empty: give one at least, `--seeds 0`.")
     if len(set(seeds)) < len(seeds):
-        raise ValueError(f"`seeds` has repeats, {seeds}: a seed gives the same net twice. Give each once.")
+        raise ValueError(
+            f"`seeds` has repeats, {seeds}: a seed gives the same net twice. Give each once."
+        )
     for seed in seeds:
-        _check.key(seed)
+        _validate.key(seed)
 
 
 def save_metrics(path: Path, config: Any, results: Any) -> Path:
@@ -104,8 +123,8 @@ def save_metrics(path: Path, config: Any, results: Any) -> Path:
     Args:
         path: the run folder.
         config: the experiment's config, a dataclass.
-        results: nested mappings, sequences, NamedTuples, dataclasses, arrays and numbers. A number that is not finite
-            becomes null, since JSON has none.
+        results: nested mappings, sequences, NamedTuples, dataclasses, arrays and numbers. A number
+            that is not finite becomes null, since JSON has none.
 
     Returns:
         The file's path. It appears whole or not at all.
@@ -130,7 +149,9 @@ def jsonable(value: Any) -> Any:
     if hasattr(value, "tolist"):  # arrays, and the scalars of NumPy and JAX
         return jsonable(np.asarray(value).tolist())
     if dataclasses.is_dataclass(value):
-        return {field.name: jsonable(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {
+            field.name: jsonable(getattr(value, field.name)) for field in dataclasses.fields(value)
+        }
     if isinstance(value, tuple) and hasattr(value, "_asdict"):
         return jsonable(value._asdict())  # pyright: ignore[reportAttributeAccessIssue]
     if isinstance(value, Mapping):
@@ -142,8 +163,15 @@ def jsonable(value: Any) -> Any:
 
 def versions() -> dict[str, str]:
     """The versions of Python and of the libraries that numbers depend on, and the kind of device."""
-    libraries = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "optax", "numpy", "scikit-learn")}
-    return {"python": platform.python_version(), **libraries, "device": jax.devices()[0].device_kind}
+    libraries = {
+        name: importlib.metadata.version(name)
+        for name in ("jax", "jaxlib", "optax", "numpy", "scikit-learn")
+    }
+    return {
+        "python": platform.python_version(),
+        **libraries,
+        "device": jax.devices()[0].device_kind,
+    }
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
@@ -152,8 +180,10 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
     for i, column in enumerate(columns):
         table.add_column(column, justify="right" if i else "left")
     for row in rows:
-        table.add_row(*(Text(str(cell)) for cell in row))  # as it is: [0].w and "fnn[privacy]" are no markup
-    Console(width=None if sys.stdout.isatty() else 120).print(table)  # a file or a pipe has room for every column
+        # as it is: [0].w and "fnn[privacy]" are no markup
+        table.add_row(*(Text(str(cell)) for cell in row))
+    # a file or a pipe has room for every column
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
 def mean_std(values: Sequence[float], digits: int = 4) -> str:
@@ -178,14 +208,23 @@ def progress(total: int, label: str) -> Iterator[Callable[[str], None]]:
         `advance(text)`, to be called after every step with what shall stand beside the bar.
     """
     console = Console(stderr=True)
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[text]}")
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[text]}"),
+    )
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
         task = bar.add_task(label, total=total, text="")
         yield lambda text="": bar.update(task, advance=1, text=text)
 
 
 def plain_numbers(axis: Any) -> None:
-    """Labels a logarithmic axis (`axes.xaxis` or `.yaxis`) that has its data by 0.1, 0.2, 0.5, 1 and not by powers of ten."""
+    """Labels a logarithmic axis (`axes.xaxis` or `.yaxis`) that has its data by 0.1, 0.2, 0.5, 1
+    and not by powers of ten."""
     low, high = axis.get_view_interval()
     if high < 1000 * low:
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -193,7 +232,9 @@ def plain_numbers(axis: Any) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def image(axis: Any, pixels: np.ndarray, cmap: str = "gray_r", low: float = 0, high: float = 1) -> None:
+def image(
+    axis: Any, pixels: np.ndarray, cmap: str = "gray_r", low: float = 0, high: float = 1
+) -> None:
     """Shows a square image, `[pixels]`, on an Axes without ticks."""
     side = math.isqrt(len(pixels))
     axis.imshow(np.reshape(pixels, (side, side)), cmap=cmap, vmin=low, vmax=high)
@@ -202,7 +243,9 @@ def image(axis: Any, pixels: np.ndarray, cmap: str = "gray_r", low: float = 0, h
 
 
 @contextlib.contextmanager
-def figure(path: Path, title: str, columns: int = 1, size: tuple[float, float] = (7.0, 4.0), rows: int = 1) -> Iterator[tuple[Figure, Any]]:
+def figure(
+    path: Path, title: str, columns: int = 1, size: tuple[float, float] = (7.0, 4.0), rows: int = 1
+) -> Iterator[tuple[Figure, Any]]:
     """A picture, saved to `path` at 150 dots an inch when the block ends without an error.
 
     Args:

@@ -1,4 +1,7 @@
-"""Times as medians of runs interleaved in random order in one process; a ratio of two of them means something, one alone does not."""
+"""Times as medians of runs interleaved in random order in one process.
+
+A ratio of two of them means something, one alone does not.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +15,21 @@ import jax
 import numpy as np
 
 
-def interleaved(functions: dict[str, Callable[[], Any]], seconds: float, rng: random.Random) -> dict[str, float]:
-    """The median time of every function in seconds; calls in random order, about `seconds` for each."""
+def interleaved(
+    functions: dict[str, Callable[[], Any]], seconds: float, rng: random.Random
+) -> dict[str, float]:
+    """The median time of every function in seconds.
+
+    Calls in random order, about `seconds` for each.
+    """
     once = {}
     for name, f in functions.items():
         jax.block_until_ready(f())
         start = time.perf_counter()
         jax.block_until_ready(f())
         once[name] = time.perf_counter() - start
-    calls = max(1, int(0.002 / max(once.values())))  # short functions are called several times a reading
+    # short functions are called several times a reading
+    calls = max(1, int(0.002 / max(once.values())))
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(max(3, int(seconds / (calls * statistics.mean(once.values()))))):
         for name in rng.sample(list(functions), len(functions)):
@@ -31,8 +40,13 @@ def interleaved(functions: dict[str, Callable[[], Any]], seconds: float, rng: ra
     return {name: statistics.median(t) for name, t in times.items()}
 
 
-def compile_times(functions: dict[str, Callable[..., Any]], args: Any, repetitions: int, rng: random.Random) -> dict[str, float]:
-    """The median time to trace and compile in seconds; JAX's caches in memory are cleared before every reading."""
+def compile_times(
+    functions: dict[str, Callable[..., Any]], args: Any, repetitions: int, rng: random.Random
+) -> dict[str, float]:
+    """The median time to trace and compile in seconds.
+
+    JAX's caches in memory are cleared before every reading.
+    """
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(repetitions):
         for name in rng.sample(list(functions), len(functions)):

@@ -2,18 +2,23 @@
 
     python -m experiments activations
 
-Draws every activation of fnn.activations with its hand-written derivative, from the one that is flat least to the one that is flat
-most. It saturates where |derivative| < 0.005, as a share of [-8, 8]: there hardly anything of a gradient comes through. Expect 0 % for
-identity, leaky_relu (whose slope on the left is 0.01), soft_sign and squareplus, 34 % for sigmoid, 50 % for relu, 58 % for tanh and 100 %
-for the threshold neuron `step`, through which backprop learns nothing. Of softmax, which is no function of one number, the first of two
-outputs stands here, softmax(x, 0), which is sigmoid(x).
+Draws every activation of fnn.activations with its hand-written derivative, from the one that is
+flat least to the one that is flat most. It saturates where |derivative| < 0.005, as a share of [-8,
+8]: there hardly anything of a gradient comes through. Expect 0 % for identity, leaky_relu (whose
+slope on the left is 0.01), soft_sign and squareplus, 34 % for sigmoid, 50 % for relu, 58 % for tanh
+and 100 % for the threshold neuron `step`, through which backprop learns nothing. Of softmax, which
+is no function of one number, the first of two outputs stands here, softmax(x, 0), which is
+sigmoid(x).
 
-For inputs from N(0, 1) the outputs of sigmoid are 0.5 on average and those of relu 0.4: they are not zero-centred. Those of tanh are, at 0.
+For inputs from N(0, 1) the outputs of sigmoid are 0.5 on average and those of relu 0.4: they are
+not zero-centred. Those of tanh are, at 0.
 
-Softplus, ln(1 + e^x), is nearly the sum of the shifted sigmoids s(x + 1/2 - i) over i = 1, 2, 3, ...: the greatest error is 0.01058, at
-x = 0. Summed from i = 0, as the lecture prints it, it is nearly ln(1 + e^(x + 1)) instead, and up to 1 too large. Takes about 4 seconds.
+Softplus, ln(1 + e^x), is nearly the sum of the shifted sigmoids s(x + 1/2 - i) over i = 1, 2, 3,
+...: the greatest error is 0.01058, at x = 0. Summed from i = 0, as the lecture prints it, it is
+nearly ln(1 + e^(x + 1)) instead, and up to 1 too large. Takes about 4 seconds.
 
-Source: lectures 000 (threshold, sigmoid, ReLU, softplus), 002 (tanh; saturation, not zero-centred), 003 (leaky ReLU); all in float64.
+Source: lectures 000 (threshold, sigmoid, ReLU, softplus), 002 (tanh; saturation, not zero-centred),
+003 (leaky ReLU); all in float64.
 """
 
 from __future__ import annotations
@@ -30,7 +35,7 @@ from jax.scipy.special import ndtri
 
 import fnn
 from experiments._run import COLOURS, check_positive, figure, folder, print_table, save_metrics
-from fnn.activations import ACTIVATIONS, sigmoid, softmax, softplus
+from fnn.nets.activations import ACTIVATIONS, sigmoid, softmax, softplus
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,9 @@ def check(config: Config) -> None:
     check_positive(config, "limit", "threshold")
     check_positive(config, "points", whole=True)
     if config.limit > 100:
-        raise ValueError(f"`limit` must be at most 100, since softplus is summed up of as many sigmoids; got {config.limit:g}.")
+        raise ValueError(
+            f"`limit` must be at most 100, since softplus is summed up of as many sigmoids; got {config.limit:g}."
+        )
 
 
 def run(config: Config) -> Result:
@@ -89,13 +96,16 @@ def run(config: Config) -> Result:
     check(config)
     with jax.enable_x64(True):
         x = jnp.linspace(-config.limit, config.limit, config.points)
-        curves = {activation.name: curve(activation, x, config.threshold) for activation in ACTIVATIONS}
+        curves = {
+            activation.name: curve(activation, x, config.threshold) for activation in ACTIVATIONS
+        }
         terms = math.ceil(config.limit) + 20  # further ones are below 1e-8 on the axis
         return Result(np.asarray(x), curves, softplus_sums(x, terms))
 
 
 def curve(activation: fnn.Layer, x: Any, threshold: float) -> Curve:
-    """Outputs and derivatives on the axis, and what the outputs are on average for inputs from N(0, 1): for as many of its quantiles."""
+    """Outputs and derivatives on the axis, and what the outputs are on average for inputs from N(0,
+    1): for as many of its quantiles."""
     y, slope = outputs(activation, x)
     mean, _ = outputs(activation, ndtri(jnp.asarray((np.arange(len(x)) + 0.5) / len(x))))
     saturated, greatest = float((jnp.abs(slope) < threshold).mean()), float(jnp.abs(slope).max())
@@ -103,7 +113,10 @@ def curve(activation: fnn.Layer, x: Any, threshold: float) -> Curve:
 
 
 def outputs(activation: fnn.Layer, x: Any) -> tuple[Any, Any]:
-    """Outputs, and derivatives by the layer's own backward pass; of softmax its first output for the inputs (x, 0)."""
+    """Outputs, and derivatives by the layer's own backward pass.
+
+    Of softmax its first output for the inputs (x, 0).
+    """
     if activation is softmax:
         y, residuals = softmax.forward((), jnp.stack([x, jnp.zeros_like(x)], axis=-1))
         first = jnp.stack([jnp.ones_like(x), jnp.zeros_like(x)], axis=-1)
@@ -130,15 +143,41 @@ def main(config: Config) -> None:
     check(config)
     path = folder("activations", config.out)
     result = run(config)
-    rows = [(name, f"{100 * c.saturated:.1f} %", f"{c.greatest:.3f}", decimals(c.mean, 3)) for name, c in ordered(result)]
-    columns = ("activation", f"|derivative| < {config.threshold:g}", "greatest |derivative|", "mean output")
-    print_table(f"Saturation for inputs from -{config.limit:g} to {config.limit:g}; mean output for N(0, 1)", columns, rows)
-    sums = {name: worst(result.x, error) for name, error in result.softplus._asdict().items() if name.startswith("error")}
-    names = ("from i = 1, against ln(1 + e^x)", "from i = 0, against ln(1 + e^x)", "from i = 0, against ln(1 + e^(x+1))")
-    rows = [(name, f"{error:.5f}", f"{x:.2f}") for name, (error, x) in zip(names, sums.values(), strict=True)]
+    rows = [
+        (name, f"{100 * c.saturated:.1f} %", f"{c.greatest:.3f}", decimals(c.mean, 3))
+        for name, c in ordered(result)
+    ]
+    columns = (
+        "activation",
+        f"|derivative| < {config.threshold:g}",
+        "greatest |derivative|",
+        "mean output",
+    )
+    print_table(
+        f"Saturation for inputs from -{config.limit:g} to {config.limit:g}; mean output for N(0, 1)",
+        columns,
+        rows,
+    )
+    sums = {
+        name: worst(result.x, error)
+        for name, error in result.softplus._asdict().items()
+        if name.startswith("error")
+    }
+    names = (
+        "from i = 1, against ln(1 + e^x)",
+        "from i = 0, against ln(1 + e^x)",
+        "from i = 0, against ln(1 + e^(x+1))",
+    )
+    rows = [
+        (name, f"{error:.5f}", f"{x:.2f}")
+        for name, (error, x) in zip(names, sums.values(), strict=True)
+    ]
     print_table("Sums of the sigmoids s(x + 1/2 - i)", ("sum", "greatest error", "at x ="), rows)
     draw(path / "activations.png", result, config)
-    shares = {name: {"saturated": c.saturated, "greatest_derivative": c.greatest, "mean": c.mean} for name, c in result.curves.items()}
+    shares = {
+        name: {"saturated": c.saturated, "greatest_derivative": c.greatest, "mean": c.mean}
+        for name, c in result.curves.items()
+    }
     save_metrics(path, config, {"activations": shares, "softplus": sums})
     print(f"picture and metrics in {path}")
 
@@ -182,19 +221,33 @@ def draw(path: Path, result: Result, config: Config) -> None:
 def draw_activations(fig: Any, result: Result, config: Config) -> None:
     """Small multiples on the same axes; shaded where the activation saturates."""
     columns = 6
-    panels = fig.subplots(-(-len(result.curves) // columns), columns, sharex=True, sharey=True).ravel()
+    panels = fig.subplots(
+        -(-len(result.curves) // columns), columns, sharex=True, sharey=True
+    ).ravel()
     for axis, (name, found) in zip(panels, ordered(result), strict=False):
         flat = np.abs(found.derivative) < config.threshold
-        axis.fill_between(result.x, 0, 1, where=flat, transform=axis.get_xaxis_transform(), color="#DDDDDD", linewidth=0, label="saturated")
+        axis.fill_between(
+            result.x,
+            0,
+            1,
+            where=flat,
+            transform=axis.get_xaxis_transform(),
+            color="#DDDDDD",
+            linewidth=0,
+            label="saturated",
+        )
         axis.plot(result.x, found.y, color=COLOURS[0], label="activation")
         axis.plot(result.x, found.derivative, color=COLOURS[1], linestyle="--", label="derivative")
-        axis.set_title(f"{name}\n{100 * found.saturated:.1f} %, mean {decimals(found.mean)}", fontsize=9.5)
+        axis.set_title(
+            f"{name}\n{100 * found.saturated:.1f} %, mean {decimals(found.mean)}", fontsize=9.5
+        )
         axis.set(xlim=(-config.limit, config.limit), ylim=(-1.3, 2.3), yticks=(-1, 0, 1, 2))
     for axis in panels[len(result.curves) :]:
         axis.axis("off")
     panels[-1].legend(*panels[0].get_legend_handles_labels(), loc="center", fontsize=11)
     fig.supxlabel(
-        "input x; the percentage is the saturated (shaded) share, the mean that of the outputs for inputs from N(0, 1)", fontsize=10
+        "input x; the percentage is the saturated (shaded) share, the mean that of the outputs for inputs from N(0, 1)",
+        fontsize=10,
     )
 
 

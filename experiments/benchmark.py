@@ -1,10 +1,12 @@
-"""What do hand-written gradients and per-example statistics cost beside jax.grad, and an epoch of fit beside other loops?
+"""What do hand-written gradients and per-example statistics cost beside jax.grad, and an epoch of
+fit beside other loops?
 
     python -m experiments benchmark
 
-Every figure is a ratio of medians, of runs interleaved in random order in one process. `noise` is jax.grad against a second
-compilation of itself: differences smaller than that mean nothing. Below 1 is faster (or smaller) than jax.grad. PyTorch,
-scikit-learn, jax-privacy, Opacus and BackPACK get rows where they are installed. Takes about five minutes on 2 cores.
+Every figure is a ratio of medians, of runs interleaved in random order in one process. `noise` is
+jax.grad against a second compilation of itself: differences smaller than that mean nothing. Below 1
+is faster (or smaller) than jax.grad. PyTorch, scikit-learn, jax-privacy, Opacus and BackPACK get
+rows where they are installed. Takes about five minutes on 2 cores.
 """
 
 from __future__ import annotations
@@ -31,7 +33,12 @@ from experiments._data import load
 from experiments._run import figure, folder, print_table, progress, save_metrics
 from experiments._timing import compile_times, fresh, geometric_mean, interleaved, temporary_bytes
 
-NETS = {"784-512-512-10": (784, 512, 512, 10), "784-128-10": (784, 128, 10), "64-32-10": (64, 32, 10), "5x256": (256,) * 6}
+NETS = {
+    "784-512-512-10": (784, 512, 512, 10),
+    "784-128-10": (784, 128, 10),
+    "64-32-10": (64, 32, 10),
+    "5x256": (256,) * 6,
+}
 LOSS = fnn.losses.softmax_cross_entropy_with_integer_labels
 STATISTICS = ("norms", "clipped", "moments", "gram")
 RULES = {"fa": fnn.rules.feedback_alignment, "dfa": fnn.rules.direct_feedback_alignment}
@@ -63,7 +70,15 @@ class Config:
     """Run folder; runs/benchmark if not given."""
 
 
-TINY = Config(nets=("64-32-10",), batches=(8,), memory_batches=(8,), rival_batch=8, seconds=0.01, compilations=1, epochs=1)
+TINY = Config(
+    nets=("64-32-10",),
+    batches=(8,),
+    memory_batches=(8,),
+    rival_batch=8,
+    seconds=0.01,
+    compilations=1,
+    epochs=1,
+)
 
 
 class Row(NamedTuple):
@@ -118,14 +133,21 @@ class Result(NamedTuple):
 def arguments(name: str, batch: int, seed: int) -> tuple[Any, Any, Any]:
     """Params, inputs and labels for a net of `NETS`."""
     sizes, keys = NETS[name], jax.random.split(fnn.key(seed), 3)
-    x, t = jax.random.normal(keys[1], (batch, sizes[0])), jax.random.randint(keys[2], (batch,), 0, sizes[-1])
+    x, t = (
+        jax.random.normal(keys[1], (batch, sizes[0])),
+        jax.random.randint(keys[2], (batch,), 0, sizes[-1]),
+    )
     return jax.jit(fnn.mlp(sizes).init)(keys[0]), x, t
 
 
 def functions_of(name: str) -> dict[str, Callable[..., Any]]:
     """What is compared with `automatic`, for a net of `NETS`."""
     net = fnn.mlp(NETS[name])
-    automatic, source, statistics_of = jax.value_and_grad(fnn.mean_loss(net, LOSS)), fnn.factors(net, LOSS), fnn.per_example
+    automatic, source, statistics_of = (
+        jax.value_and_grad(fnn.mean_loss(net, LOSS)),
+        fnn.source(net, LOSS),
+        fnn.per_example,
+    )
     return {
         "automatic": automatic,
         "again": automatic,
@@ -145,12 +167,26 @@ def measure_net(name: str, batch: int, config: Config, rng: random.Random) -> Ro
     compiled = {key: jax.jit(fresh(f)).lower(*args).compile() for key, f in functions.items()}
     calls = {key: (lambda f=f: f(*args)) for key, f in compiled.items()}
     times = interleaved(calls | rule_calls(name, *args), config.seconds, rng)
-    ratios = {key: times[key] / times["automatic"] if key in times else float("nan") for key in ("manual", "again", *STATISTICS)}
+    ratios = {
+        key: times[key] / times["automatic"] if key in times else float("nan")
+        for key in ("manual", "again", *STATISTICS)
+    }
     memory = temporary_bytes(compiled["manual"]) / temporary_bytes(compiled["automatic"])
-    compiling = compile_times({key: functions[key] for key in ("automatic", "manual")}, args, config.compilations, rng)
+    compiling = compile_times(
+        {key: functions[key] for key in ("automatic", "manual")}, args, config.compilations, rng
+    )
     rest = *(ratios[key] for key in STATISTICS), *(times[key] / times["manual"] for key in RULES)
     microseconds = times["automatic"] * 1e6
-    return Row(name, batch, microseconds, ratios["manual"], ratios["again"], memory, compiling["manual"] / compiling["automatic"], *rest)
+    return Row(
+        name,
+        batch,
+        microseconds,
+        ratios["manual"],
+        ratios["again"],
+        memory,
+        compiling["manual"] / compiling["automatic"],
+        *rest,
+    )
 
 
 def rule_calls(name: str, params: Any, x: Any, t: Any) -> dict[str, Callable[[], Any]]:
@@ -159,7 +195,17 @@ def rule_calls(name: str, params: Any, x: Any, t: Any) -> dict[str, Callable[[],
     for key, make in RULES.items():
         rule = make(fnn.mlp(NETS[name]), LOSS)
         args = params, rule.init(fnn.key(0), params), x, t
-        step = jax.jit(fresh(lambda params, state, x, t, rule=rule: rule.value_and_grad(params, state, x, t)[:2])).lower(*args).compile()
+        step = (
+            jax.jit(
+                fresh(
+                    lambda params, state, x, t, rule=rule: rule.value_and_grad(params, state, x, t)[
+                        :2
+                    ]
+                )
+            )
+            .lower(*args)
+            .compile()
+        )
         calls[key] = lambda step=step, args=args: step(*args)
     return calls
 
@@ -167,12 +213,22 @@ def rule_calls(name: str, params: Any, x: Any, t: Any) -> dict[str, Callable[[],
 def measure_memory(name: str, batch: int, config: Config) -> Memory:
     """One row of the table of memory."""
     functions, args = functions_of(name), arguments(name, batch, config.seed)
-    size = {key: temporary_bytes(jax.jit(fresh(functions[key])).lower(*args).compile()) for key in ("automatic", "norms", "clipped")}
-    return Memory(name, batch, size["automatic"] / 1e6, size["norms"] / size["automatic"], size["clipped"] / size["automatic"])
+    size = {
+        key: temporary_bytes(jax.jit(fresh(functions[key])).lower(*args).compile())
+        for key in ("automatic", "norms", "clipped")
+    }
+    return Memory(
+        name,
+        batch,
+        size["automatic"] / 1e6,
+        size["norms"] / size["automatic"],
+        size["clipped"] / size["automatic"],
+    )
 
 
 def measure_rivals(config: Config, rng: random.Random) -> list[Rival]:
-    """Clipped gradients of the first net in every library that is installed, in one interleaved run."""
+    """Clipped gradients of the first net in every library that is installed, in one interleaved
+    run."""
     name = config.nets[0]
     params, x, t = arguments(name, config.rival_batch, config.seed)
     functions, net = functions_of(name), fnn.mlp(NETS[name])
@@ -184,47 +240,75 @@ def measure_rivals(config: Config, rng: random.Random) -> list[Rival]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # hooks of PyTorch's libraries
         times = interleaved(named, 0.0, rng)
-        quick = {key: call for key, call in named.items() if times[key] < 20 * min(times.values())}  # the slow ones disturb the others
+        # the slow ones disturb the others
+        quick = {key: call for key, call in named.items() if times[key] < 20 * min(times.values())}
         times |= interleaved(quick, config.seconds, rng)
     rivals = []
     for library, way in flat:
         plain = times.get(f"{library}: plain gradient", times["fnn: plain gradient"])
         milliseconds = times[f"{library}: {way}"]
-        rivals.append(Rival(library, way, 1e3 * milliseconds, milliseconds / plain, milliseconds / times["fnn: clipped_gradient"]))
+        rivals.append(
+            Rival(
+                library,
+                way,
+                1e3 * milliseconds,
+                milliseconds / plain,
+                milliseconds / times["fnn: clipped_gradient"],
+            )
+        )
     return rivals
 
 
 def measure_epochs(config: Config, rng: random.Random) -> dict[str, float]:
-    """Milliseconds per epoch of plain SGD, 64-32-10 on digits at batch 32, in every loop that is installed."""
+    """Milliseconds per epoch of plain SGD, 64-32-10 on digits at batch 32, in every loop that is
+    installed."""
     data = load("digits", seed=config.seed)
     x, t = data.x_train, data.t_train
-    loops = {"fnn.fit": _fit_loop(x, t, config), "Python loop, jitted step": _rivals.python_loop(x, t, config.epochs, config.seed)}
+    loops = {
+        "fnn.fit": _fit_loop(x, t, config),
+        "Python loop, jitted step": _rivals.python_loop(x, t, config.epochs, config.seed),
+    }
     if _rivals.installed("torch"):
         loops["PyTorch eager"] = _rivals.torch_loop(x, t, config.epochs)
     loops["scikit-learn MLPClassifier"] = _rivals.sklearn_loop(x, t, config.epochs, config.seed)
-    return {name: 1e3 * s / config.epochs for name, s in interleaved(loops, config.seconds, rng).items()}
+    return {
+        name: 1e3 * s / config.epochs for name, s in interleaved(loops, config.seconds, rng).items()
+    }
 
 
 def measure_repeat(config: Config, rng: random.Random) -> float:
-    """Compile time of the gradient through `repeat(layer, 100)` over that through `repeat(layer, 4)`."""
+    """Compile time of the gradient through `repeat(layer, 100)` over that through `repeat(layer,
+    4)`."""
     layer = fnn.residual(fnn.serial(fnn.dense(32, 32), fnn.activations.relu))
     batch = jnp.ones((8, 32)), jnp.ones((8, 32))
     times = {}
     for n in (4, 100):
         net = fnn.repeat(layer, n)
         params = jax.jit(net.init)(fnn.key(config.seed))
-        times[n] = compile_times({"f": fnn.value_and_grad(net, fnn.losses.l2_loss)}, (params, *batch), config.compilations, rng)["f"]
+        times[n] = compile_times(
+            {"f": fnn.value_and_grad(net, fnn.losses.l2_loss)},
+            (params, *batch),
+            config.compilations,
+            rng,
+        )["f"]
     return times[100] / times[4]
 
 
 def measure_import(config: Config, rng: random.Random) -> dict[str, float]:
     """Seconds to start Python and import, in new processes."""
-    commands = {"import jax, optax": "import jax, optax", "import fnn, jax, optax": "import jax, optax, fnn"}
+    commands = {
+        "import jax, optax": "import jax, optax",
+        "import fnn, jax, optax": "import jax, optax, fnn",
+    }
     times: dict[str, list[float]] = {name: [] for name in commands}
     for _ in range(config.compilations):
         for name in rng.sample(list(commands), len(commands)):
             start = time.perf_counter()
-            subprocess.run([sys.executable, "-c", commands[name]], check=True, cwd=Path(fnn.__file__).parents[1])
+            subprocess.run(
+                [sys.executable, "-c", commands[name]],
+                check=True,
+                cwd=Path(fnn.__file__).parents[1],
+            )
             times[name].append(time.perf_counter() - start)
     return {name: statistics.median(t) for name, t in times.items()}
 
@@ -237,8 +321,16 @@ def run(config: Config, advance: Callable[[str], None] = lambda text: None) -> R
         advance(text)
         return value
 
-    rows = [done(f"{name} at {batch}", measure_net(name, batch, config, rng)) for name in config.nets for batch in config.batches]
-    memory = [done(f"memory at {batch}", measure_memory(name, batch, config)) for name in config.nets for batch in config.memory_batches]
+    rows = [
+        done(f"{name} at {batch}", measure_net(name, batch, config, rng))
+        for name in config.nets
+        for batch in config.batches
+    ]
+    memory = [
+        done(f"memory at {batch}", measure_memory(name, batch, config))
+        for name in config.nets
+        for batch in config.memory_batches
+    ]
     return Result(
         rows,
         memory,
@@ -257,17 +349,36 @@ def parts(config: Config) -> int:
 def main(config: Config) -> None:
     with progress(parts(config), "benchmark") as advance:
         result = run(config, advance)
-    _print_rows("Time of jax.grad, and ratios to it", result.rows, ("microseconds", "time", "noise", "memory", "compiling"))
+    _print_rows(
+        "Time of jax.grad, and ratios to it",
+        result.rows,
+        ("microseconds", "time", "noise", "memory", "compiling"),
+    )
     _print_rows("Per-example statistics: ratios of time", result.rows, STATISTICS)
     _print_rows("A step of other rules: ratios to the manual gradient", result.rows, tuple(RULES))
-    _print_rows("Temporary memory of jax.grad (MB), and ratios to it", result.memory, ("megabytes", "norms", "clipped"))
-    rivals = [(r.library, r.way, f"{r.milliseconds:.2f}", f"{r.to_plain:.2f}", f"{r.to_fnn:.2f}") for r in result.rivals]
+    _print_rows(
+        "Temporary memory of jax.grad (MB), and ratios to it",
+        result.memory,
+        ("megabytes", "norms", "clipped"),
+    )
+    rivals = [
+        (r.library, r.way, f"{r.milliseconds:.2f}", f"{r.to_plain:.2f}", f"{r.to_fnn:.2f}")
+        for r in result.rivals
+    ]
     title = f"Clipped gradients elsewhere, {config.nets[0]} at batch {config.rival_batch}"
-    print_table(title, ("library", "way", "ms", "to its plain gradient", "to fnn's clipped"), rivals)
+    print_table(
+        title, ("library", "way", "ms", "to its plain gradient", "to fnn's clipped"), rivals
+    )
     ours = result.epoch_milliseconds["fnn.fit"]
-    epochs = [(name, f"{ms:.2f}", f"{ms / ours:.1f}") for name, ms in result.epoch_milliseconds.items()]
-    print_table("An epoch of SGD, 64-32-10 on digits at batch 32", ("loop", "ms", "ratio to fit"), epochs)
-    print(f"repeat(layer, 100) compiles in {result.repeat_compile:.2f} times the time of repeat(layer, 4)")
+    epochs = [
+        (name, f"{ms:.2f}", f"{ms / ours:.1f}") for name, ms in result.epoch_milliseconds.items()
+    ]
+    print_table(
+        "An epoch of SGD, 64-32-10 on digits at batch 32", ("loop", "ms", "ratio to fit"), epochs
+    )
+    print(
+        f"repeat(layer, 100) compiles in {result.repeat_compile:.2f} times the time of repeat(layer, 4)"
+    )
     print("; ".join(f"{name}: {s:.2f} s" for name, s in result.import_seconds.items()))
     path = folder("benchmark", config.out)
     draw(path / "benchmark.png", result)
@@ -278,8 +389,14 @@ def main(config: Config) -> None:
 def _print_rows(title: str, rows: list[Any], columns: tuple[str, ...]) -> None:
     """Net, batch and some columns; below, the geometric mean of every ratio."""
     absolute = {"microseconds": ".0f", "megabytes": ".2f"}
-    cells = [(r.net, r.batch, *(_number(getattr(r, c), absolute.get(c, ".3f")) for c in columns)) for r in rows]
-    means = ["" if c in absolute else _number(geometric_mean([getattr(r, c) for r in rows]), ".3f") for c in columns]
+    cells = [
+        (r.net, r.batch, *(_number(getattr(r, c), absolute.get(c, ".3f")) for c in columns))
+        for r in rows
+    ]
+    means = [
+        "" if c in absolute else _number(geometric_mean([getattr(r, c) for r in rows]), ".3f")
+        for c in columns
+    ]
     print_table(title, ("net", "batch", *columns), [*cells, ("geometric mean", "", *means)])
 
 
@@ -289,11 +406,17 @@ def _number(value: float, form: str) -> str:
 
 def draw(path: Path, result: Result) -> None:
     """Time ratios of every row."""
-    mean = {name: geometric_mean([getattr(row, name) for row in result.rows]) for name in ("time", "clipped")}
-    title = (
-        f"A hand-written gradient takes {mean['time']:.2f} times as long as jax.grad, one with every example clipped {mean['clipped']:.2f}"
-    )
-    labels = {"time": "manual gradient", "noise": "jax.grad compiled again", "norms": "per-example norms", "clipped": "clipped gradient"}
+    mean = {
+        name: geometric_mean([getattr(row, name) for row in result.rows])
+        for name in ("time", "clipped")
+    }
+    title = f"A hand-written gradient takes {mean['time']:.2f} times as long as jax.grad, one with every example clipped {mean['clipped']:.2f}"
+    labels = {
+        "time": "manual gradient",
+        "noise": "jax.grad compiled again",
+        "norms": "per-example norms",
+        "clipped": "clipped gradient",
+    }
     labels |= {"moments": "mean and variance", "gram": "Gram matrix"}
     with figure(path, title, size=(8, 5)) as (_, axes):
         names = [f"{row.net}, {row.batch}" for row in result.rows]
@@ -309,4 +432,6 @@ def _fit_loop(x: np.ndarray, t: np.ndarray, config: Config) -> Callable[[], Any]
     net, optimizer = fnn.mlp((64, 32, 10)), optax.sgd(0.1)
     rule, params = fnn.rules.backprop(net, LOSS), jax.jit(net.init)(fnn.key(config.seed))
     data = jnp.asarray(x), jnp.asarray(t)
-    return lambda: fnn.fit(rule, optimizer, params, data, epochs=config.epochs, batch_size=32, key=fnn.key(config.seed))
+    return lambda: fnn.fit(
+        rule, optimizer, params, data, epochs=config.epochs, batch_size=32, key=fnn.key(config.seed)
+    )

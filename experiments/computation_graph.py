@@ -2,11 +2,13 @@
 
     python -m experiments computation-graph
 
-The worked examples of the lectures, traced from plain Python functions: each prints as it stands on the board, gate by gate, and is drawn
-with the value and the gradient on every edge. Lecture 000: f = x1 x2 + sin x1 at (2, 5); 003: y = x1^2 (x2 x3 - 2 x1^2) at (1, 2, 3);
-002: 1 + e^(w0 + w1 x), the logistic 1 / (1 + e^-(w0 + w1 x)), the neuron 1 / (1 + e^-(w0 x0 + w1 x1 + w2)), and the gates together in
-2 (x y + max(z, w)): mul swaps the multipliers, add distributes, max routes. Expect gradients that equal those of jax.grad to rounding. The
-last graph, an SVG of its own as all are, is the loss of a small net. Takes about 5 seconds.
+The worked examples of the lectures, traced from plain Python functions: each prints as it stands on
+the board, gate by gate, and is drawn with the value and the gradient on every edge. Lecture 000: f
+= x1 x2 + sin x1 at (2, 5); 003: y = x1^2 (x2 x3 - 2 x1^2) at (1, 2, 3); 002: 1 + e^(w0 + w1 x), the
+logistic 1 / (1 + e^-(w0 + w1 x)), the neuron 1 / (1 + e^-(w0 x0 + w1 x1 + w2)), and the gates
+together in 2 (x y + max(z, w)): mul swaps the multipliers, add distributes, max routes. Expect
+gradients that equal those of jax.grad to rounding. The last graph, an SVG of its own as all are, is
+the loss of a small net. Takes about 5 seconds.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import numpy as np
 import fnn
 from experiments._run import check_positive, figure, folder, print_table, save_metrics
 from fnn.graph import Graph, trace
-from fnn.graph.drawing import arranged, paint
+from fnn.graph.draw import arranged, paint
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,10 @@ EXAMPLES: dict[str, tuple[Callable[..., Any], tuple[float, ...]]] = {
     "1 + exp(w₀ + w₁x) (lecture 002)": (exponential, (0.5, 1.0, -2.0)),
     "2(xy + max(z, w)) (gates of lecture 002)": (gates, (3.0, -4.0, 2.0, -1.0)),
     "1 / (1 + exp(−(w₀ + w₁x))) (lecture 002)": (logistic, (0.5, 1.0, -2.0)),
-    "1 / (1 + exp(−(w₀x₀ + w₁x₁ + w₂))) (a neuron, lecture 002)": (neuron, (2.0, -3.0, -3.0, -1.0, -2.0)),
+    "1 / (1 + exp(−(w₀x₀ + w₁x₁ + w₂))) (a neuron, lecture 002)": (
+        neuron,
+        (2.0, -3.0, -3.0, -1.0, -2.0),
+    ),
 }
 
 
@@ -106,7 +111,9 @@ class Result(NamedTuple):
 def check(config: Config) -> None:
     """Raises a TypeError or ValueError that names the first flag that cannot be meant."""
     if len(config.sizes) < 2:
-        raise ValueError(f"`sizes` must be those of inputs and outputs at least, got {config.sizes}.")
+        raise ValueError(
+            f"`sizes` must be those of inputs and outputs at least, got {config.sizes}."
+        )
     check_positive(config, "sizes", "batch", whole=True)
     fnn.key(config.seed)
 
@@ -130,7 +137,10 @@ def _example(f: Callable[..., Any], *args: Any) -> Example:
     graph = trace(f, *args)
     gradient = jax.tree.leaves(graph.gradients())
     truth = jax.tree.leaves(jax.grad(f, tuple(range(len(args))))(*args))
-    difference = max(float(np.abs(np.asarray(a) - np.asarray(b)).max()) for a, b in zip(gradient, truth, strict=True))
+    difference = max(
+        float(np.abs(np.asarray(a) - np.asarray(b)).max())
+        for a, b in zip(gradient, truth, strict=True)
+    )
     return Example(graph, float(graph.value), gradient, len(graph.nodes), difference)
 
 
@@ -140,10 +150,24 @@ def main(config: Config) -> None:
     result = run(config)
     for name, example in result.examples.items():
         print(f"{name}\n\n{example.graph}\n")
-    rows = [(name, f"{e.value:.6g}", e.nodes, f"{e.difference:.1e}") for name, e in result.examples.items()]
-    print_table("Computational graphs", ("function", "value", "nodes", "greatest difference to jax.grad"), rows)
+    rows = [
+        (name, f"{e.value:.6g}", e.nodes, f"{e.difference:.1e}")
+        for name, e in result.examples.items()
+    ]
+    print_table(
+        "Computational graphs",
+        ("function", "value", "nodes", "greatest difference to jax.grad"),
+        rows,
+    )
     draw(path, result)
-    save_metrics(path, config, {name: example._asdict() | {"graph": str(example.graph)} for name, example in result.examples.items()})
+    save_metrics(
+        path,
+        config,
+        {
+            name: example._asdict() | {"graph": str(example.graph)}
+            for name, example in result.examples.items()
+        },
+    )
     print(f"pictures and metrics in {path}")
 
 
@@ -166,7 +190,9 @@ def draw(path: Path, result: Result) -> None:
     rows = in_rows([board.size[0] for *_, board in boards], full)
     heights = [max(boards[i][2].size[1] for i in row) + 0.25 for row in rows]
     width, height = full + 0.3, sum(heights) + 0.6
-    with figure(path / "computation-graph.png", sentence(list(examples.values())), size=(width, height)) as (fig, axes):
+    with figure(
+        path / "computation-graph.png", sentence(list(examples.values())), size=(width, height)
+    ) as (fig, axes):
         axes.remove()
         fig.set_layout_engine("none")  # the panels have their places
         top = sum(heights)
@@ -174,7 +200,9 @@ def draw(path: Path, result: Result) -> None:
             left, free = 0.15, full - sum(boards[i][2].size[0] for i in row)
             for i in row:
                 name, graph, board = boards[i]
-                panel = fig.add_axes((left / width, (top - tall) / height, board.size[0] / width, tall / height))
+                panel = fig.add_axes(
+                    (left / width, (top - tall) / height, board.size[0] / width, tall / height)
+                )
                 panel.set(xlim=(0, board.size[0]), ylim=(tall - 0.25, -0.25))  # an inch is an inch
                 panel.axis("off")
                 panel.text(0, -0.05, name, fontsize=12)

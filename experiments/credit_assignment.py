@@ -1,12 +1,15 @@
-"""How do the alternatives to backprop compare in one training loop: accuracy, time, passes, and the angle to the true gradient?
+"""How do the alternatives to backprop compare in one training loop.
+
+Accuracy, time, passes, and the angle to the true gradient?
 
     python -m experiments credit-assignment
     python -m experiments credit-assignment --datasets digits mnist1d mnist --data-dir FOLDER
 
-Every rule trains the same net, for the same epochs, with the same batches; its learning rate is the best of the same few on a part of the
-training data that is held out; test data have no part in the choice. `last layer only` is backprop that leaves the hidden layers as they
-were drawn: what a rule has to beat to have taught them anything. Rules that solve for the weights (extreme learning), choose them (the
-genetic algorithm) or bring steps of their own (SNES) have no learning rate.
+Every rule trains the same net, for the same epochs, with the same batches; its learning rate is the
+best of the same few on a part of the training data that is held out; test data have no part in the
+choice. `last layer only` is backprop that leaves the hidden layers as they were drawn: what a rule
+has to beat to have taught them anything. Rules that solve for the weights (extreme learning),
+choose them (the genetic algorithm) or bring steps of their own (SNES) have no learning rate.
 
 What to expect, and how long it takes, is in docs/rules.md, whose table this makes.
 
@@ -30,9 +33,18 @@ from jax.nn.initializers import lecun_normal
 
 import fnn
 from experiments._data import Dataset, load
-from experiments._run import COLOURS, check_seeds, figure, folder, mean_std, print_table, progress, save_metrics
-from fnn import _check, rules
-from fnn.blocks import blocks
+from experiments._run import (
+    COLOURS,
+    check_seeds,
+    figure,
+    folder,
+    mean_std,
+    print_table,
+    progress,
+    save_metrics,
+)
+from fnn import _validate, rules
+from fnn.nets.blocks import blocks
 from fnn.rules.backprop import stateless
 
 RATES = tuple(float(r) for r in np.logspace(-4, -1, 7).round(6))
@@ -42,8 +54,10 @@ class Method(NamedTuple):
     """A rule in the comparison."""
 
     make: Callable[[fnn.Layer, fnn.Loss], fnn.Rule]
-    passes: float  # forward passes that the matrix products of a step are worth; what is drawn is not counted
-    optimizer: Callable[[float], optax.GradientTransformation] | None = optax.adam  # None: sgd(1.0), nothing to tune
+    # forward passes that the matrix products of a step are worth; what is drawn is not counted
+    passes: float
+    # None: sgd(1.0), nothing to tune
+    optimizer: Callable[[float], optax.GradientTransformation] | None = optax.adam
 
 
 def last_layer_only(net: fnn.Layer, loss: fnn.Loss) -> fnn.Rule:
@@ -68,7 +82,9 @@ def adam_with_decay(rate: float) -> optax.GradientTransformation:
 
 METHODS: dict[str, Method] = {
     "backprop": Method(rules.backprop, 3),
-    "Kolen-Pollack": Method(partial(rules.feedback_alignment, feedback=rules.kolen_pollack(DECAY)), 3, adam_with_decay),
+    "Kolen-Pollack": Method(
+        partial(rules.feedback_alignment, feedback=rules.kolen_pollack(DECAY)), 3, adam_with_decay
+    ),
     "weight mirror": Method(partial(rules.feedback_alignment, feedback="weight_mirror"), 5),
     "sign-symmetric": Method(partial(rules.feedback_alignment, feedback="sign_symmetric"), 3),
     "feedback alignment": Method(rules.feedback_alignment, 3),
@@ -79,7 +95,9 @@ METHODS: dict[str, Method] = {
     "forward-forward": Method(rules.forward_forward, 5),
     "PEPITA": Method(rules.pepita, 3),
     "Hebbian": Method(rules.hebbian, 3),
-    "forward gradient, activities": Method(partial(rules.forward_gradient, perturb="activations"), 4),
+    "forward gradient, activities": Method(
+        partial(rules.forward_gradient, perturb="activations"), 4
+    ),
     "forward gradient, weights": Method(rules.forward_gradient, 3),
     "node perturbation": Method(rules.node_perturbation, 3),
     "weight perturbation": Method(rules.weight_perturbation, 2),
@@ -118,15 +136,33 @@ class Config:
 
 
 TINY = Config(
-    datasets=("digits",), methods=("backprop", "extreme learning", "last layer only"), hidden=(8, 8), epochs=2, batch_size=256,
-    rates=(0.01,), seeds=(0,), every=4,
-)  # fmt: skip
+    datasets=("digits",),
+    methods=("backprop", "extreme learning", "last layer only"),
+    hidden=(8, 8),
+    epochs=2,
+    batch_size=256,
+    rates=(0.01,),
+    seeds=(0,),
+    every=4,
+)
 
 GALLERY = Config(
-    datasets=("digits",), seeds=(0,), rates=(0.001, 0.003162), every=90,
-    methods=("backprop", "Kolen-Pollack", "feedback alignment", "direct feedback alignment", "forward-forward", "PEPITA",
-             "forward gradient, activities", "extreme learning", "last layer only"),
-)  # fmt: skip
+    datasets=("digits",),
+    seeds=(0,),
+    rates=(0.001, 0.003162),
+    every=90,
+    methods=(
+        "backprop",
+        "Kolen-Pollack",
+        "feedback alignment",
+        "direct feedback alignment",
+        "forward-forward",
+        "PEPITA",
+        "forward gradient, activities",
+        "extreme learning",
+        "last layer only",
+    ),
+)
 
 
 class Outcome(NamedTuple):
@@ -137,7 +173,8 @@ class Outcome(NamedTuple):
     accuracy: np.ndarray  # [seeds, epochs] on test data, after every epoch
     seconds: float  # an epoch, the median
     passes: float  # forward passes an epoch
-    angle: np.ndarray  # [epochs]: of the hidden layers' update to the true gradient, degrees, mean over the layers
+    # [epochs]: of the hidden layers' update to the true gradient, degrees, mean over the layers
+    angle: np.ndarray
 
     @property
     def final(self) -> np.ndarray:
@@ -148,26 +185,34 @@ class Outcome(NamedTuple):
 def check(config: Config) -> None:
     """Raises unless the config can be meant."""
     for name in ("epochs", "batch_size", "every"):
-        _check.positive(name, getattr(config, name), whole=True)
+        _validate.positive(name, getattr(config, name), whole=True)
     for name in config.methods:
-        _check.one_of("method", name, METHODS)
+        _validate.one_of("method", name, METHODS)
     for i, rate in enumerate(config.rates):
-        _check.positive(f"rates[{i}]", rate)
+        _validate.positive(f"rates[{i}]", rate)
     if not (config.rates and config.methods and config.datasets and config.hidden):
-        raise ValueError("`rates`, `methods`, `datasets` and `hidden` must name one thing at least.")
+        raise ValueError(
+            "`rates`, `methods`, `datasets` and `hidden` must name one thing at least."
+        )
     if not 0 < config.validation < 1:
-        raise ValueError(f"`validation` must be a share above 0 and below 1, got {config.validation}.")
+        raise ValueError(
+            f"`validation` must be a share above 0 and below 1, got {config.validation}."
+        )
     check_seeds(config.seeds)
 
 
-def run(config: Config, advance: Callable[[str], Any] = lambda text: None) -> dict[str, list[Outcome]]:
+def run(
+    config: Config, advance: Callable[[str], Any] = lambda text: None
+) -> dict[str, list[Outcome]]:
     """All rules on all data sets. `advance(text)` is called after every rule."""
     check(config)
     found: dict[str, list[Outcome]] = {}
     for name in config.datasets:
         data = load(name, data_dir=config.data_dir)
         if not data.classes:
-            raise ValueError(f"`datasets` has {name}, which has no classes to be right about. Take digits, mnist1d, mnist, ...")
+            raise ValueError(
+                f"`datasets` has {name}, which has no classes to be right about. Take digits, mnist1d, mnist, ..."
+            )
         found[name] = []
         for method in config.methods:
             found[name].append(measure(config, method, data))
@@ -192,22 +237,43 @@ def measure(config: Config, name: str, data: Dataset) -> Outcome:
         key, fit_key = jax.random.split(fnn.key(seed))
         stamps = []
         settings = {"epochs": config.epochs, "batch_size": config.batch_size, "key": fit_key}
-        settings |= {"validation": (data.x_test, data.t_test), "callback": lambda e, m, stamps=stamps: stamps.append(time.perf_counter())}
-        settings |= {"record": record, "record_every": config.every} if seed == config.seeds[0] else {}
-        _, history = fnn.fit(rule, optimizer, jax.jit(net.init)(key), (data.x_train, data.t_train), **settings)
+        settings |= {
+            "validation": (data.x_test, data.t_test),
+            "callback": lambda e, m, stamps=stamps: stamps.append(time.perf_counter()),
+        }
+        settings |= (
+            {"record": record, "record_every": config.every} if seed == config.seeds[0] else {}
+        )
+        _, history = fnn.fit(
+            rule, optimizer, jax.jit(net.init)(key), (data.x_train, data.t_train), **settings
+        )
         accuracy.append(np.asarray(history.validation["accuracy"]))
         if seed == config.seeds[0]:
             angles = np.asarray(history.records).reshape(config.epochs, -1).mean(1)
         if seed != config.seeds[0] or len(config.seeds) == 1:
             ticks += list(np.diff(stamps))
     steps = -(-len(data.x_train) // config.batch_size)
-    return Outcome(name, rate, np.stack(accuracy), float(np.median(ticks)), method.passes * steps, np.asarray(angles))
+    return Outcome(
+        name,
+        rate,
+        np.stack(accuracy),
+        float(np.median(ticks)),
+        method.passes * steps,
+        np.asarray(angles),
+    )
 
 
 def net_of(config: Config, name: str, data: Dataset) -> fnn.Layer:
-    """The same net for all, but for extreme learning, whose hidden layers stay as drawn: for it tanh units that are not saturated."""
+    """The same net for all, but for extreme learning, whose hidden layers stay as drawn.
+
+    For it tanh units that are not saturated.
+    """
     sizes = (data.features, *config.hidden, data.outputs)
-    return fnn.mlp(sizes, "tanh", kernel_init=lecun_normal()) if name == "extreme learning" else fnn.mlp(sizes)
+    return (
+        fnn.mlp(sizes, "tanh", kernel_init=lecun_normal())
+        if name == "extreme learning"
+        else fnn.mlp(sizes)
+    )
 
 
 def search(config: Config, rule: fnn.Rule, optimizer: Any, net: fnn.Layer, data: Dataset) -> float:
@@ -216,11 +282,19 @@ def search(config: Config, rule: fnn.Rule, optimizer: Any, net: fnn.Layer, data:
     held, kept = np.split(rows, [int(config.validation * len(rows))])
     keys = jnp.broadcast_to(fnn.key(2**32 - 1), (len(config.rates),))
     params, _ = fnn.fit_many(
-        rule, optimizer, net.init, (data.x_train[kept], data.t_train[kept]), epochs=config.epochs,
-        batch_size=min(config.batch_size, len(kept)), keys=keys, learning_rates=jnp.asarray(config.rates),
-    )  # fmt: skip
+        rule,
+        optimizer,
+        net.init,
+        (data.x_train[kept], data.t_train[kept]),
+        epochs=config.epochs,
+        batch_size=min(config.batch_size, len(kept)),
+        keys=keys,
+        learning_rates=jnp.asarray(config.rates),
+    )
     nets = [jax.tree.map(lambda p, i=i: p[i], params) for i in range(len(config.rates))]
-    scores = [fnn.evaluate(rule, p, (data.x_train[held], data.t_train[held]))["accuracy"] for p in nets]
+    scores = [
+        fnn.evaluate(rule, p, (data.x_train[held], data.t_train[held]))["accuracy"] for p in nets
+    ]
     return config.rates[int(np.argmax(scores))]
 
 
@@ -230,12 +304,41 @@ def main(config: Config) -> None:
     with progress(len(config.datasets) * len(config.methods), "training") as advance:
         found = run(config, advance)
     for name, outcomes in found.items():
-        rows = [(o.method, number(o.rate, "g"), mean_std(list(100 * o.final), 1), f"{1e3 * o.seconds:.0f}", f"{o.passes:.0f}",
-                 number(o.angle[0], ".0f"), number(o.angle[-1], ".0f")) for o in outcomes]  # fmt: skip
-        columns = ("rule", "rate", "test accuracy, %", "ms per epoch", "passes per epoch", "angle in epoch 1", "in the last")
-        print_table(f"{name}: {config.epochs} epochs, seeds {', '.join(map(str, config.seeds))}", columns, rows)
+        rows = [
+            (
+                o.method,
+                number(o.rate, "g"),
+                mean_std(list(100 * o.final), 1),
+                f"{1e3 * o.seconds:.0f}",
+                f"{o.passes:.0f}",
+                number(o.angle[0], ".0f"),
+                number(o.angle[-1], ".0f"),
+            )
+            for o in outcomes
+        ]
+        columns = (
+            "rule",
+            "rate",
+            "test accuracy, %",
+            "ms per epoch",
+            "passes per epoch",
+            "angle in epoch 1",
+            "in the last",
+        )
+        print_table(
+            f"{name}: {config.epochs} epochs, seeds {', '.join(map(str, config.seeds))}",
+            columns,
+            rows,
+        )
         draw(path / f"{name}.png", name, outcomes)
-    save_metrics(path, config, {name: [o._asdict() | {"final": o.final} for o in outcomes] for name, outcomes in found.items()})
+    save_metrics(
+        path,
+        config,
+        {
+            name: [o._asdict() | {"final": o.final} for o in outcomes]
+            for name, outcomes in found.items()
+        },
+    )
     print(f"pictures and metrics in {path}")
 
 
@@ -249,29 +352,68 @@ def draw(path: Path, name: str, outcomes: list[Outcome]) -> None:
     best = max(outcomes, key=lambda o: o.final.mean())
     base = next((o for o in outcomes if o.method == "last layer only"), None)
     above = sum(o.final.mean() > base.final.mean() for o in outcomes) if base else 0
-    beat = f"; {above} of {len(outcomes) - 1} rules beat training the last layer only" if base else ""
+    beat = (
+        f"; {above} of {len(outcomes) - 1} rules beat training the last layer only" if base else ""
+    )
     title = f"On {name} {best.method} comes to {100 * best.final.mean():.1f} %{beat}"
     order = sorted(outcomes, key=lambda o: o.final.mean())
-    looks = {o.method: (COLOURS[i % 7], ("-", "--", ":")[i // 7 % 3]) for i, o in enumerate(reversed(order))}
-    with figure(path, title, columns=3, rows=2, size=(15, 9)) as (_, ((bars, epochs, times), (passes, angles, legend))):
-        several = f" (mean ± sd of {len(best.final)} seeds)" if len(best.final) > 1 else ", one seed"
+    looks = {
+        o.method: (COLOURS[i % 7], ("-", "--", ":")[i // 7 % 3])
+        for i, o in enumerate(reversed(order))
+    }
+    with figure(path, title, columns=3, rows=2, size=(15, 9)) as (
+        _,
+        ((bars, epochs, times), (passes, angles, legend)),
+    ):
+        several = (
+            f" (mean ± sd of {len(best.final)} seeds)" if len(best.final) > 1 else ", one seed"
+        )
         final = [100 * o.final.mean() for o in order]
         spread = [100 * (o.final.std(ddof=1) if len(o.final) > 1 else 0.0) for o in order]
-        bars.errorbar(final, range(len(order)), xerr=spread, fmt="none", ecolor="black", linewidth=1, capsize=2)
+        bars.errorbar(
+            final,
+            range(len(order)),
+            xerr=spread,
+            fmt="none",
+            ecolor="black",
+            linewidth=1,
+            capsize=2,
+        )
         bars.scatter(final, range(len(order)), c=[looks[o.method][0] for o in order], zorder=3)
-        bars.set(yticks=range(len(order)), yticklabels=[o.method for o in order], xlabel="test accuracy, %" + several)
+        bars.set(
+            yticks=range(len(order)),
+            yticklabels=[o.method for o in order],
+            xlabel="test accuracy, %" + several,
+        )
         if base:
             bars.axvline(100 * base.final.mean(), color="black", linewidth=1, linestyle=":")
         for o in reversed(order):
             colour, style = looks[o.method]
             mean, steps = 100 * o.accuracy.mean(0), np.arange(1, o.accuracy.shape[1] + 1)
-            for axis, x in ((epochs, steps), (times, steps * o.seconds), (passes, steps * o.passes)):
+            for axis, x in (
+                (epochs, steps),
+                (times, steps * o.seconds),
+                (passes, steps * o.passes),
+            ):
                 axis.plot(x, mean, style, color=colour, linewidth=1.4)
             angles.plot(steps, o.angle, style, color=colour, linewidth=1.4)
             legend.plot([], [], style, color=colour, label=o.method)
-        for axis, label in ((epochs, "epoch"), (times, "training time, seconds"), (passes, "forward passes of a batch, or their worth")):
-            axis.set(xlabel=label, ylabel="test accuracy, %", xscale="linear" if axis is epochs else "log")
+        for axis, label in (
+            (epochs, "epoch"),
+            (times, "training time, seconds"),
+            (passes, "forward passes of a batch, or their worth"),
+        ):
+            axis.set(
+                xlabel=label,
+                ylabel="test accuracy, %",
+                xscale="linear" if axis is epochs else "log",
+            )
         angles.axhline(90, color="black", linewidth=1)
-        angles.set(xlabel="epoch", ylabel="hidden update to gradient, degrees", ylim=(0, 130), yticks=(0, 30, 60, 90, 120))
+        angles.set(
+            xlabel="epoch",
+            ylabel="hidden update to gradient, degrees",
+            ylim=(0, 130),
+            yticks=(0, 30, 60, 90, 120),
+        )
         legend.axis("off")
         legend.legend(loc="center left", fontsize=9)

@@ -2,12 +2,14 @@
 
     python -m experiments digits
 
-Trains a net with one hidden layer on scikit-learn's digits, 8 x 8 pixels (80 % train, 20 % test, stratified). The picture shows the
-confusion matrix of the test set, the test images with the highest loss among the wrong answers, and what the first hidden units look for:
-the weights of each as an image, those that matter most to the output first.
+Trains a net with one hidden layer on scikit-learn's digits, 8 x 8 pixels (80 % train, 20 % test,
+stratified). The picture shows the confusion matrix of the test set, the test images with the
+highest loss among the wrong answers, and what the first hidden units look for: the weights of each
+as an image, those that matter most to the output first.
 
-Expect 98 % of the 360 test images right: 97.8 % by default, 98.2 ± 0.3 % over `--seed` 0 ... 7. Five of the eight mistakes are taken for
-a 1. Takes about 5 seconds. `--dataset mnist --sizes 256 --epochs 4 --batch-size 128` reads MNIST's 28 x 28 pixels.
+Expect 98 % of the 360 test images right: 97.8 % by default, 98.2 ± 0.3 % over `--seed` 0 ... 7.
+Five of the eight mistakes are taken for a 1. Takes about 5 seconds. `--dataset mnist --sizes 256
+--epochs 4 --batch-size 128` reads MNIST's 28 x 28 pixels.
 
 Source: lecture 001, image recognition.
 """
@@ -27,8 +29,17 @@ from sklearn.metrics import confusion_matrix
 
 import fnn
 from experiments._data import Dataset, load
-from experiments._run import check_not_negative, check_positive, figure, folder, image, print_table, progress, save_metrics
-from fnn import _check
+from experiments._run import (
+    check_not_negative,
+    check_positive,
+    figure,
+    folder,
+    image,
+    print_table,
+    progress,
+    save_metrics,
+)
+from fnn import _validate
 
 MISTAKES, UNITS = 9, 16  # how many are shown
 
@@ -65,20 +76,26 @@ class Result(NamedTuple):
     test_accuracy: float
     answers: np.ndarray  # [test]
     losses: np.ndarray  # [test], in nats
-    confusion: np.ndarray  # [classes, classes]: images of the class of the row that got the answer of the column
+    # [classes, classes]: images of the class of the row that got the answer of the column
+    confusion: np.ndarray
     weights: np.ndarray  # [units, pixels] of the first layer, by falling norm of what follows
 
 
 def check(config: Config) -> None:
-    """Raises a TypeError or ValueError that names the first flag that cannot be meant; before any data are read."""
-    _check.one_of("dataset", config.dataset, ("digits", "mnist", "fashion-mnist"))
+    """Raises a TypeError or ValueError that names the first flag that cannot be meant.
+
+    Before any data are read.
+    """
+    _validate.one_of("dataset", config.dataset, ("digits", "mnist", "fashion-mnist"))
     check_positive(config, "learning_rate")
     check_not_negative(config, "weight_decay")
     check_positive(config, "sizes", "epochs", "batch_size", whole=True)
     fnn.key(config.seed)
 
 
-def run(config: Config, advance: Callable[[str], Any] = lambda text: None) -> tuple[Dataset, Result]:
+def run(
+    config: Config, advance: Callable[[str], Any] = lambda text: None
+) -> tuple[Dataset, Result]:
     """Trains and tests. `advance(text)` is called after every epoch."""
     check(config)
     data = load(config.dataset, seed=config.seed, data_dir=config.data_dir)
@@ -88,7 +105,9 @@ def run(config: Config, advance: Callable[[str], Any] = lambda text: None) -> tu
     logits = jax.jit(net.apply)(params, jnp.asarray(data.x_test))
     answers = np.asarray(logits.argmax(-1))
     return data, Result(
-        fnn.evaluate(rule, params, train_part, batch_size=min(len(data.x_train), 10_000))["accuracy"],
+        fnn.evaluate(rule, params, train_part, batch_size=min(len(data.x_train), 10_000))[
+            "accuracy"
+        ],
         fnn.evaluate(rule, params, test)["accuracy"],
         answers,
         np.asarray(data.loss.value(logits, jnp.asarray(data.t_test))),
@@ -101,7 +120,9 @@ def train(config: Config, data: Dataset, net: fnn.Layer, advance: Callable[[str]
     """The parameters after training."""
     init_key, key = jax.random.split(fnn.key(config.seed))
     steps = config.epochs * -(-len(data.x_train) // config.batch_size)
-    optimizer = optax.adamw(optax.cosine_decay_schedule(config.learning_rate, steps), weight_decay=config.weight_decay)
+    optimizer = optax.adamw(
+        optax.cosine_decay_schedule(config.learning_rate, steps), weight_decay=config.weight_decay
+    )
     params, _ = fnn.fit(
         fnn.rules.backprop(net, data.loss),
         optimizer,
@@ -116,8 +137,15 @@ def train(config: Config, data: Dataset, net: fnn.Layer, advance: Callable[[str]
 
 
 def first_layer(params: Any) -> np.ndarray:
-    """The first layer's weights, a row for each unit; units by the norm of their own weights times that of the next layer's."""
-    dense = [layer for layer in jax.tree.leaves(params, is_leaf=lambda p: hasattr(p, "w")) if hasattr(layer, "w")]
+    """The first layer's weights, a row for each unit.
+
+    Units by the norm of their own weights times that of the next layer's.
+    """
+    dense = [
+        layer
+        for layer in jax.tree.leaves(params, is_leaf=lambda p: hasattr(p, "w"))
+        if hasattr(layer, "w")
+    ]
     weights = np.asarray(dense[0].w).T
     strength = np.linalg.norm(weights, axis=1)
     if len(dense) > 1:
@@ -139,12 +167,17 @@ def main(config: Config) -> None:
     right = np.diag(result.confusion)
     rows = [
         (label, int(count), f"{100 * hit / max(count, 1):.1f}", f"{100 * hit / max(said, 1):.1f}")
-        for label, (count, hit, said) in enumerate(zip(result.confusion.sum(1), right, result.confusion.sum(0), strict=True))
+        for label, (count, hit, said) in enumerate(
+            zip(result.confusion.sum(1), right, result.confusion.sum(0), strict=True)
+        )
     ]
     title = f"{data.name}: {100 * result.test_accuracy:.1f} % of the test images right, {100 * result.train_accuracy:.1f} % in training"
     print_table(title, ("class", "test images", "found (%)", "right when said (%)"), rows)
     draw(path / "digits.png", data, result)
-    mistakes = [{"image": int(i), "label": int(data.t_test[i]), "answer": int(result.answers[i])} for i in worst(data, result)]
+    mistakes = [
+        {"image": int(i), "label": int(data.t_test[i]), "answer": int(result.answers[i])}
+        for i in worst(data, result)
+    ]
     accuracies = {"train_accuracy": result.train_accuracy, "test_accuracy": result.test_accuracy}
     save_metrics(path, config, accuracies | {"confusion": result.confusion, "mistakes": mistakes})
     print(f"picture and metrics in {path}")
@@ -175,11 +208,18 @@ def shown_mistakes(count: int) -> str:
     """What the middle of the picture shows.
 
     >>> [shown_mistakes(count) for count in (0, 1, 8, 30)]
-    ['no mistakes', 'the one mistake', 'all 8 mistakes, by falling loss', 'of 30 mistakes the 9 of the highest loss']
+    ['no mistakes', 'the one mistake', 'all 8 mistakes, by falling loss', 'of 30 mistakes the 9 of
+    the highest loss']
     """
     if count > MISTAKES:
         return f"of {count:,} mistakes the {MISTAKES} of the highest loss"
-    return f"all {count} mistakes, by falling loss" if count > 1 else "the one mistake" if count else "no mistakes"
+    return (
+        f"all {count} mistakes, by falling loss"
+        if count > 1
+        else "the one mistake"
+        if count
+        else "no mistakes"
+    )
 
 
 def draw_confusion(axis: Any, confusion: np.ndarray) -> None:
@@ -188,8 +228,22 @@ def draw_confusion(axis: Any, confusion: np.ndarray) -> None:
     axis.imshow(mistakes, cmap="Oranges", vmin=0, vmax=max(1.6 * mistakes.max(), 1))
     for (row, column), count in np.ndenumerate(confusion):
         if count:
-            axis.text(column, row, count, ha="center", va="center", fontsize=8, color="#888888" if row == column else "black")
-    axis.set(xlabel="answer", ylabel="class", xticks=range(len(confusion)), yticks=range(len(confusion)), title="confusion matrix (images)")
+            axis.text(
+                column,
+                row,
+                count,
+                ha="center",
+                va="center",
+                fontsize=8,
+                color="#888888" if row == column else "black",
+            )
+    axis.set(
+        xlabel="answer",
+        ylabel="class",
+        xticks=range(len(confusion)),
+        yticks=range(len(confusion)),
+        title="confusion matrix (images)",
+    )
     axis.grid(False)
 
 

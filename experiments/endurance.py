@@ -1,14 +1,18 @@
-"""Does a training that is killed again and again end as one that never was, and what does it cost to be ready for that?
+"""Does a training that is killed again and again end as one that never was, and what does it cost
+to be ready for that?
 
     python -m experiments endurance --kills 200
 
-A net learns digits by node perturbation, whose random numbers are part of its state, and saves after every epoch. Its process is killed
-(SIGKILL, which nothing can catch) at random moments: while it starts, while it trains, or while it saves; then it is started again, in a
-process of its own, until it is done. Expect it to go on every time, parameters with the SHA-256 of a run that nobody disturbed, and nothing
-left in its folder but checkpoints. Then 784-512-512-10, the largest net of `benchmark`, is trained on as many examples as MNIST has, with
-and without a checkpoint after every epoch: expect 2 to 4 % more time. The memory is measured with a wider net, in processes of their own:
-expect one copy of the state, that which is being written, or less where the steps that follow begin when it is done, give or take
-what a process differs from another. 200 kills take three to six minutes on two cores, and the rest four.
+A net learns digits by node perturbation, whose random numbers are part of its state, and saves
+after every epoch. Its process is killed (SIGKILL, which nothing can catch) at random moments: while
+it starts, while it trains, or while it saves; then it is started again, in a process of its own,
+until it is done. Expect it to go on every time, parameters with the SHA-256 of a run that nobody
+disturbed, and nothing left in its folder but checkpoints. Then 784-512-512-10, the largest net of
+`benchmark`, is trained on as many examples as MNIST has, with and without a checkpoint after every
+epoch: expect 2 to 4 % more time. The memory is measured with a wider net, in processes of their
+own: expect one copy of the state, that which is being written, or less where the steps that follow
+begin when it is done, give or take what a process differs from another. 200 kills take three to six
+minutes on two cores, and the rest four.
 """
 
 from __future__ import annotations
@@ -34,12 +38,21 @@ import optax
 
 import fnn
 from experiments._data import load
-from experiments._run import COLOURS, check_positive, figure, folder, print_table, progress, save_metrics
-from fnn import _check, checkpoint
+from experiments._run import (
+    COLOURS,
+    check_positive,
+    figure,
+    folder,
+    print_table,
+    progress,
+    save_metrics,
+)
+from fnn import _validate, checkpoint
 from fnn.checkpoint import Checkpointer
 
 KINDS = ("starting", "training", "saving")
-TURNS = ("training", "saving", "training", "saving", "starting")  # what the processes are at when they are killed
+# what the processes are at when they are killed
+TURNS = ("training", "saving", "training", "saving", "starting")
 LOSS = fnn.losses.softmax_cross_entropy_with_integer_labels
 RULES = {rule.__name__: rule for rule in fnn.rules.RULES}
 
@@ -59,9 +72,11 @@ class Config:
     examples: int = 60_000
     """Of an epoch of that net: noise of MNIST's size, at batch 128."""
     wide: tuple[int, ...] = (4096, 4096)
-    """Hidden layers of the net whose memory is measured, large enough to be told from the rest of the process."""
+    """Hidden layers of the net whose memory is measured, large enough to be told from the rest of
+    the process."""
     repetitions: int = 21
-    """Trainings with and without, for the medians of time, and processes in threes for that of memory; nothing is measured if 0."""
+    """Trainings with and without, for the medians of time, and processes in threes for that of
+    memory; nothing is measured if 0."""
     seed: int = 0
     """Of the parameters, the batches, and the moments."""
     out: Path | None = None
@@ -102,8 +117,8 @@ class Result(NamedTuple):
 def check(config: Config) -> None:
     """Raises a TypeError or ValueError that names the first flag that cannot be meant."""
     check_positive(config, "kills", "epochs", "hidden", "examples", "wide", whole=True)
-    _check.one_of("rule", config.rule, RULES)
-    _check.not_negative("repetitions", config.repetitions)
+    _validate.one_of("rule", config.rule, RULES)
+    _validate.not_negative("repetitions", config.repetitions)
     fnn.key(config.seed)
 
 
@@ -120,7 +135,10 @@ def run(config: Config, advance: Callable[[str], Any] = lambda text: None) -> Re
         startup = _startup(config, Path(home, "startup"))
         place = Path(home, "0")
         while len(kills) < config.kills:
-            if (kill := _killed(config, place, TURNS[len(kills) % len(TURNS)], rng, startup)) is None:  # it came to its end before
+            # it came to its end before
+            if (
+                kill := _killed(config, place, TURNS[len(kills) % len(TURNS)], rng, startup)
+            ) is None:
                 digests.append(_end_of(_started(config, place)))
                 left += _beside_checkpoints(place)
                 place = Path(home, str(len(digests)))
@@ -161,11 +179,25 @@ def _train(config: Config, place: Path, mouth: Any) -> None:
         jax.config.update("jax_compilation_cache_dir", str(place.parent / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     data, net = load("digits", seed=config.seed), fnn.mlp((64, 16, 10))
-    rule, settings = RULES[config.rule](net, data.loss), {"batch_size": 128, "key": fnn.key(config.seed + 1), "epochs": config.epochs}
+    rule, settings = (
+        RULES[config.rule](net, data.loss),
+        {"batch_size": 128, "key": fnn.key(config.seed + 1), "epochs": config.epochs},
+    )
     params = jax.jit(net.init)(fnn.key(config.seed))
     train = data.x_train, data.t_train
-    params, _ = fnn.fit(rule, optax.adam(0.01), params, train, checkpoint=Checkpointer(place, seconds=0.02), **settings)
-    mouth.send(hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(params))).hexdigest())
+    params, _ = fnn.fit(
+        rule,
+        optax.adam(0.01),
+        params,
+        train,
+        checkpoint=Checkpointer(place, seconds=0.02),
+        **settings,
+    )
+    mouth.send(
+        hashlib.sha256(
+            b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(params))
+        ).hexdigest()
+    )
 
 
 def _startup(config: Config, place: Path) -> float:
@@ -182,13 +214,20 @@ def _end_of(child: Child) -> str:
         return child.answer.recv()
     except EOFError:
         child.process.join()
-        raise ValueError(f"A training that nobody killed ended with code {child.process.exitcode}.") from None
+        raise ValueError(
+            f"A training that nobody killed ended with code {child.process.exitcode}."
+        ) from None
     finally:
         child.process.join()
 
 
-def _killed(config: Config, place: Path, kind: str, rng: random.Random, startup: float) -> Kill | None:
-    """Goes on with a training and kills its process at a random moment; None where it came to its end before."""
+def _killed(
+    config: Config, place: Path, kind: str, rng: random.Random, startup: float
+) -> Kill | None:
+    """Goes on with a training and kills its process at a random moment.
+
+    None where it came to its end before.
+    """
     before, child = checkpoint.steps(place), _started(config, place)
     try:
         if kind == "starting":
@@ -205,7 +244,9 @@ def _killed(config: Config, place: Path, kind: str, rng: random.Random, startup:
     if ended:
         return None
     if child.process.exitcode != -signal.SIGKILL:
-        raise ValueError(f"A training that nobody had killed yet ended with code {child.process.exitcode}.")
+        raise ValueError(
+            f"A training that nobody had killed yet ended with code {child.process.exitcode}."
+        )
     there = checkpoint.steps(place)
     epoch = checkpoint.manifest(place).metadata["epoch"] if there else 0
     return Kill(kind, epoch, any(place.glob(".unfinished-*")))
@@ -235,17 +276,31 @@ def _cost(config: Config) -> Cost:
     return Cost(_ratio(times), _interval(times, config.seed), copies, size / 1e6)
 
 
-def _trainer(config: Config, hidden: tuple[int, ...], examples: int, epochs: int) -> Callable[[bool], Any]:
+def _trainer(
+    config: Config, hidden: tuple[int, ...], examples: int, epochs: int
+) -> Callable[[bool], Any]:
     """`train(saved)`."""
     rng, keys = np.random.default_rng(config.seed), jax.random.split(fnn.key(config.seed), 2)
-    x, t = rng.normal(size=(examples, 784)).astype(np.float32), rng.integers(0, 10, examples).astype(np.int32)
+    x, t = (
+        rng.normal(size=(examples, 784)).astype(np.float32),
+        rng.integers(0, 10, examples).astype(np.int32),
+    )
     net, optimizer = fnn.mlp((784, *hidden, 10)), optax.adam(1e-3)
     rule, params = fnn.rules.backprop(net, LOSS), jax.jit(net.init)(keys[0])
 
     def train(saved: bool) -> Any:
         with tempfile.TemporaryDirectory() as place:
             saver = Checkpointer(place, wait=True) if saved else None
-            return fnn.fit(rule, optimizer, params, (x, t), epochs=epochs, batch_size=128, key=keys[1], checkpoint=saver)
+            return fnn.fit(
+                rule,
+                optimizer,
+                params,
+                (x, t),
+                epochs=epochs,
+                batch_size=128,
+                key=keys[1],
+                checkpoint=saver,
+            )
 
     return train
 
@@ -280,7 +335,9 @@ def _interval(times: list[tuple[float, float]], seed: int) -> tuple[float, float
 
 def _peak(config: Config, saved: bool) -> float:
     _trainer(config, config.wide, examples=256, epochs=3)(saved)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
 def _state_bytes(config: Config) -> int:
@@ -295,16 +352,37 @@ def main(config: Config) -> None:
     path = folder("endurance", config.out)
     with progress(config.kills, "kills") as advance:
         result = run(config, advance)
-    rows = [(kind, sum(k.kind == kind for k in result.kills), sum(k.kind == kind and k.unfinished for k in result.kills)) for kind in KINDS]
-    print_table(f"{config.kills} processes killed", ("while", "kills", "with a checkpoint half written"), rows)
+    rows = [
+        (
+            kind,
+            sum(k.kind == kind for k in result.kills),
+            sum(k.kind == kind and k.unfinished for k in result.kills),
+        )
+        for kind in KINDS
+    ]
+    print_table(
+        f"{config.kills} processes killed",
+        ("while", "kills", "with a checkpoint half written"),
+        rows,
+    )
     same = sum(digest == result.expected for digest in result.digests)
-    print(f"{same} of {len(result.digests)} trainings ended with the parameters of an undisturbed one, SHA-256 {result.expected[:16]}...")
+    print(
+        f"{same} of {len(result.digests)} trainings ended with the parameters of an undisturbed one, SHA-256 {result.expected[:16]}..."
+    )
     print(f"Left beside checkpoints: {', '.join(result.left) or 'nothing'}")
     if result.cost:
-        timed, wide = ("-".join(map(str, (784, *hidden, 10))) for hidden in (config.hidden, config.wide))
-        more, low, high = (100 * (ratio - 1) for ratio in (result.cost.ratio, *result.cost.interval))
-        print(f"A checkpoint after every epoch of {config.examples:,} examples: {timed} takes {more:.1f} % more time")
-        print(f"(95 % interval {low:.1f} to {high:.1f} %), and {wide}, whose state has {result.cost.megabytes:.0f} MB,")
+        timed, wide = (
+            "-".join(map(str, (784, *hidden, 10))) for hidden in (config.hidden, config.wide)
+        )
+        more, low, high = (
+            100 * (ratio - 1) for ratio in (result.cost.ratio, *result.cost.interval)
+        )
+        print(
+            f"A checkpoint after every epoch of {config.examples:,} examples: {timed} takes {more:.1f} % more time"
+        )
+        print(
+            f"(95 % interval {low:.1f} to {high:.1f} %), and {wide}, whose state has {result.cost.megabytes:.0f} MB,"
+        )
         print(f"{result.cost.copies:.2f} copies of it more memory at the peak")
     draw(path / "endurance.png", result)
     print(f"Saved {save_metrics(path, config, result)} and {path / 'endurance.png'}")
@@ -321,7 +399,14 @@ def draw(path: Path, result: Result) -> None:
         for kind, colour, marker in zip(KINDS, COLOURS, "osv", strict=False):
             shown = [(i, kill.epoch) for i, kill in enumerate(result.kills) if kill.kind == kind]
             if shown:
-                axes.scatter(*zip(*shown, strict=True), color=colour, marker=marker, s=16, label=kind, zorder=2)
+                axes.scatter(
+                    *zip(*shown, strict=True),
+                    color=colour,
+                    marker=marker,
+                    s=16,
+                    label=kind,
+                    zorder=2,
+                )
         axes.set(xlabel="kill", ylabel="epoch of the newest checkpoint")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_ylim(0, 1.3 * axes.get_ylim()[1])  # room for the legend

@@ -2,14 +2,17 @@
 
     python -m experiments function-approximation
 
-The function is sin 2x + 0.5 sin 5x on -3 ... 3; a net sees 200 samples of it with noise. For every width, from several starts, a net with
-one hidden layer of tanh units is fitted, and its error is measured against the function itself, which no net has seen.
+The function is sin 2x + 0.5 sin 5x on -3 ... 3; a net sees 200 samples of it with noise. For every
+width, from several starts, a net with one hidden layer of tanh units is fitted, and its error is
+measured against the function itself, which no net has seen.
 
-Expect a root-mean-square error of 0.74 with one unit, 0.36 with 4, 0.07 with 16 and 0.05 with 32: less than the noise of a single sample,
+Expect a root-mean-square error of 0.74 with one unit, 0.36 with 4, 0.07 with 16 and 0.05 with 32:
+less than the noise of a single sample,
 0.1, since a fit averages over samples. Takes about 10 seconds.
 
-The first layer's weights and biases are drawn from N(0, 2²), so that its ramps start steep and spread over the interval. With the start
-of `fnn.mlp`, He's weights and all biases 0, 32 units only come to an error of 0.35 in as many steps.
+The first layer's weights and biases are drawn from N(0, 2²), so that its ramps start steep and
+spread over the interval. With the start of `fnn.mlp`, He's weights and all biases 0, 32 units only
+come to an error of 0.35 in as many steps.
 
 Source: lecture 001, approximating unknown functions.
 """
@@ -28,9 +31,20 @@ import optax
 from jax.nn.initializers import normal
 
 import fnn
-from experiments._run import COLOURS, check_positive, figure, folder, mean_std, plain_numbers, print_table, progress, save_metrics
+from experiments._run import (
+    COLOURS,
+    check_positive,
+    figure,
+    folder,
+    mean_std,
+    plain_numbers,
+    print_table,
+    progress,
+    save_metrics,
+)
 
-X = np.linspace(-3, 3, 601, dtype=np.float32)[:, None]  # where errors are measured and pictures drawn
+# where errors are measured and pictures drawn
+X = np.linspace(-3, 3, 601, dtype=np.float32)[:, None]
 
 
 @dataclass(frozen=True)
@@ -105,16 +119,24 @@ def check(config: Config) -> None:
 def fit(config: Config, width: int, x: np.ndarray, y: np.ndarray) -> Fits:
     """Fits the nets of one width at once."""
     spread = normal(2.0)
-    net = fnn.serial(fnn.dense(1, width, kernel_init=spread, bias_init=spread), fnn.activations.tanh, fnn.dense(width, 1))
+    net = fnn.serial(
+        fnn.dense(1, width, kernel_init=spread, bias_init=spread),
+        fnn.activations.tanh,
+        fnn.dense(width, 1),
+    )
     steps = config.epochs * -(-config.samples // config.batch_size)
     optimizer = optax.adam(optax.cosine_decay_schedule(config.learning_rate, steps))
     keys = jax.random.split(fnn.key(config.seed), config.starts)
     settings = {"epochs": config.epochs, "batch_size": config.batch_size, "keys": keys}
-    params, history = fnn.fit_many(fnn.rules.backprop(net, fnn.losses.l2_loss), optimizer, net.init, (x, y), **settings)
+    params, history = fnn.fit_many(
+        fnn.rules.backprop(net, fnn.losses.l2_loss), optimizer, net.init, (x, y), **settings
+    )
     if not np.isfinite(history.loss).all():
         raise ValueError(f"Nets of {width} units diverge. Choose a lower `learning_rate`.")
     predict = jax.jit(jax.vmap(net.apply, in_axes=(0, None)))
-    curves, at_samples = np.split(np.asarray(predict(params, jnp.asarray(np.concatenate([X, x]))))[..., 0], [len(X)], axis=1)
+    curves, at_samples = np.split(
+        np.asarray(predict(params, jnp.asarray(np.concatenate([X, x]))))[..., 0], [len(X)], axis=1
+    )
     error = np.sqrt(((curves - function(X)[None, :, 0]) ** 2).mean(1))
     residual = np.sqrt(((at_samples - y[None, :, 0]) ** 2).mean(1))
     return Fits(width, error, residual, curves[np.argsort(error)[config.starts // 2]])
@@ -125,7 +147,10 @@ def main(config: Config) -> None:
     path = folder("function-approximation", config.out)
     with progress(len(config.widths), "fitting") as advance:
         result = run(config, advance)
-    rows = [(fits.units, mean_std(list(fits.error), 3), mean_std(list(fits.residual), 3)) for fits in result.fits]
+    rows = [
+        (fits.units, mean_std(list(fits.error), 3), mean_std(list(fits.residual), 3))
+        for fits in result.fits
+    ]
     title = f"Root-mean-square errors, {config.starts} starts, {config.samples} samples, noise {config.noise:g}"
     print_table(title, ("hidden units", "to the function", "to the noisy samples"), rows)
     draw(path / "function-approximation.png", result, config)
@@ -134,23 +159,58 @@ def main(config: Config) -> None:
 
 
 def draw(path: Path, result: Result, config: Config) -> None:
-    """The samples with the narrowest, the middle and the widest net; and the error against the width."""
+    """The samples with the narrowest, the middle and the widest net.
+
+    And the error against the width.
+    """
     first, last = result.fits[0], result.fits[-1]
     errors = [fits.error.mean() for fits in result.fits]
-    change = f"goes from {errors[0]:.2f} with {_units(first)} to {errors[-1]:.2f} with {_units(last)}"
+    change = (
+        f"goes from {errors[0]:.2f} with {_units(first)} to {errors[-1]:.2f} with {_units(last)}"
+    )
     title = f"The error of the fit {change}; the noise of a sample is {config.noise:g}"
     with figure(path, title, columns=2, size=(10.5, 4.3)) as (_, (left, right)):
-        left.plot(*(a[:, 0] for a in (result.x, result.y)), ".", color="#999999", markersize=5, label="samples")
-        left.plot(X[:, 0], function(X)[:, 0], color="black", linewidth=3, alpha=0.35, label="function")
+        left.plot(
+            *(a[:, 0] for a in (result.x, result.y)),
+            ".",
+            color="#999999",
+            markersize=5,
+            label="samples",
+        )
+        left.plot(
+            X[:, 0], function(X)[:, 0], color="black", linewidth=3, alpha=0.35, label="function"
+        )
         shown = sorted({0, len(result.fits) // 2, len(result.fits) - 1})
-        for colour, style, i in zip((COLOURS[1], COLOURS[3], COLOURS[0]), (":", "--", "-"), shown, strict=False):
-            left.plot(X[:, 0], result.fits[i].median, style, color=colour, label=_units(result.fits[i]))
+        for colour, style, i in zip(
+            (COLOURS[1], COLOURS[3], COLOURS[0]), (":", "--", "-"), shown, strict=False
+        ):
+            left.plot(
+                X[:, 0], result.fits[i].median, style, color=colour, label=_units(result.fits[i])
+            )
         left.set(xlabel="x", ylabel="y", ylim=(-2, 3.1), title="nets of median error")
         left.legend(fontsize=9, ncols=3, loc="upper center")
         widths = [fits.units for fits in result.fits]
-        right.loglog(widths, [fits.error for fits in result.fits], "o", color=COLOURS[0], alpha=0.35, markersize=4)
-        right.loglog(widths, errors, color=COLOURS[0], label=f"to the function (dots: {config.starts} starts)")
-        right.loglog(widths, [fits.residual.mean() for fits in result.fits], "--", color=COLOURS[1], label="to the noisy samples")
+        right.loglog(
+            widths,
+            [fits.error for fits in result.fits],
+            "o",
+            color=COLOURS[0],
+            alpha=0.35,
+            markersize=4,
+        )
+        right.loglog(
+            widths,
+            errors,
+            color=COLOURS[0],
+            label=f"to the function (dots: {config.starts} starts)",
+        )
+        right.loglog(
+            widths,
+            [fits.residual.mean() for fits in result.fits],
+            "--",
+            color=COLOURS[1],
+            label="to the noisy samples",
+        )
         right.axhline(config.noise, color="black", linewidth=1, linestyle=":", label="noise")
         right.set(xlabel="hidden units", ylabel="root-mean-square error", xticks=widths)
         right.xaxis.set_major_formatter("{x:g}")

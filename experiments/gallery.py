@@ -2,10 +2,12 @@
 
     python -m experiments gallery
 
-Runs every experiment with its own settings, two at a time, each in a process of its own, and writes its picture, its metrics and what it
-printed into a folder of its own, beside `index.html` (no network needed) and a contact sheet. What an earlier run left in these folders
-goes. `benchmark` is left out, since it needs the machine to itself, and `runs`, which shows what you have trained. Nothing is downloaded:
-an experiment that would download has settings of its own for this page, `GALLERY`. Takes five to eight minutes on two cores.
+Runs every experiment with its own settings, two at a time, each in a process of its own, and writes
+its picture, its metrics and what it printed into a folder of its own, beside `index.html` (no
+network needed) and a contact sheet. What an earlier run left in these folders goes. `benchmark` is
+left out, since it needs the machine to itself, and `runs`, which shows what you have trained.
+Nothing is downloaded: an experiment that would download has settings of its own for this page,
+`GALLERY`. Takes five to eight minutes on two cores.
 """
 
 from __future__ import annotations
@@ -32,10 +34,11 @@ from matplotlib.image import imread
 
 from experiments.__main__ import discover
 from experiments._run import figure, folder, print_table, progress, save_metrics
-from fnn import _check
+from fnn import _validate
 
 LEFT_OUT = ("benchmark", "gallery", "runs")
-WRITTEN = (".png", ".svg", ".json", ".jsonl", ".txt", ".part", "checkpoints", "tensorboard")  # what experiments leave in their folders
+# what experiments leave in their folders
+WRITTEN = (".png", ".svg", ".json", ".jsonl", ".txt", ".part", "checkpoints", "tensorboard")
 
 
 @dataclass(frozen=True)
@@ -78,14 +81,16 @@ def run(config: Config) -> dict[str, str]:
     """The experiments to run, with their questions."""
     check(config)
     known = discover()
-    return {name: known[name] for name in config.names or known if config.names or name not in LEFT_OUT}
+    return {
+        name: known[name] for name in config.names or known if config.names or name not in LEFT_OUT
+    }
 
 
 def check(config: Config) -> None:
     """Raises a TypeError or ValueError that names the first flag that cannot be meant."""
-    _check.positive("jobs", config.jobs, whole=True)
+    _validate.positive("jobs", config.jobs, whole=True)
     for name in config.names:
-        _check.one_of("experiment", name, [known for known in discover() if known != "gallery"])
+        _validate.one_of("experiment", name, [known for known in discover() if known != "gallery"])
 
 
 def main(config: Config) -> None:
@@ -98,7 +103,10 @@ def main(config: Config) -> None:
             shown.append(collect(name, todo[name], path / name, config, *done.result()))
             advance(name)
     shown.sort(key=lambda s: list(todo).index(s.name))
-    rows = [(s.name, f"{s.seconds:.1f}", s.error.splitlines()[-1] if s.error else s.question) for s in shown]
+    rows = [
+        (s.name, f"{s.seconds:.1f}", s.error.splitlines()[-1] if s.error else s.question)
+        for s in shown
+    ]
     print_table("Gallery", ("experiment", "seconds", "question"), rows)
     (path / "index.html").write_text(page(shown), encoding="utf-8")
     draw(path / "gallery.png", path, shown)
@@ -111,7 +119,10 @@ def main(config: Config) -> None:
 
 
 def apart(function: Callable[..., str], *arguments: Any) -> tuple[float, str]:
-    """Calls a function, which returns its error or "", in a process of its own: the seconds it took, and the error."""
+    """Calls a function, which returns its error or "", in a process of its own.
+
+    The seconds it took, and the error.
+    """
     start = time.perf_counter()
     try:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
@@ -122,7 +133,10 @@ def apart(function: Callable[..., str], *arguments: Any) -> tuple[float, str]:
 
 
 def one(name: str, out: Path, config: Config) -> str:
-    """Runs one experiment in a folder cleared of an earlier run, what it prints in `output.txt`; its error if there was one."""
+    """Runs one experiment in a folder cleared of an earlier run, what it prints in `output.txt`.
+
+    Its error if there was one.
+    """
     out.mkdir(parents=True, exist_ok=True)
     for file in out.iterdir():
         if file.name in WRITTEN:
@@ -147,15 +161,31 @@ def settings_of(name: str, config: Config) -> tuple[Any, Any]:
     return module, module.TINY if config.tiny else getattr(module, "GALLERY", module.Config())
 
 
-def collect(name: str, question: str, out: Path, config: Config, seconds: float, error: str) -> Shown:
+def collect(
+    name: str, question: str, out: Path, config: Config, seconds: float, error: str
+) -> Shown:
     """What one experiment left in its folder."""
     pictures = tuple(sorted(file.name for file in out.glob("*.png")))
-    printed = (out / "output.txt").read_text(encoding="utf-8") if (out / "output.txt").exists() else ""
-    return Shown(name, question, command(name, config), seconds, pictures, printed, (out / "metrics.json").exists(), error)
+    printed = (
+        (out / "output.txt").read_text(encoding="utf-8") if (out / "output.txt").exists() else ""
+    )
+    return Shown(
+        name,
+        question,
+        command(name, config),
+        seconds,
+        pictures,
+        printed,
+        (out / "metrics.json").exists(),
+        error,
+    )
 
 
 def command(name: str, config: Config) -> str:
-    """The command that draws what the page shows: the flags are those settings that are not the experiment's own."""
+    """The command that draws what the page shows.
+
+    The flags are those settings that are not the experiment's own.
+    """
     words = ["python -m experiments", name]
     with contextlib.suppress(Exception):  # of an import: the page says so already
         module, settings = settings_of(name, config)
@@ -163,7 +193,10 @@ def command(name: str, config: Config) -> str:
             value = getattr(settings, field.name)
             if value != getattr(module.Config(), field.name):
                 values = () if value is True else value if isinstance(value, tuple) else (value,)
-                words += [f"--{field.name.replace('_', '-')}", *(shlex.quote(str(v)) for v in values)]
+                words += [
+                    f"--{field.name.replace('_', '-')}",
+                    *(shlex.quote(str(v)) for v in values),
+                ]
     return " ".join(words)
 
 
@@ -171,7 +204,10 @@ def page(shown: list[Shown]) -> str:
     """The page: for every experiment its question, command, picture and what it printed."""
     parts = []
     for s in shown:
-        pictures = "".join(f'<a href="{s.name}/{p}"><img src="{s.name}/{p}" alt="{html.escape(s.question)}"></a>' for p in s.pictures)
+        pictures = "".join(
+            f'<a href="{s.name}/{p}"><img src="{s.name}/{p}" alt="{html.escape(s.question)}"></a>'
+            for p in s.pictures
+        )
         failed = f"<pre>{html.escape(s.error)}</pre>" if s.error else ""
         numbers = f' · <a href="{s.name}/metrics.json">its numbers</a>' if s.metrics else ""
         parts.append(
@@ -193,7 +229,11 @@ def draw(file: Path, path: Path, shown: list[Shown]) -> None:
     there = [s for s in shown if s.pictures]
     columns = min(4, max(1, len(there)))
     rows = max(1, math.ceil(len(there) / columns))
-    with figure(file, f"{len(there)} of {len(shown)} experiments drew a picture", size=(3.4 * columns, 2.2 * rows + 0.5)) as (fig, axes):
+    with figure(
+        file,
+        f"{len(there)} of {len(shown)} experiments drew a picture",
+        size=(3.4 * columns, 2.2 * rows + 0.5),
+    ) as (fig, axes):
         axes.remove()
         for i, s in enumerate(there):
             panel = fig.add_subplot(rows, columns, i + 1)

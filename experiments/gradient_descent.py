@@ -2,16 +2,18 @@
 
     python -m experiments gradient-descent
 
-A linear neuron with two weights and half the squared error is a quadratic with the curvatures 1 and 10. Along each the error after k
-steps is the first error times (1 - rate curvature)^k. So it shrinks for rates below 2/curvature and grows above: the bound is 0.2 here.
-Expect the paths to follow this closed form to about 1e-13 of the first error, to creep at 0.1 of the bound, to zigzag at 0.95 and to
-diverge at 1.05.
+A linear neuron with two weights and half the squared error is a quadratic with the curvatures 1 and
+10. Along each the error after k steps is the first error times (1 - rate curvature)^k. So it
+shrinks for rates below 2/curvature and grows above: the bound is 0.2 here. Expect the paths to
+follow this closed form to about 1e-13 of the first error, to creep at 0.1 of the bound, to zigzag
+at 0.95 and to diverge at 1.05.
 
-Then a linear regression on 353 patients (diabetes) with one rate for all: by single examples, by batches of 32, by the whole set. After
-one epoch the loss exceeds that of least squares by 0.02, 0.13 and 0.25 with seed 0, over the seeds 0 ... 4 by 0.008 to 0.046, 0.08 to 0.13
-and 0.23 to 0.25: the more steps, the further. Then noise sets a floor: over the last tenth of 300 epochs the excess is 0.02 to 0.03, 0.002
-to 0.004 and 0.001 to 0.003. The whole set has no noise; its rest is the direction of least curvature, 0.009, along which it creeps.
-Takes about 5 seconds.
+Then a linear regression on 353 patients (diabetes) with one rate for all: by single examples, by
+batches of 32, by the whole set. After one epoch the loss exceeds that of least squares by 0.02,
+0.13 and 0.25 with seed 0, over the seeds 0 ... 4 by 0.008 to 0.046, 0.08 to 0.13 and 0.23 to 0.25:
+the more steps, the further. Then noise sets a floor: over the last tenth of 300 epochs the excess
+is 0.02 to 0.03, 0.002 to 0.004 and 0.001 to 0.003. The whole set has no noise; its rest is the
+direction of least curvature, 0.009, along which it creeps. Takes about 5 seconds.
 
 Source: lectures 000 (gradient descent) and 002 (gradient descent, SGD).
 """
@@ -31,11 +33,20 @@ from jax import lax
 
 import fnn
 from experiments._data import load
-from experiments._run import COLOURS, check_positive, figure, folder, print_table, progress, save_metrics
+from experiments._run import (
+    COLOURS,
+    check_positive,
+    figure,
+    folder,
+    print_table,
+    progress,
+    save_metrics,
+)
 from fnn import steps
-from fnn.layers import Dense
+from fnn.nets.layers import Dense
 
-AXES = np.array([[np.cos(0.5), -np.sin(0.5)], [np.sin(0.5), np.cos(0.5)]])  # columns: the directions of the two curvatures
+# columns: the directions of the two curvatures
+AXES = np.array([[np.cos(0.5), -np.sin(0.5)], [np.sin(0.5), np.cos(0.5)]])
 BEST, START = np.array([1.0, -0.5]), np.array([-2.0, -1.0])
 LOSS = fnn.losses.l2_loss
 
@@ -76,7 +87,10 @@ class Result(NamedTuple):
 
 
 def run(config: Config, advance: Callable[[str], Any] = lambda text: None) -> Result:
-    """Descends on the quadratic by every rate and on the regression by every batch size. `advance(text)` after each of the latter."""
+    """Descends on the quadratic by every rate and on the regression by every batch size.
+
+    `advance(text)` after each of the latter.
+    """
     check(config)
     curvatures = np.array(config.curvatures)
     rates = np.array(config.fractions) * 2 / curvatures.max()
@@ -90,7 +104,9 @@ def run(config: Config, advance: Callable[[str], Any] = lambda text: None) -> Re
     for size in config.batch_sizes:
         excess.append(regression(config, size, data.x_train, data.t_train))
         advance(f"batch size {size}")
-    return Result(paths, errors, closed_form, difference, np.stack(excess), len(data.x_train), data.features)
+    return Result(
+        paths, errors, closed_form, difference, np.stack(excess), len(data.x_train), data.features
+    )
 
 
 def check(config: Config) -> None:
@@ -104,9 +120,11 @@ def check(config: Config) -> None:
 
 
 def descend(curvatures: np.ndarray, rates: np.ndarray, count: int) -> np.ndarray:
-    """The weights before the first step and after each, by every rate in float64, `[rates, count + 1, 2]`.
+    """The weights before the first step and after each, by every rate in float64, `[rates, count +
+    1, 2]`.
 
-    The mean of 1/2 (x w - x best)^2 over the two rows of x has the second derivative x^T x / 2, which is `axes diag(curvatures) axes^T`.
+    The mean of 1/2 (x w - x best)^2 over the two rows of x has the second derivative x^T x / 2,
+    which is `axes diag(curvatures) axes^T`.
     """
     x = np.sqrt(2 * curvatures)[:, None] * AXES.T
 
@@ -115,7 +133,9 @@ def descend(curvatures: np.ndarray, rates: np.ndarray, count: int) -> np.ndarray
         one_step = steps.step(rule, optimizer)
 
         def body(state: Any, _: None) -> tuple[Any, Any]:
-            return one_step(state, jnp.asarray(x), jnp.asarray(x @ BEST[:, None]))[0], state.params.w[:, 0]
+            return one_step(state, jnp.asarray(x), jnp.asarray(x @ BEST[:, None]))[
+                0
+            ], state.params.w[:, 0]
 
         state = steps.init(rule, optimizer, Dense(jnp.asarray(START[:, None]), None), fnn.key(0))
         return lax.scan(body, state, length=count + 1)[1]
@@ -128,7 +148,12 @@ def regression(config: Config, batch_size: int, x: np.ndarray, t: np.ndarray) ->
     """The excess of the loss before training and after every epoch, `[epochs + 1]`."""
     net = fnn.dense(x.shape[1], 1)
     rule, start = fnn.rules.backprop(net, LOSS), Dense(jnp.zeros((x.shape[1], 1)), jnp.zeros(1))
-    settings = {"epochs": config.epochs, "batch_size": batch_size, "key": fnn.key(config.seed), "validation": (x, t)}
+    settings = {
+        "epochs": config.epochs,
+        "batch_size": batch_size,
+        "key": fnn.key(config.seed),
+        "validation": (x, t),
+    }
     _, history = fnn.fit(rule, optax.sgd(config.learning_rate), start, (x, t), **settings)
     inputs, targets = np.append(x, np.ones_like(t), axis=1).astype(np.float64), t.astype(np.float64)
     least = ((inputs @ np.linalg.lstsq(inputs, targets)[0] - targets) ** 2).mean() / 2
@@ -141,7 +166,10 @@ def final(excess: np.ndarray) -> np.ndarray:
 
 
 def running_mean(excess: np.ndarray) -> np.ndarray:
-    """Of every epoch's excess from the first on, `[epochs]`: the mean over the epochs of up to a tenth less or more than its number."""
+    """Of every epoch's excess from the first on, `[epochs]`.
+
+    The mean over the epochs of up to a tenth less or more than its number.
+    """
     numbers = np.arange(1, len(excess) + 1)
     return np.array([excess[(numbers >= 0.9 * n) & (numbers <= 1.1 * n)].mean() for n in numbers])
 
@@ -152,17 +180,47 @@ def main(config: Config) -> None:
     with progress(len(config.batch_sizes), "regression") as advance:
         result = run(config, advance)
     distance = np.linalg.norm(result.errors, axis=-1)
-    rows = [(f"{f:g} of 2/curvature", f"{d[0]:.3f}", f"{d[-1]:.2e}") for f, d in zip(config.fractions, distance, strict=True)]
-    print_table("Distance to the optimum of the quadratic", ("learning rate", "at the start", f"after {config.steps} steps"), rows)
-    print(f"greatest difference to error x (1 - rate curvature)^k: {result.difference:.1e} of the first error")
     rows = [
-        (size, f"{-(-result.examples // size)}", f"{4 * size * (result.features + 1):,}", f"{excess[1]:.5f}", f"{last:.1e}")
-        for size, excess, last in zip(config.batch_sizes, result.excess, final(result.excess), strict=True)
+        (f"{f:g} of 2/curvature", f"{d[0]:.3f}", f"{d[-1]:.2e}")
+        for f, d in zip(config.fractions, distance, strict=True)
     ]
-    columns = ("batch size", "steps per epoch", "bytes per batch", "excess after 1 epoch", "mean of the last tenth")
-    print_table(f"Regression: loss less that of least squares, {config.epochs} epochs", columns, rows)
+    print_table(
+        "Distance to the optimum of the quadratic",
+        ("learning rate", "at the start", f"after {config.steps} steps"),
+        rows,
+    )
+    print(
+        f"greatest difference to error x (1 - rate curvature)^k: {result.difference:.1e} of the first error"
+    )
+    rows = [
+        (
+            size,
+            f"{-(-result.examples // size)}",
+            f"{4 * size * (result.features + 1):,}",
+            f"{excess[1]:.5f}",
+            f"{last:.1e}",
+        )
+        for size, excess, last in zip(
+            config.batch_sizes, result.excess, final(result.excess), strict=True
+        )
+    ]
+    columns = (
+        "batch size",
+        "steps per epoch",
+        "bytes per batch",
+        "excess after 1 epoch",
+        "mean of the last tenth",
+    )
+    print_table(
+        f"Regression: loss less that of least squares, {config.epochs} epochs", columns, rows
+    )
     draw(path / "gradient-descent.png", result, config)
-    numbers = {"difference": result.difference, "distance": distance, "excess": result.excess, "final_excess": final(result.excess)}
+    numbers = {
+        "difference": result.difference,
+        "distance": distance,
+        "excess": result.excess,
+        "final_excess": final(result.excess),
+    }
     save_metrics(path, config, numbers)
     print(f"picture and metrics in {path}")
 
@@ -170,8 +228,13 @@ def main(config: Config) -> None:
 def draw(path: Path, result: Result, config: Config) -> None:
     """Paths on the quadratic, the error against its closed form, and the regression by batch size."""
     distance = np.linalg.norm(result.errors, axis=-1)
-    times = ", ".join(f"{d[-1] / d[0]:.2g} × at {f:g}" for f, d in zip(config.fractions, distance, strict=True))
-    after = ", ".join(f"{e:.2g} with {size}" for size, e in zip(config.batch_sizes, result.excess[:, 1], strict=True))
+    times = ", ".join(
+        f"{d[-1] / d[0]:.2g} × at {f:g}" for f, d in zip(config.fractions, distance, strict=True)
+    )
+    after = ", ".join(
+        f"{e:.2g} with {size}"
+        for size, e in zip(config.batch_sizes, result.excess[:, 1], strict=True)
+    )
     title = (
         f"In {config.steps} steps the error becomes {times} of the bound 2/curvature, as its closed form says to {result.difference:.0e}; "
         f"one epoch of SGD leaves an excess loss of {after} examples a step"
@@ -181,17 +244,37 @@ def draw(path: Path, result: Result, config: Config) -> None:
         markers = "osv^Dx"
         for i, (fraction, d) in enumerate(zip(config.fractions, distance, strict=True)):
             colour = COLOURS[i % len(COLOURS)]
-            middle.semilogy(np.linalg.norm(result.closed_form[i], axis=-1), color=colour, label=f"{fraction:g} of the bound")
+            middle.semilogy(
+                np.linalg.norm(result.closed_form[i], axis=-1),
+                color=colour,
+                label=f"{fraction:g} of the bound",
+            )
             middle.semilogy(d, markers[i % len(markers)], color=colour, markersize=4)
-        middle.plot([], [], "o", color="#777777", markersize=4, label="measured (lines: closed form)")
+        middle.plot(
+            [], [], "o", color="#777777", markersize=4, label="measured (lines: closed form)"
+        )
         middle.set(xlabel="step", ylabel="distance to the optimum")
         middle.legend(fontsize=10)
         epochs = np.arange(1, config.epochs + 1)
-        for i, (size, excess, last) in enumerate(zip(config.batch_sizes, result.excess, final(result.excess), strict=True)):
+        for i, (size, excess, last) in enumerate(
+            zip(config.batch_sizes, result.excess, final(result.excess), strict=True)
+        ):
             colour = COLOURS[i % len(COLOURS)]
             right.loglog(epochs, excess[1:], linewidth=0.6, alpha=0.35, color=colour)
-            right.loglog(epochs, running_mean(excess[1:]), color=colour, label=f"{size} a step, at the end {last:.2g}")
-        right.plot([], [], linewidth=0.6, alpha=0.5, color="#777777", label="every epoch (lines: mean of ± 10 %)")
+            right.loglog(
+                epochs,
+                running_mean(excess[1:]),
+                color=colour,
+                label=f"{size} a step, at the end {last:.2g}",
+            )
+        right.plot(
+            [],
+            [],
+            linewidth=0.6,
+            alpha=0.5,
+            color="#777777",
+            label="every epoch (lines: mean of ± 10 %)",
+        )
         right.set(xlabel="epoch", ylabel="excess loss (variances of the target)")
         right.set_ylim(bottom=result.excess[result.excess > 0].min() / 5)
         right.legend(fontsize=9, loc="lower left")
@@ -200,13 +283,28 @@ def draw(path: Path, result: Result, config: Config) -> None:
 def draw_paths(axes: Any, result: Result, config: Config) -> None:
     """The first 15 steps over lines of equal loss."""
     limit = 1.2 * np.abs(START - BEST).max()
-    grid = np.stack(np.meshgrid(BEST[0] + np.linspace(-limit, limit, 201), BEST[1] + np.linspace(-limit, limit, 201)), axis=-1)
+    grid = np.stack(
+        np.meshgrid(
+            BEST[0] + np.linspace(-limit, limit, 201), BEST[1] + np.linspace(-limit, limit, 201)
+        ),
+        axis=-1,
+    )
     loss = (((grid - BEST) @ AXES) ** 2 * config.curvatures).sum(-1) / 2
-    axes.contour(*np.moveaxis(grid, -1, 0), np.sqrt(loss), levels=8, colors="#BBBBBB", linewidths=0.8)
+    axes.contour(
+        *np.moveaxis(grid, -1, 0), np.sqrt(loss), levels=8, colors="#BBBBBB", linewidths=0.8
+    )
     for fraction, weights in zip(config.fractions, result.paths, strict=True):
-        axes.plot(*weights[:16].T, "o-", markersize=3, linewidth=1, label=f"{fraction:g} of the bound")
+        axes.plot(
+            *weights[:16].T, "o-", markersize=3, linewidth=1, label=f"{fraction:g} of the bound"
+        )
     axes.plot(*BEST, "k*", markersize=13, label="optimum", zorder=5)
     low, high = BEST - limit, BEST + limit
-    axes.set(xlabel="weight w₁", ylabel="weight w₂", xlim=(low[0], high[0]), ylim=(low[1], high[1]), aspect="equal")
+    axes.set(
+        xlabel="weight w₁",
+        ylabel="weight w₂",
+        xlim=(low[0], high[0]),
+        ylim=(low[1], high[1]),
+        aspect="equal",
+    )
     axes.grid(visible=False)
     axes.legend(fontsize=10, loc="upper right", frameon=True, framealpha=1, edgecolor="none")

@@ -2,13 +2,16 @@
 
     python -m experiments privacy-audit
 
-Trains a net on digits for a while, then asks `fnn.rules.private_sgd` for what it promises. The noise: many draws of the gradient of one
-batch, less the gradient without noise, in units of noise_multiplier * max_norm, must be standard normal (standard deviation, and the
-Kolmogorov-Smirnov distance). The share: the sum of clipped gradients with and without one example, for many batches and examples, some
-of them with other labels, a thousand times as large, or not finite, must differ by at most max_norm to rounding, in float32 and float64.
-Ends in an error where a bound is broken. Takes about 12 seconds.
+Trains a net on digits for a while, then asks `fnn.rules.private_sgd` for what it promises. The
+noise: many draws of the gradient of one batch, less the gradient without noise, in units of
+noise_multiplier * max_norm, must be standard normal (standard deviation, and the Kolmogorov-Smirnov
+distance). The share: the sum of clipped gradients with and without one example, for many batches
+and examples, some of them with other labels, a thousand times as large, or not finite, must differ
+by at most max_norm to rounding, in float32 and float64. Ends in an error where a bound is broken.
+Takes about 12 seconds.
 
-An audit of numbers, not of privacy: it shows no error in sum and noise, and says nothing about generators, sampling or what else is told.
+An audit of numbers, not of privacy: it shows no error in sum and noise, and says nothing about
+generators, sampling or what else is told.
 """
 
 from __future__ import annotations
@@ -47,7 +50,8 @@ class Config:
     activation: str = "relu"
     """Any name out of fnn.activations.ACTIVATIONS."""
     epochs: int = 10
-    """Passes of plain training before the audit: then some gradients are clipped and some are not."""
+    """Passes of plain training before the audit: then some gradients are clipped and some are
+    not."""
     batch_size: int = 256
     """Examples in a batch."""
     draws: int = 500
@@ -73,7 +77,8 @@ class Result(NamedTuple):
     noise_edges: np.ndarray  # [bins + 1], in units of noise_multiplier * max_norm
     neighbours: int
     nothing: int  # neighbours whose example adds nothing: its gradient is not finite, or 0
-    largest: dict[str, float]  # by dtype: the largest difference of neighbouring sums, in units of max_norm
+    # by dtype: the largest difference of neighbouring sums, in units of max_norm
+    largest: dict[str, float]
     allowed: dict[str, float]  # by dtype: 1 and what rounding may add
     clipped: float  # share of neighbours at the bound
     share_counts: np.ndarray  # [bins]
@@ -87,16 +92,24 @@ def run(config: Config) -> Result:
     data = load("digits", seed=config.seed)
     net = fnn.mlp((data.features, *config.sizes, data.outputs), config.activation)
     init_key, fit_key, noise_key = jax.random.split(fnn.key(config.seed), 3)
-    rule, settings = fnn.rules.backprop(net, data.loss), {"epochs": config.epochs, "batch_size": min(32, len(data.x_train)), "key": fit_key}
-    params, _ = fnn.fit(rule, optax.sgd(0.1), jax.jit(net.init)(init_key), (data.x_train, data.t_train), **settings)
+    rule, settings = (
+        fnn.rules.backprop(net, data.loss),
+        {"epochs": config.epochs, "batch_size": min(32, len(data.x_train)), "key": fit_key},
+    )
+    params, _ = fnn.fit(
+        rule, optax.sgd(0.1), jax.jit(net.init)(init_key), (data.x_train, data.t_train), **settings
+    )
     noise = _noise(config, net, data, params, noise_key)
     std, ks = float(noise.std()), float(stats.kstest(noise, "norm").statistic)
     shares = {dtype: _shares(config, net, data, params, dtype) for dtype in ("float32", "float64")}
-    # a sum of batch_size vectors of norm max_norm has a relative error of some eps, and of it max_norm is one part
+    # a sum of batch_size vectors of norm max_norm has a relative error of some eps, and of it
+    # max_norm is one part
     allowed = {dtype: 1 + 2 * config.batch_size * float(np.finfo(dtype).eps) for dtype in shares}
     largest = {dtype: float(share.max()) for dtype, share in shares.items()}
     broken = [
-        f"the largest share in {d} is {largest[d]:.8f} max_norm, allowed is {allowed[d]:.8f}" for d in shares if largest[d] > allowed[d]
+        f"the largest share in {d} is {largest[d]:.8f} max_norm, allowed is {allowed[d]:.8f}"
+        for d in shares
+        if largest[d] > allowed[d]
     ]
     if abs(std - 1) > LIMIT / (2 * len(noise)) ** 0.5:
         broken.append(f"the noise's standard deviation is {std:.5f} of what it must be")
@@ -104,9 +117,18 @@ def run(config: Config) -> Result:
         broken.append(f"the noise is not normal, Kolmogorov-Smirnov distance {ks:.5f}")
     exact = shares["float64"]
     return Result(
-        len(noise), std, ks, *np.histogram(noise, np.linspace(-5, 5, 101)), len(exact), int((exact == 0).sum()), largest, allowed,
-        float((exact > 1 - 1e-9).mean()), *np.histogram(exact / allowed["float64"], np.linspace(0, 1.2, 49)), tuple(broken),
-    )  # fmt: skip
+        len(noise),
+        std,
+        ks,
+        *np.histogram(noise, np.linspace(-5, 5, 101)),
+        len(exact),
+        int((exact == 0).sum()),
+        largest,
+        allowed,
+        float((exact > 1 - 1e-9).mean()),
+        *np.histogram(exact / allowed["float64"], np.linspace(0, 1.2, 49)),
+        tuple(broken),
+    )
 
 
 def check(config: Config) -> None:
@@ -118,14 +140,32 @@ def check(config: Config) -> None:
 
 
 def main(config: Config) -> None:
-    """Prints the table, saves `privacy-audit.png` and `metrics.json`; raises an error where a bound is broken."""
+    """Prints the table, saves `privacy-audit.png` and `metrics.json`.
+
+    Raises an error where a bound is broken.
+    """
     check(config)
     folder = _run.folder("privacy-audit", config.out)
     result = run(config)
     rows: list[tuple[str, ...]] = [
-        ("noise: standard deviation / (noise_multiplier max_norm)", f"{result.std:.5f}", f"1 ± {LIMIT / (2 * result.samples) ** 0.5:.5f}"),
-        ("noise: Kolmogorov-Smirnov distance to normal", f"{result.ks_distance:.5f}", f"{KS_LIMIT / result.samples**0.5:.5f}"),
-        *((f"largest share / max_norm, {d}", f"{result.largest[d]:.12g}", f"{result.allowed[d]:.12g}") for d in result.largest),
+        (
+            "noise: standard deviation / (noise_multiplier max_norm)",
+            f"{result.std:.5f}",
+            f"1 ± {LIMIT / (2 * result.samples) ** 0.5:.5f}",
+        ),
+        (
+            "noise: Kolmogorov-Smirnov distance to normal",
+            f"{result.ks_distance:.5f}",
+            f"{KS_LIMIT / result.samples**0.5:.5f}",
+        ),
+        *(
+            (
+                f"largest share / max_norm, {d}",
+                f"{result.largest[d]:.12g}",
+                f"{result.allowed[d]:.12g}",
+            )
+            for d in result.largest
+        ),
     ]
     title = f"{result.samples:,} draws of noise, {result.neighbours:,} pairs of neighbouring batches, {100 * result.clipped:.0f} % clipped"
     _run.print_table(title, ("", "measured", "bound"), rows)
@@ -145,27 +185,56 @@ def draw(result: Result, path: Path) -> None:
     with _run.figure(path, title, columns=2, size=(10, 4.2)) as (_, (left, right)):
         z = np.linspace(-5, 5, 201)
         density = result.noise_counts / result.samples / np.diff(result.noise_edges)
-        left.stairs(density, result.noise_edges, fill=True, color=_run.COLOURS[5], label=f"{result.samples:,} draws")
-        left.plot(z, stats.norm.pdf(z), color=_run.COLOURS[6], linewidth=1.2, label="normal density")
-        left.set(xlabel="noise / (noise multiplier × clip norm)", ylabel="density", yscale="log", ylim=(1e-6, 10))
+        left.stairs(
+            density,
+            result.noise_edges,
+            fill=True,
+            color=_run.COLOURS[5],
+            label=f"{result.samples:,} draws",
+        )
+        left.plot(
+            z, stats.norm.pdf(z), color=_run.COLOURS[6], linewidth=1.2, label="normal density"
+        )
+        left.set(
+            xlabel="noise / (noise multiplier × clip norm)",
+            ylabel="density",
+            yscale="log",
+            ylim=(1e-6, 10),
+        )
         left.legend(loc="upper center", ncols=2)
-        right.stairs(result.share_counts, result.share_edges, fill=True, color=_run.COLOURS[0], label="pairs of neighbouring batches")
+        right.stairs(
+            result.share_counts,
+            result.share_edges,
+            fill=True,
+            color=_run.COLOURS[0],
+            label="pairs of neighbouring batches",
+        )
         right.axvline(1, color=_run.COLOURS[1], linestyle="--", linewidth=1.5, label="clip norm")
-        right.set(xlabel="change of the sum by one example / clip norm", ylabel="pairs", yscale="log")
+        right.set(
+            xlabel="change of the sum by one example / clip norm", ylabel="pairs", yscale="log"
+        )
         right.legend(loc="upper center", bbox_to_anchor=(0.45, 1))
 
 
 def _noise(config: Config, net: fnn.Layer, data: Dataset, params: Any, key: Any) -> np.ndarray:
-    """`[draws * parameters]`: gradients less the one without noise, in units of what the noise is to be."""
+    """`[draws * parameters]`.
+
+    Gradients less the one without noise, in units of what the noise is to be.
+    """
     batch = data.x_train[: config.batch_size], data.t_train[: config.batch_size]
-    noisy, still = (_gradient(config, net, data.loss, noise) for noise in (config.noise_multiplier, 0.0))
+    noisy, still = (
+        _gradient(config, net, data.loss, noise) for noise in (config.noise_multiplier, 0.0)
+    )
     rest = still(params, key, *batch)
-    every = jax.jit(lambda keys: jax.lax.map(lambda k: noisy(params, k, *batch) - rest, keys))(jax.random.split(key, config.draws))
+    every = jax.jit(lambda keys: jax.lax.map(lambda k: noisy(params, k, *batch) - rest, keys))(
+        jax.random.split(key, config.draws)
+    )
     return np.asarray(every).ravel() * (len(batch[0]) / (config.noise_multiplier * config.max_norm))
 
 
 def _shares(config: Config, net: fnn.Layer, data: Dataset, params: Any, dtype: str) -> np.ndarray:
-    """`[neighbours]`: the norm of the difference that one example makes to the sum, in units of `max_norm`."""
+    """`[neighbours]`: the norm of the difference that one example makes to the sum, in units of
+    `max_norm`."""
     rng, found = np.random.default_rng(config.seed), []
     with jax.enable_x64(dtype == "float64"):
         total = _gradient(config, net, data.loss, 0.0)
@@ -181,17 +250,31 @@ def _shares(config: Config, net: fnn.Layer, data: Dataset, params: Any, dtype: s
 
         key = fnn.key(config.seed)
         for _ in range(config.batches):
-            rows = rng.choice(len(data.x_train), min(2 * config.batch_size, len(data.x_train)), replace=False)
-            x, t, kind = data.x_train[rows].astype(dtype), data.t_train[rows], rng.integers(0, 8, len(rows))
-            t = np.where(kind == 1, rng.integers(0, data.classes, len(rows)), t).astype(np.int32)  # another label
+            rows = rng.choice(
+                len(data.x_train), min(2 * config.batch_size, len(data.x_train)), replace=False
+            )
+            x, t, kind = (
+                data.x_train[rows].astype(dtype),
+                data.t_train[rows],
+                rng.integers(0, 8, len(rows)),
+            )
+            # another label
+            t = np.where(kind == 1, rng.integers(0, data.classes, len(rows)), t).astype(np.int32)
             x[kind == 2] *= 1000
-            x[kind == 3, :1] = np.where(rng.random((int((kind == 3).sum()), 1)) < 0.5, np.nan, np.inf)
-            present = (np.arange(len(rows)) < len(rows) // 2).astype(dtype)  # half are taken out of the batch, half are put in
+            x[kind == 3, :1] = np.where(
+                rng.random((int((kind == 3).sum()), 1)) < 0.5, np.nan, np.inf
+            )
+            # half are taken out of the batch, half are put in
+            present = (np.arange(len(rows)) < len(rows) // 2).astype(dtype)
             found.append(np.asarray(differences(x, t, jnp.asarray(present))) / config.max_norm)
     return np.concatenate(found)
 
 
-def _gradient(config: Config, net: fnn.Layer, loss: fnn.Loss, noise_multiplier: float) -> Callable[..., Any]:
+def _gradient(
+    config: Config, net: fnn.Layer, loss: fnn.Loss, noise_multiplier: float
+) -> Callable[..., Any]:
     """`(params, key, x, targets, weights=None) -> [parameters]`: the rule's gradient as one vector."""
     rule = fnn.rules.private_sgd(net, loss, config.max_norm, noise_multiplier)
-    return lambda params, key, *batch: ravel_pytree(rule.value_and_grad(params, rule.init(key, params), *batch)[1])[0]
+    return lambda params, key, *batch: ravel_pytree(
+        rule.value_and_grad(params, rule.init(key, params), *batch)[1]
+    )[0]

@@ -2,13 +2,15 @@
 
     python -m experiments softmax-from-bayes
 
-Three classes of points in the plane are Gaussian, with priors of 0.5, 0.3 and 0.2. With z_k = ln P(x|C_k) P(C_k), softmax(z) should be
-the posterior P(C_k|x) that Bayes' rule gives from scipy's densities: expect them to differ by less than 1e-14 in float64. Where all
-densities underflow to 0, Bayes' rule as printed gives 0/0; softmax(z) still gives the posterior.
+Three classes of points in the plane are Gaussian, with priors of 0.5, 0.3 and 0.2. With z_k = ln
+P(x|C_k) P(C_k), softmax(z) should be the posterior P(C_k|x) that Bayes' rule gives from scipy's
+densities: expect them to differ by less than 1e-14 in float64. Where all densities underflow to 0,
+Bayes' rule as printed gives 0/0; softmax(z) still gives the posterior.
 
-If the classes share one covariance, z is linear in x up to a number common to all, which softmax ignores; so one dense layer can give
-the posterior, and its weights can be learnt from labelled points alone. Expect it to get as many points right as Bayes' rule to a few
-tenths of a percent, and straight boundaries; with a covariance for every class they are curved. Takes about 4 seconds.
+If the classes share one covariance, z is linear in x up to a number common to all, which softmax
+ignores; so one dense layer can give the posterior, and its weights can be learnt from labelled
+points alone. Expect it to get as many points right as Bayes' rule to a few tenths of a percent, and
+straight boundaries; with a covariance for every class they are curved. Takes about 4 seconds.
 
 Source: lectures 000 and 002 (softmax from Bayes).
 """
@@ -75,13 +77,16 @@ class Result(NamedTuple):
     shared: Posterior
     own: Posterior
     learnt: np.ndarray  # [grid, grid, 3]: by the dense layer
-    learnt_error: float  # the mean over the test points of |learnt - Bayes|, the greatest of the three
+    # the mean over the test points of |learnt - Bayes|, the greatest of the three
+    learnt_error: float
     accuracy: tuple[float, float]  # on test points: by Bayes' rule, by the dense layer
-    far: tuple[np.ndarray, np.ndarray]  # [3], at the point FAR: softmax(z), and Bayes' rule as printed
+    # [3], at the point FAR: softmax(z), and Bayes' rule as printed
+    far: tuple[np.ndarray, np.ndarray]
 
 
 def run(config: Config) -> Result:
-    """Compares softmax(z) with Bayes' rule for both kinds of classes, and trains a dense layer on points of the first."""
+    """Compares softmax(z) with Bayes' rule for both kinds of classes, and trains a dense layer on
+    points of the first."""
     check(config)
     axis = np.linspace(-5, 5, config.grid)
     grid = np.stack(np.meshgrid(axis, axis), axis=-1)
@@ -100,11 +105,15 @@ def check(config: Config) -> None:
     """Raises a TypeError or ValueError that names the first flag that cannot be meant."""
     check_positive(config, "priors")
     if len(config.priors) != 3 or abs(sum(config.priors) - 1) > 1e-9:
-        raise ValueError(f"`priors` must be three numbers with the sum 1, got {config.priors} with the sum {sum(config.priors):g}.")
+        raise ValueError(
+            f"`priors` must be three numbers with the sum 1, got {config.priors} with the sum {sum(config.priors):g}."
+        )
     check_positive(config, "grid", "examples", "epochs", whole=True)
     check_positive(config, "learning_rate")
     if config.grid < 2:
-        raise ValueError(f"`grid` must be at least 2, since boundaries are drawn, got {config.grid}.")
+        raise ValueError(
+            f"`grid` must be at least 2, since boundaries are drawn, got {config.grid}."
+        )
     fnn.key(config.seed)
 
 
@@ -115,15 +124,28 @@ def posterior(x: np.ndarray, covariances: np.ndarray, priors: tuple[float, ...])
 
 
 def bayes_rule(x: np.ndarray, covariances: np.ndarray, priors: tuple[float, ...]) -> np.ndarray:
-    """P(C_k|x) = P(x|C_k) P(C_k) / sum_j P(x|C_j) P(C_j), `[..., 3]`; NaN where every density underflows to 0."""
-    densities = [multivariate_normal(mean, covariance).pdf(x) for mean, covariance in zip(MEANS, covariances, strict=True)]
-    joint = np.stack([np.reshape(density, x.shape[:-1]) * prior for density, prior in zip(densities, priors, strict=True)], axis=-1)
+    """P(C_k|x) = P(x|C_k) P(C_k) / sum_j P(x|C_j) P(C_j), `[..., 3]`.
+
+    NaN where every density underflows to 0.
+    """
+    densities = [
+        multivariate_normal(mean, covariance).pdf(x)
+        for mean, covariance in zip(MEANS, covariances, strict=True)
+    ]
+    joint = np.stack(
+        [
+            np.reshape(density, x.shape[:-1]) * prior
+            for density, prior in zip(densities, priors, strict=True)
+        ],
+        axis=-1,
+    )
     with np.errstate(invalid="ignore"):
         return joint / joint.sum(-1, keepdims=True)
 
 
 def softmax_of_z(x: np.ndarray, covariances: np.ndarray, priors: tuple[float, ...]) -> np.ndarray:
-    """fnn's softmax of z_k = ln P(C_k) - ln det(2 pi S_k) / 2 - (x - m_k)^T S_k^-1 (x - m_k) / 2, in float64, `[..., 3]`."""
+    """fnn's softmax of z_k = ln P(C_k) - ln det(2 pi S_k) / 2 - (x - m_k)^T S_k^-1 (x - m_k) / 2,
+    in float64, `[..., 3]`."""
     z = []
     for mean, covariance, prior in zip(MEANS, covariances, priors, strict=True):
         distance = np.einsum("...i,ij,...j->...", x - mean, np.linalg.inv(covariance), x - mean)
@@ -140,13 +162,18 @@ def draw_points(rng: np.random.Generator, config: Config) -> tuple[np.ndarray, n
 
 
 def train(config: Config, x: np.ndarray, t: np.ndarray) -> Any:
-    """A dense layer trained by softmax cross-entropy: a function from points to its three probabilities."""
+    """A dense layer trained by softmax cross-entropy.
+
+    A function from points to its three probabilities.
+    """
     net = fnn.dense(2, 3)
     init_key, fit_key = jax.random.split(fnn.key(config.seed))
     rule, optimizer = fnn.rules.backprop(net, LOSS), optax.sgd(config.learning_rate)
     settings = {"epochs": config.epochs, "batch_size": config.examples, "key": fit_key}
     params, _ = fnn.fit(rule, optimizer, net.init(init_key), (x, t), **settings)
-    return lambda x: np.asarray(fnn.activations.softmax.apply((), net.apply(params, jnp.asarray(x, jnp.float32))))
+    return lambda x: np.asarray(
+        fnn.activations.softmax.apply((), net.apply(params, jnp.asarray(x, jnp.float32)))
+    )
 
 
 def main(config: Config) -> None:
@@ -155,9 +182,16 @@ def main(config: Config) -> None:
     result = run(config)
     rows = [("greatest |softmax(z) - Bayes|, shared covariance", f"{result.shared.difference:.1e}")]
     rows += [("greatest |softmax(z) - Bayes|, own covariances", f"{result.own.difference:.1e}")]
-    rows += [(f"softmax(z) at {FAR[0].tolist()}, own covariances", ", ".join(f"{p:.4g}" for p in result.far[0]))]
+    rows += [
+        (
+            f"softmax(z) at {FAR[0].tolist()}, own covariances",
+            ", ".join(f"{p:.4g}" for p in result.far[0]),
+        )
+    ]
     rows += [("Bayes' rule as printed, there", ", ".join(f"{p:.4g}" for p in result.far[1]))]
-    rows += [("test points right, Bayes' rule, shared covariance", f"{100 * result.accuracy[0]:.2f} %")]
+    rows += [
+        ("test points right, Bayes' rule, shared covariance", f"{100 * result.accuracy[0]:.2f} %")
+    ]
     rows += [("test points right, learnt dense layer", f"{100 * result.accuracy[1]:.2f} %")]
     rows += [("mean distance of its probabilities to Bayes'", f"{result.learnt_error:.4f}")]
     print_table("Softmax and Bayes' rule", ("", "measured"), rows)
@@ -177,22 +211,51 @@ def draw(path: Path, result: Result) -> None:
     )
     with figure(path, title, columns=3, size=(13, 4.9)) as (_, (left, middle, right)):
         some = slice(0, SHOWN)
-        left.scatter(*result.points[some].T, c=[COLOURS[k] for k in result.labels[some]], s=7, linewidths=0)
+        left.scatter(
+            *result.points[some].T, c=[COLOURS[k] for k in result.labels[some]], s=7, linewidths=0
+        )
         draw_regions(left, result.axis, result.shared.bayes, "one covariance for all classes")
-        draw_boundaries(left, result.axis, result.learnt, colors="black", linestyles="dashed", linewidths=1.5)
+        draw_boundaries(
+            left, result.axis, result.learnt, colors="black", linestyles="dashed", linewidths=1.5
+        )
         left.plot([], [], "k--", linewidth=1.5, label="boundaries, learnt")
         shown, examples = min(SHOWN, len(result.points)), len(result.points)
-        left.plot([], [], ".", color="#777777", label=f"points, {shown:,} of {examples:,}" if shown < examples else f"{examples:,} points")
+        left.plot(
+            [],
+            [],
+            ".",
+            color="#777777",
+            label=f"points, {shown:,} of {examples:,}"
+            if shown < examples
+            else f"{examples:,} points",
+        )
         left.legend(loc="lower left", fontsize=9, frameon=True, framealpha=1)
         draw_regions(middle, result.axis, result.own.bayes, "a covariance for every class")
         row = int(np.abs(result.axis - 0.5).argmin())
         middle.axhline(result.axis[row], color="black", linestyle=":", linewidth=1.5)
         every = max(1, len(result.axis) // 50)
         for k in range(3):
-            right.plot(result.axis, result.own.bayes[row, :, k], color=COLOURS[k], label=f"Bayes, class {k + 1}")
-            right.plot(result.axis[::every], result.own.softmax[row, ::every, k], "o", color=COLOURS[k], markersize=4)
+            right.plot(
+                result.axis,
+                result.own.bayes[row, :, k],
+                color=COLOURS[k],
+                label=f"Bayes, class {k + 1}",
+            )
+            right.plot(
+                result.axis[::every],
+                result.own.softmax[row, ::every, k],
+                "o",
+                color=COLOURS[k],
+                markersize=4,
+            )
         right.plot([], [], "o", color="#777777", markersize=4, label="softmax(z)")
-        right.set(xlabel="x₁", ylabel="posterior P(C|x)", ylim=(-0.03, 1.25), yticks=np.linspace(0, 1, 6), box_aspect=1)
+        right.set(
+            xlabel="x₁",
+            ylabel="posterior P(C|x)",
+            ylim=(-0.03, 1.25),
+            yticks=np.linspace(0, 1, 6),
+            box_aspect=1,
+        )
         right.set_title(f"along the dotted line, x₂ = {result.axis[row]:.2g}", fontsize=10)
         right.legend(ncols=2, fontsize=9, loc="upper center")
 
@@ -200,10 +263,29 @@ def draw(path: Path, result: Result) -> None:
 def draw_regions(axes: Any, axis: np.ndarray, probabilities: np.ndarray, title: str) -> None:
     """The most probable class by colour, its posterior by lines at 0.6, 0.8 and 0.95."""
     best = probabilities.argmax(-1)
-    axes.pcolormesh(axis, axis, best, cmap=ListedColormap(COLOURS[:3]), vmin=0, vmax=2, alpha=0.25, linewidth=0, rasterized=True)
-    axes.contour(axis, axis, probabilities.max(-1), levels=(0.6, 0.8, 0.95), colors="#555555", linewidths=0.8)
+    axes.pcolormesh(
+        axis,
+        axis,
+        best,
+        cmap=ListedColormap(COLOURS[:3]),
+        vmin=0,
+        vmax=2,
+        alpha=0.25,
+        linewidth=0,
+        rasterized=True,
+    )
+    axes.contour(
+        axis, axis, probabilities.max(-1), levels=(0.6, 0.8, 0.95), colors="#555555", linewidths=0.8
+    )
     for k, mean in enumerate(MEANS):
-        axes.text(*mean, f"C{'₁₂₃'[k]}", ha="center", va="center", fontsize=13, bbox={"fc": "white", "ec": COLOURS[k], "boxstyle": "round"})
+        axes.text(
+            *mean,
+            f"C{'₁₂₃'[k]}",
+            ha="center",
+            va="center",
+            fontsize=13,
+            bbox={"fc": "white", "ec": COLOURS[k], "boxstyle": "round"},
+        )
     axes.set(xlabel="x₁", ylabel="x₂", aspect="equal", xlim=axis[[0, -1]], ylim=axis[[0, -1]])
     axes.grid(visible=False)
     axes.set_title(f"{title}; lines: 0.6, 0.8, 0.95", fontsize=10)

@@ -1,15 +1,19 @@
-"""Does a net predict a disease better than a linear model, and does it learn as scikit-learn's does?
+"""Does a net predict a disease better than a linear model, and does it learn as scikit-learn's
+does?
 
     python -m experiments tabular-regression
 
-Predicts the progression of diabetes in a year from ten measurements of 442 patients. On every split, 353 train and 89 test, three models
-are fitted: ridge regression with its penalty chosen by leave-one-out, a net by `fnn`, and the same net by scikit-learn's MLPRegressor.
-Both nets have the same sizes, weights from Glorot's uniform distribution, half the squared error without a penalty, Adam, float32, batches
-and epochs. What differs: scikit-learn draws the first biases too, ours are 0; and the random numbers of starts and shuffles.
+Predicts the progression of diabetes in a year from ten measurements of 442 patients. On every
+split, 353 train and 89 test, three models are fitted: ridge regression with its penalty chosen by
+leave-one-out, a net by `fnn`, and the same net by scikit-learn's MLPRegressor. Both nets have the
+same sizes, weights from Glorot's uniform distribution, half the squared error without a penalty,
+Adam, float32, batches and epochs. What differs: scikit-learn draws the first biases too, ours are
+0; and the random numbers of starts and shuffles.
 
-Errors are root mean squares in standard deviations of the training targets (about 77 points of the score), over ten splits. Expect 0.70
-for ridge and 0.72 for both nets, which differ by 0.002 ± 0.016: a net gains nothing over a linear model from so few patients. Predicting
-the mean of the training targets gives 0.96. Takes about 8 seconds.
+Errors are root mean squares in standard deviations of the training targets (about 77 points of the
+score), over ten splits. Expect 0.70 for ridge and 0.72 for both nets, which differ by 0.002 ±
+0.016: a net gains nothing over a linear model from so few patients. Predicting the mean of the
+training targets gives 0.96. Takes about 8 seconds.
 
 Source: lecture 001, properties from tables of measured data.
 """
@@ -30,7 +34,16 @@ from sklearn.neural_network import MLPRegressor
 
 import fnn
 from experiments._data import Dataset, load
-from experiments._run import COLOURS, check_positive, figure, folder, mean_std, print_table, progress, save_metrics
+from experiments._run import (
+    COLOURS,
+    check_positive,
+    figure,
+    folder,
+    mean_std,
+    print_table,
+    progress,
+    save_metrics,
+)
 
 
 @dataclass(frozen=True)
@@ -55,7 +68,8 @@ TINY = Config(sizes=(4,), epochs=2, batch_size=100, splits=2)
 
 
 class Split(NamedTuple):
-    """Root-mean-square errors on the test part of one split, in standard deviations of the training targets."""
+    """Root-mean-square errors on the test part of one split, in standard deviations of the training
+    targets."""
 
     mean: float  # of the mean of the training targets
     ridge: float
@@ -74,7 +88,14 @@ def run(config: Config, advance: Callable[[str], Any] = lambda text: None) -> tu
         ridge = RidgeCV(np.logspace(-2, 4, 25)).fit(data.x_train, data.t_train[:, 0])
         ours = train(config, data, net, rule, optimizer, seed)
         mean = np.full(len(data.t_test), data.t_train.mean())
-        found.append(Split(rmse(data, mean), rmse(data, ridge.predict(data.x_test)), ours, train_sklearn(config, data, seed)))
+        found.append(
+            Split(
+                rmse(data, mean),
+                rmse(data, ridge.predict(data.x_test)),
+                ours,
+                train_sklearn(config, data, seed),
+            )
+        )
         advance(f"ridge {found[-1].ridge:.3f}, fnn {ours[-1]:.3f}")
     return tuple(found)
 
@@ -94,19 +115,29 @@ def rmse(data: Dataset, predicted: np.ndarray) -> float:
     return float(np.sqrt(((predicted - data.t_test[:, 0]) ** 2).mean()))
 
 
-def train(config: Config, data: Dataset, net: fnn.Layer, rule: fnn.Rule, optimizer: Any, seed: int) -> np.ndarray:
+def train(
+    config: Config, data: Dataset, net: fnn.Layer, rule: fnn.Rule, optimizer: Any, seed: int
+) -> np.ndarray:
     """The test error of the net by `fnn` after every epoch."""
     init_key, key = jax.random.split(fnn.key(seed))
     parts = (data.x_train, data.t_train), (data.x_test, data.t_test)
     settings = {"epochs": config.epochs, "batch_size": config.batch_size, "key": key}
-    _, history = fnn.fit(rule, optimizer, jax.jit(net.init)(init_key), parts[0], validation=parts[1], **settings)
+    _, history = fnn.fit(
+        rule, optimizer, jax.jit(net.init)(init_key), parts[0], validation=parts[1], **settings
+    )
     return np.sqrt(2 * np.asarray(history.validation["loss"]))  # the loss is half the squared error
 
 
 def train_sklearn(config: Config, data: Dataset, seed: int) -> np.ndarray:
     """The test error of the net by scikit-learn after every epoch."""
-    rng = np.random.RandomState(seed)  # from a number every call of `partial_fit` would shuffle alike
-    settings = {"learning_rate_init": config.learning_rate, "batch_size": config.batch_size, "alpha": 0.0, "random_state": rng}
+    # from a number every call of `partial_fit` would shuffle alike
+    rng = np.random.RandomState(seed)
+    settings = {
+        "learning_rate_init": config.learning_rate,
+        "batch_size": config.batch_size,
+        "alpha": 0.0,
+        "random_state": rng,
+    }
     net, errors = MLPRegressor(hidden_layer_sizes=config.sizes, **settings), []
     for _ in range(config.epochs):
         net.partial_fit(data.x_train, data.t_train[:, 0])
@@ -130,9 +161,19 @@ def main(config: Config) -> None:
     with progress(config.splits, "fitting") as advance:
         splits = run(config, advance)
     found = errors(splits)
-    least = {"net, fnn": [split.fnn.min() for split in splits], "net, scikit-learn": [split.sklearn.min() for split in splits]}
-    rows = [(name, mean_std(values, 3), mean_std(least[name], 3) if name in least else "") for name, values in found.items()]
-    print_table(f"Test error (standard deviations), {config.splits} splits", ("model", "after training", "least of any epoch"), rows)
+    least = {
+        "net, fnn": [split.fnn.min() for split in splits],
+        "net, scikit-learn": [split.sklearn.min() for split in splits],
+    }
+    rows = [
+        (name, mean_std(values, 3), mean_std(least[name], 3) if name in least else "")
+        for name, values in found.items()
+    ]
+    print_table(
+        f"Test error (standard deviations), {config.splits} splits",
+        ("model", "after training", "least of any epoch"),
+        rows,
+    )
     difference = np.subtract(found["net, fnn"], found["net, scikit-learn"])
     print(f"fnn's net minus scikit-learn's, split by split: {mean_std(list(difference), 3)}")
     draw(path / "tabular-regression.png", splits, config)
@@ -156,12 +197,26 @@ def draw(path: Path, splits: tuple[Split, ...], config: Config) -> None:
             left.plot(epochs, np.mean(curves, axis=0), style, color=colours[name], label=name)
         for name in ("the mean", "ridge"):
             left.axhline(np.mean(found[name]), color=colours[name], linestyle=":", label=name)
-        left.set(xlabel="epoch", ylabel="test error (standard deviations)", title=f"mean of {config.splits} splits")
+        left.set(
+            xlabel="epoch",
+            ylabel="test error (standard deviations)",
+            title=f"mean of {config.splits} splits",
+        )
         left.legend(fontsize=9)
         models = [name for name in found if name != "the mean"]
-        right.plot(range(len(models)), np.array([found[name] for name in models]), color="#BBBBBB", linewidth=0.8, zorder=1)
+        right.plot(
+            range(len(models)),
+            np.array([found[name] for name in models]),
+            color="#BBBBBB",
+            linewidth=0.8,
+            zorder=1,
+        )
         for i, name in enumerate(models):
             right.plot([i] * len(splits), found[name], "o", color=colours[name], markersize=5)
             right.plot([i - 0.2, i + 0.2], [np.mean(found[name])] * 2, color="black", linewidth=2)
-        right.set(ylabel="test error (standard deviations)", title="every split; bars: means", xlim=(-0.5, len(models) - 0.5))
+        right.set(
+            ylabel="test error (standard deviations)",
+            title="every split; bars: means",
+            xlim=(-0.5, len(models) - 0.5),
+        )
         right.set_xticks(range(len(models)), models)

@@ -1,19 +1,23 @@
 """Train a net by any rule and optimiser on any data set, once for every seed.
 
-    python -m experiments train --dataset digits --sizes 128 64 --rule backprop --optimizer adam --seeds 0 1 2
+    python -m experiments train --dataset digits --sizes 128 64 --rule backprop --optimizer adam
+    --seeds 0 1 2
 
-Prints the losses and the accuracy of every seed, and their mean; draws the learning curves. A seed gives the net its first
-parameters and the order of its batches; `--data-seed` draws or splits the data. The defaults reach about 97 % on the test
-digits in a few seconds.
+Prints the losses and the accuracy of every seed, and their mean; draws the learning curves. A seed
+gives the net its first parameters and the order of its batches; `--data-seed` draws or splits the
+data. The defaults reach about 97 % on the test digits in a few seconds.
 
-A run has a folder of its own, runs/train-001, with a checkpoint after every epoch, but while another is being written. Stop it when you
-like (Ctrl-C finishes the step and saves; even `kill -9` costs no more than what came after the last checkpoint), and go on:
+A run has a folder of its own, runs/train-001, with a checkpoint after every epoch, but while
+another is being written. Stop it when you like (Ctrl-C finishes the step and saves; even `kill -9`
+costs no more than what came after the last checkpoint), and go on:
 
     python -m experiments train --resume runs/train-001
 
-It ends bit for bit as if it had not been stopped. `python -m experiments runs` lists runs and compares their curves.
+It ends bit for bit as if it had not been stopped. `python -m experiments runs` lists runs and
+compares their curves.
 
-`--devices 8` splits every batch over 8 devices, and `--distributed` over the devices of several processes: docs/scaling.md.
+`--devices 8` splits every batch over 8 devices, and `--distributed` over the devices of several
+processes: docs/scaling.md.
 """
 
 from __future__ import annotations
@@ -32,7 +36,7 @@ from jax.sharding import Mesh
 
 import fnn
 from experiments import _data, _processes, _run, _runs
-from fnn import _check, activations
+from fnn import _validate, activations
 from fnn.checkpoint import Checkpointer, Stopped
 
 
@@ -47,7 +51,8 @@ class Config:
     rule: str = "backprop"
     """What assigns credit: the name of a constructor in fnn.rules.RULES."""
     optimizer: str = "adam"
-    """sgd, momentum, nesterov, adam, adamw, nadam, radam, adabelief, adagrad, rmsprop, lamb or lion."""
+    """sgd, momentum, nesterov, adam, adamw, nadam, radam, adabelief, adagrad, rmsprop, lamb or
+    lion."""
     learning_rate: float = 1e-3
     """Learning rate, above 0."""
     schedule: str = "constant"
@@ -73,18 +78,28 @@ class Config:
     devices: int = 1
     """Devices that train together; 0 for all there are."""
     model: int = 1
-    """Over how many of these the weights are split, where the plan does; the batch is split over the others."""
+    """Over how many of these the weights are split, where the plan does; the batch is split over
+    the others."""
     plan: str = "replicated"
     """Where the parameters lie: replicated, tensor_parallel or fully_sharded."""
     distributed: bool = False
-    """Train on all devices of several processes, each started with this command: docs/scaling.md."""
+    """Train on all devices of several processes, each started with this command:
+    docs/scaling.md."""
     resume: Path | None = None
     """Folder of a run to go on with; all other flags are those that it began with."""
     out: Path | None = None
     """Folder of a new run; runs/train-001, -002, ... if left out."""
 
 
-TINY = Config(dataset="moons", sizes=(8,), optimizer="sgd", learning_rate=0.1, epochs=2, batch_size=100, seeds=(0, 1))
+TINY = Config(
+    dataset="moons",
+    sizes=(8,),
+    optimizer="sgd",
+    learning_rate=0.1,
+    epochs=2,
+    batch_size=100,
+    seeds=(0, 1),
+)
 
 OPTIMIZERS: dict[str, Callable[[Any], optax.GradientTransformation]] = {
     "sgd": optax.sgd,
@@ -131,20 +146,35 @@ class Result(NamedTuple):
 
 
 def check(config: Config) -> None:
-    """Raises a TypeError or ValueError that names the first flag that cannot be meant; before any data are read."""
+    """Raises a TypeError or ValueError that names the first flag that cannot be meant.
+
+    Before any data are read.
+    """
     activations.get(config.activation)
     names = {"dataset": _data.LOADERS, "rule": RULES}
-    for kind, choices in {**names, "optimizer": OPTIMIZERS, "schedule": SCHEDULES, "dtype": DTYPES, "plan": PLANS}.items():
-        _check.one_of(kind, getattr(config, kind), choices)
+    for kind, choices in {
+        **names,
+        "optimizer": OPTIMIZERS,
+        "schedule": SCHEDULES,
+        "dtype": DTYPES,
+        "plan": PLANS,
+    }.items():
+        _validate.one_of(kind, getattr(config, kind), choices)
     _run.check_positive(config, "sizes", "epochs", "batch_size", "keep", "model", whole=True)
-    _run.check_positive(config, "learning_rate", *(["clip_norm"] if config.clip_norm is not None else []))
+    _run.check_positive(
+        config, "learning_rate", *(["clip_norm"] if config.clip_norm is not None else [])
+    )
     _run.check_seeds(config.seeds)
     fnn.key(config.data_seed)
     if config.tensorboard:
         _runs.check_tensorboard()
-    _check.not_negative("devices", config.devices)
-    if config.resume is not None and config != Config(resume=config.resume, distributed=config.distributed):
-        raise ValueError("`resume` takes all other flags from the run's own config.json. Leave them out.")
+    _validate.not_negative("devices", config.devices)
+    if config.resume is not None and config != Config(
+        resume=config.resume, distributed=config.distributed
+    ):
+        raise ValueError(
+            "`resume` takes all other flags from the run's own config.json. Leave them out."
+        )
 
 
 def run(config: Config, on_epoch: OnEpoch | None = None, path: Path | None = None) -> Result:
@@ -152,8 +182,10 @@ def run(config: Config, on_epoch: OnEpoch | None = None, path: Path | None = Non
 
     Args:
         config: the flags.
-        on_epoch: `(epoch, metrics) -> stop`, called after every epoch of every seed, as `fnn.fit`'s callback.
-        path: the run folder, for checkpoints, from which training goes on where there are some, and `metrics.jsonl`; None writes nothing.
+        on_epoch: `(epoch, metrics) -> stop`, called after every epoch of every seed, as `fnn.fit`'s
+            callback.
+        path: the run folder, for checkpoints, from which training goes on where there are some, and
+            `metrics.jsonl`; None writes nothing.
 
     Returns:
         The numbers of every seed.
@@ -168,13 +200,24 @@ def run(config: Config, on_epoch: OnEpoch | None = None, path: Path | None = Non
         net = fnn.mlp((data.features, *config.sizes, data.outputs), config.activation)
         rule = RULES[config.rule](net, data.loss)
         optimizer = make_optimizer(config, len(data.x_train))
-        train, test = (_cast(part, config.dtype) for part in ((data.x_train, data.t_train), (data.x_test, data.t_test)))
+        train, test = (
+            _cast(part, config.dtype)
+            for part in ((data.x_train, data.t_train), (data.x_test, data.t_test))
+        )
         mesh = _mesh(config)
         out = path if _processes.leads() else None
-        with contextlib.nullcontext() if out is None else _runs.metrics_writer(out, config.seeds, config.tensorboard) as write:
-            fits = [_Fit(path and _checkpointer(config, path, seed), _callback(seed, on_epoch, write)) for seed in config.seeds]
+        with (
+            contextlib.nullcontext()
+            if out is None
+            else _runs.metrics_writer(out, config.seeds, config.tensorboard) as write
+        ):
+            fits = [
+                _Fit(path and _checkpointer(config, path, seed), _callback(seed, on_epoch, write))
+                for seed in config.seeds
+            ]
             seeds = tuple(
-                _train(config, seed, net, rule, optimizer, train, test, fit, mesh) for seed, fit in zip(config.seeds, fits, strict=True)
+                _train(config, seed, net, rule, optimizer, train, test, fit, mesh)
+                for seed, fit in zip(config.seeds, fits, strict=True)
             )
         shapes = jax.eval_shape(net.init, fnn.key(0))
     return Result(data.name, sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)), seeds)
@@ -186,12 +229,21 @@ def main(config: Config) -> None:
         _processes.start()
     check(config)
     if config.resume is None:
-        folder = _processes.same_path(_runs.begin("train", config, config.out) if _processes.leads() else None)
+        folder = _processes.same_path(
+            _runs.begin("train", config, config.out) if _processes.leads() else None
+        )
     else:
-        folder, config = config.resume, replace(_runs.config_of(config.resume, Config), distributed=config.distributed)
-    with _run.progress(len(config.seeds) * config.epochs, f"{config.dataset}, {config.rule}") as advance:
+        folder, config = (
+            config.resume,
+            replace(_runs.config_of(config.resume, Config), distributed=config.distributed),
+        )
+    with _run.progress(
+        len(config.seeds) * config.epochs, f"{config.dataset}, {config.rule}"
+    ) as advance:
         try:
-            result = run(config, lambda epoch, metrics: advance(f"loss {metrics['loss']:.4f}"), folder)
+            result = run(
+                config, lambda epoch, metrics: advance(f"loss {metrics['loss']:.4f}"), folder
+            )
         except Stopped:
             again = f"python -m experiments train --resume {folder}{' --distributed' * config.distributed}"
             raise Stopped(f"Stopped; all is saved in {folder}. Go on: {again}") from None
@@ -206,9 +258,17 @@ def main(config: Config) -> None:
 def make_optimizer(config: Config, examples: int) -> optax.GradientTransformation:
     """The optimiser that the flags describe, for a train set of so many examples."""
     steps = config.epochs * math.ceil(examples / config.batch_size)
-    rate = config.learning_rate if config.schedule == "constant" else optax.cosine_decay_schedule(config.learning_rate, steps)
+    rate = (
+        config.learning_rate
+        if config.schedule == "constant"
+        else optax.cosine_decay_schedule(config.learning_rate, steps)
+    )
     optimizer = OPTIMIZERS[config.optimizer](rate)
-    return optimizer if config.clip_norm is None else optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+    return (
+        optimizer
+        if config.clip_norm is None
+        else optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+    )
 
 
 def draw(result: Result, config: Config, path: Path) -> None:
@@ -217,16 +277,34 @@ def draw(result: Result, config: Config, path: Path) -> None:
     with _run.figure(path, _sentence(result, config), columns=1 + accuracy) as (_, axes):
         left, *right = np.atleast_1d(axes)
         mean = ", mean" if several else ""
-        _curves(left, [seed.epoch_loss for seed in result.seeds], _run.COLOURS[0], f"train, during the epoch{mean}")
-        _curves(left, [seed.epoch_test_loss for seed in result.seeds], _run.COLOURS[1], f"test, after it{mean}")
+        _curves(
+            left,
+            [seed.epoch_loss for seed in result.seeds],
+            _run.COLOURS[0],
+            f"train, during the epoch{mean}",
+        )
+        _curves(
+            left,
+            [seed.epoch_test_loss for seed in result.seeds],
+            _run.COLOURS[1],
+            f"test, after it{mean}",
+        )
         if several:
             left.plot([], color="#777777", alpha=0.5, linewidth=1, label="each seed")
-        left.set(ylabel="loss (nats)" if accuracy else "loss (half the squared error)", yscale="log")
+        left.set(
+            ylabel="loss (nats)" if accuracy else "loss (half the squared error)", yscale="log"
+        )
         _run.plain_numbers(left.yaxis)
         left.legend(fontsize=9)
         for axis in right:
             _curves(
-                axis, [100 * seed.epoch_test_accuracy for seed in result.seeds if seed.epoch_test_accuracy is not None], _run.COLOURS[1]
+                axis,
+                [
+                    100 * seed.epoch_test_accuracy
+                    for seed in result.seeds
+                    if seed.epoch_test_accuracy is not None
+                ],
+                _run.COLOURS[1],
             )
             axis.set(ylabel="test accuracy (%)")
         for axis in (left, *right):
@@ -242,7 +320,12 @@ class _Fit(NamedTuple):
 
 
 def _checkpointer(config: Config, path: Path, seed: int) -> Checkpointer:
-    return Checkpointer(path / "checkpoints" / f"seed-{seed}", keep=config.keep, best="validation_loss", metadata=_run.jsonable(config))
+    return Checkpointer(
+        path / "checkpoints" / f"seed-{seed}",
+        keep=config.keep,
+        best="validation_loss",
+        metadata=_run.jsonable(config),
+    )
 
 
 def _callback(seed: int, on_epoch: OnEpoch | None, write: _runs.Write | None) -> OnEpoch:
@@ -258,44 +341,93 @@ def _mesh(config: Config) -> Mesh | None:
     """The mesh that the flags describe; none for one device."""
     if config.devices == 1 and not config.distributed:
         return None
-    data = None if config.distributed or not config.devices else max(1, config.devices // config.model)
+    data = (
+        None if config.distributed or not config.devices else max(1, config.devices // config.model)
+    )
     return fnn.sharding.make_mesh(data=data, model=config.model)
 
 
 def _train(
-    config: Config, seed: int, net: fnn.Layer, rule: fnn.Rule, optimizer: Any, train: Any, test: Any, fit: _Fit, mesh: Mesh | None
+    config: Config,
+    seed: int,
+    net: fnn.Layer,
+    rule: fnn.Rule,
+    optimizer: Any,
+    train: Any,
+    test: Any,
+    fit: _Fit,
+    mesh: Mesh | None,
 ) -> SeedResult:
     init_key, fit_key = jax.random.split(fnn.key(seed))
     params = _cast(jax.jit(net.init)(init_key), config.dtype)
-    settings = {"epochs": config.epochs, "batch_size": config.batch_size, "key": fit_key, **fit._asdict()}
+    settings = {
+        "epochs": config.epochs,
+        "batch_size": config.batch_size,
+        "key": fit_key,
+        **fit._asdict(),
+    }
     if mesh is not None:
         settings |= {"mesh": mesh, "plan": PLANS[config.plan](mesh, params)}
-    data = fnn.sharding.own_batches(train, config.batch_size, fit_key, config.epochs) if config.distributed else train
+    data = (
+        fnn.sharding.own_batches(train, config.batch_size, fit_key, config.epochs)
+        if config.distributed
+        else train
+    )
     params, history = fnn.fit(rule, optimizer, params, data, validation=test, **settings)
-    on_train, on_test = (fnn.evaluate(rule, params, part, batch_size=min(len(part[0]), 10_000)) for part in (train, test))
+    on_train, on_test = (
+        fnn.evaluate(rule, params, part, batch_size=min(len(part[0]), 10_000))
+        for part in (train, test)
+    )
     curves = {name: np.asarray(values) for name, values in history.validation.items()}
     return SeedResult(
-        seed, on_train["loss"], on_train.get("accuracy"), on_test["loss"], on_test.get("accuracy"),
-        np.asarray(history.loss), curves["loss"], curves.get("accuracy"),
-    )  # fmt: skip
+        seed,
+        on_train["loss"],
+        on_train.get("accuracy"),
+        on_test["loss"],
+        on_test.get("accuracy"),
+        np.asarray(history.loss),
+        curves["loss"],
+        curves.get("accuracy"),
+    )
 
 
 def _cast(tree: Any, dtype: str) -> Any:
     """The arrays of a tree; those of floating-point numbers in `dtype`."""
-    return jax.tree.map(lambda a: a.astype(jax.numpy.dtype(dtype)) if jax.numpy.issubdtype(a.dtype, jax.numpy.floating) else a, tree)
+    return jax.tree.map(
+        lambda a: (
+            a.astype(jax.numpy.dtype(dtype))
+            if jax.numpy.issubdtype(a.dtype, jax.numpy.floating)
+            else a
+        ),
+        tree,
+    )
 
 
 def _rows(result: Result) -> list[tuple[str, ...]]:
-    columns = [[getattr(seed, name) for seed in result.seeds] for name in ("train_loss", "test_loss", "test_accuracy")]
-    cells = [[f"{value:.4f}" if value is not None else "-" for value in column] for column in columns]
+    columns = [
+        [getattr(seed, name) for seed in result.seeds]
+        for name in ("train_loss", "test_loss", "test_accuracy")
+    ]
+    cells = [
+        [f"{value:.4f}" if value is not None else "-" for value in column] for column in columns
+    ]
     mean = ["-" if None in column else _run.mean_std(column) for column in columns]
-    return [*((str(seed.seed), *row) for seed, *row in zip(result.seeds, *cells, strict=True)), ("mean ± std", *mean)]
+    return [
+        *((str(seed.seed), *row) for seed, *row in zip(result.seeds, *cells, strict=True)),
+        ("mean ± std", *mean),
+    ]
 
 
 def _sentence(result: Result, config: Config) -> str:
-    accuracies = [100 * seed.test_accuracy for seed in result.seeds if seed.test_accuracy is not None]
+    accuracies = [
+        100 * seed.test_accuracy for seed in result.seeds if seed.test_accuracy is not None
+    ]
     loss = _run.mean_std([seed.test_loss for seed in result.seeds], 3)
-    reached = f"gets {_run.mean_std(accuracies, 1)} % of the test set right" if accuracies else f"comes to a test loss of {loss}"
+    reached = (
+        f"gets {_run.mean_std(accuracies, 1)} % of the test set right"
+        if accuracies
+        else f"comes to a test loss of {loss}"
+    )
     seeds = f"{len(result.seeds)} seeds" if len(result.seeds) > 1 else "1 seed"
     return f"{result.dataset}: {config.rule} with {config.optimizer} {reached} after {config.epochs} epochs ({seeds})"
 
@@ -304,4 +436,10 @@ def _curves(axis: Any, curves: list[np.ndarray], colour: str, label: str | None 
     epochs = np.arange(1, len(curves[0]) + 1)
     for curve in curves:
         axis.plot(epochs, curve, color=colour, alpha=0.3, linewidth=1)
-    axis.plot(epochs, np.mean(curves, axis=0), color=colour, label=label, marker="o" if len(epochs) == 1 else None)
+    axis.plot(
+        epochs,
+        np.mean(curves, axis=0),
+        color=colour,
+        label=label,
+        marker="o" if len(epochs) == 1 else None,
+    )

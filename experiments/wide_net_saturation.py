@@ -2,14 +2,17 @@
 
     python -m experiments wide-net-saturation
 
-Draws nets with several hidden layers of equal width, with weights from N(0, 1) and from N(0, 1/fan_in), and sends standard normal
-inputs, as many as the layers are wide, through them. A unit is saturated on an example where its output is within 1 % of its limit
-(|tanh z| > .99; sigmoid below .01 or above .99). Then it passes hardly any gradient on: measured is also the mean slope, relative to
-the greatest (1 for tanh, 1/4 for sigmoid). In the first layer of a wide net z ~ N(0, variance * width), which gives the share.
+Draws nets with several hidden layers of equal width, with weights from N(0, 1) and from N(0,
+1/fan_in), and sends standard normal inputs, as many as the layers are wide, through them. A unit is
+saturated on an example where its output is within 1 % of its limit (|tanh z| > .99; sigmoid below
+.01 or above .99). Then it passes hardly any gradient on: measured is also the mean slope, relative
+to the greatest (1 for tanh, 1/4 for sigmoid). In the first layer of a wide net z ~ N(0, variance *
+width), which gives the share.
 
-Expect at width 1,000, in the first layer, 93.3 % of tanh and 88.5 % of sigmoid units saturated by weights from N(0, 1), as the normal
-distribution says to 0.1 %, and 0.8 % and less than 0.001 % by N(0, 1/fan_in). The mean slope falls with 1 / sqrt(width) in the first
-case, to 2.5 % (tanh), and stays at 61 % in the second. Takes about 7 seconds.
+Expect at width 1,000, in the first layer, 93.3 % of tanh and 88.5 % of sigmoid units saturated by
+weights from N(0, 1), as the normal distribution says to 0.1 %, and 0.8 % and less than 0.001 % by
+N(0, 1/fan_in). The mean slope falls with 1 / sqrt(width) in the first case, to 2.5 % (tanh), and
+stays at 61 % in the second. Takes about 7 seconds.
 
 Source: lecture 004 (random initialisation), 002 and 003 (saturation).
 """
@@ -29,12 +32,22 @@ import numpy as np
 from jax.nn.initializers import normal
 
 import fnn
-from experiments._run import COLOURS, check_positive, figure, folder, plain_numbers, print_table, progress, save_metrics
+from experiments._run import (
+    COLOURS,
+    check_positive,
+    figure,
+    folder,
+    plain_numbers,
+    print_table,
+    progress,
+    save_metrics,
+)
 from fnn import activations
 
 LIMITS = {"tanh": math.atanh(0.99), "sigmoid": math.log(99)}  # beyond this |z| a unit is saturated
 STEEPEST = {"tanh": 1.0, "sigmoid": 0.25}
-WEIGHTS = {"N(0, 1)": lambda fan_in: 1.0, "N(0, 1/fan_in)": lambda fan_in: 1 / fan_in}  # the variance
+# the variance
+WEIGHTS = {"N(0, 1)": lambda fan_in: 1.0, "N(0, 1/fan_in)": lambda fan_in: 1 / fan_in}
 
 
 @dataclass(frozen=True)
@@ -67,9 +80,14 @@ class Curve(NamedTuple):
 
 
 def run(config: Config, advance: Callable[[str], Any] = lambda text: None) -> list[Curve]:
-    """Measures every activation with both kinds of weights. `advance(text)` is called after every width."""
+    """Measures every activation with both kinds of weights.
+
+    `advance(text)` is called after every width.
+    """
     check(config)
-    found: dict[tuple[str, str], list[np.ndarray]] = {(unit, weights): [] for unit in LIMITS for weights in WEIGHTS}
+    found: dict[tuple[str, str], list[np.ndarray]] = {
+        (unit, weights): [] for unit in LIMITS for weights in WEIGHTS
+    }
     for width in config.widths:
         for kind, measured in measure(config, width).items():
             found[kind].append(measured)
@@ -97,10 +115,13 @@ def share_beyond(limit: float) -> float:
 
 
 def measure(config: Config, width: int) -> dict[tuple[str, str], np.ndarray]:
-    """Share of saturated units and mean relative slope, layer by layer, `[2, layers]`, for every activation and kind of weights."""
+    """Share of saturated units and mean relative slope, layer by layer, `[2, layers]`, for every
+    activation and kind of weights."""
     dense = fnn.dense(width, width, kernel_init=normal(1.0))
     init = jax.jit(fnn.repeat(dense, config.layers).init)
-    means = {unit: jax.jit(functools.partial(layer_means, unit, dense, config.layers)) for unit in LIMITS}
+    means = {
+        unit: jax.jit(functools.partial(layer_means, unit, dense, config.layers)) for unit in LIMITS
+    }
     sums: dict[tuple[str, str], np.ndarray] = {}
     for key in jax.random.split(fnn.key(config.seed), config.nets):
         x_key, key = jax.random.split(key)
@@ -108,12 +129,17 @@ def measure(config: Config, width: int) -> dict[tuple[str, str], np.ndarray]:
         for weights, variance in WEIGHTS.items():
             params = standard._replace(w=math.sqrt(variance(width)) * standard.w)
             for unit in LIMITS:
-                sums[unit, weights] = sums.get((unit, weights), 0.0) + np.asarray(means[unit](params, x))
+                sums[unit, weights] = sums.get((unit, weights), 0.0) + np.asarray(
+                    means[unit](params, x)
+                )
     return {kind: total / config.nets for kind, total in sums.items()}
 
 
 def layer_means(unit: str, dense: fnn.Layer, layers: int, params: Any, x: Any) -> Any:
-    """Of one net and its inputs: share of saturated units and mean relative slope in every layer, `[2, layers]`."""
+    """Of one net and its inputs.
+
+    Share of saturated units and mean relative slope in every layer, `[2, layers]`.
+    """
     activation = activations.get(unit)
     net = fnn.repeat(fnn.serial(dense, activation), layers)
     _, (_, (z, a)) = net.forward((params, ()), x)  # [layers, examples, width]
@@ -127,13 +153,23 @@ def main(config: Config) -> None:
     path = folder("wide-net-saturation", config.out)
     with progress(len(config.widths), "measuring") as advance:
         curves = run(config, advance)
-    for name, what in (("saturated", "Saturated units (%)"), ("slope", "Mean slope (% of the greatest)")):
+    for name, what in (
+        ("saturated", "Saturated units (%)"),
+        ("slope", "Mean slope (% of the greatest)"),
+    ):
         rows = [
-            (f"{curve.activation}, {curve.weights}, {layer + 1}", *(f"{100 * share:.2f}" for share in getattr(curve, name)[:, layer]))
+            (
+                f"{curve.activation}, {curve.weights}, {layer + 1}",
+                *(f"{100 * share:.2f}" for share in getattr(curve, name)[:, layer]),
+            )
             for curve in curves
             for layer in sorted({0, config.layers - 1})
         ]
-        rows += [(f"{c.activation}, {c.weights}, expected", *(f"{100 * s:.2f}" for s in c.expected)) for c in curves if name == "saturated"]
+        rows += [
+            (f"{c.activation}, {c.weights}, expected", *(f"{100 * s:.2f}" for s in c.expected))
+            for c in curves
+            if name == "saturated"
+        ]
         print_table(f"{what} by width", ("units, weights, layer", *map(str, config.widths)), rows)
     draw(path / "wide-net-saturation.png", curves, config)
     save_metrics(path, config, curves)
@@ -141,23 +177,48 @@ def main(config: Config) -> None:
 
 
 def sentence(curves: list[Curve], config: Config) -> str:
-    of = {kind: [f"{100 * c.saturated[-1, 0]:.2g} % of {c.activation}" for c in curves if c.weights == kind] for kind in WEIGHTS}
-    shares = " units; ".join(f"weights from {kind} saturate {' and '.join(parts)}" for kind, parts in of.items())
-    return f"In the first layer, {config.widths[-1]:,} units wide, {shares} units".replace("N(0, 1", "N(0,\N{NO-BREAK SPACE}1")
+    of = {
+        kind: [
+            f"{100 * c.saturated[-1, 0]:.2g} % of {c.activation}"
+            for c in curves
+            if c.weights == kind
+        ]
+        for kind in WEIGHTS
+    }
+    shares = " units; ".join(
+        f"weights from {kind} saturate {' and '.join(parts)}" for kind, parts in of.items()
+    )
+    return f"In the first layer, {config.widths[-1]:,} units wide, {shares} units".replace(
+        "N(0, 1", "N(0,\N{NO-BREAK SPACE}1"
+    )
 
 
 def draw(path: Path, curves: list[Curve], config: Config) -> None:
     """Share of saturated units against width, with what a normal z gives; the mean slope."""
     with figure(path, sentence(curves, config), columns=2, size=(10, 4.4)) as (_, (left, right)):
         for curve in curves:
-            colour, marker = COLOURS[list(LIMITS).index(curve.activation)], "o" if curve.weights == "N(0, 1)" else "s"
+            colour, marker = (
+                COLOURS[list(LIMITS).index(curve.activation)],
+                "o" if curve.weights == "N(0, 1)" else "s",
+            )
             label = f"{curve.activation}, {curve.weights}"
-            left.plot(config.widths, 100 * curve.expected, color=colour, linestyle=":", linewidth=1.2)
+            left.plot(
+                config.widths, 100 * curve.expected, color=colour, linestyle=":", linewidth=1.2
+            )
             left.plot(config.widths, 100 * curve.saturated[:, 0], marker, color=colour, label=label)
-            right.plot(config.widths, 100 * curve.slope[:, 0], "-", marker=marker, color=colour, label=label)
+            right.plot(
+                config.widths,
+                100 * curve.slope[:, 0],
+                "-",
+                marker=marker,
+                color=colour,
+                label=label,
+            )
         left.plot([], [], "k:", linewidth=1.2, label="expected of a normal z")
         left.set(ylabel="saturated units, first layer (%)", ylim=(-3, 103))
-        right.set(ylabel="mean slope, first layer (% of the greatest)", yscale="log", ylim=(None, 100))
+        right.set(
+            ylabel="mean slope, first layer (% of the greatest)", yscale="log", ylim=(None, 100)
+        )
         plain_numbers(right.yaxis)
         for axis in (left, right):
             axis.set(xlabel="width (units a layer, and inputs)", xscale="log")

@@ -1,7 +1,10 @@
-"""How other libraries name and store the parameters of a layer: what `fnn.interchange` reads and writes by.
+"""How other libraries name and store the parameters of a layer.
 
-A tree of another library is here a flat dict `{"module.field": array}`. For each library one table says what the fields are called and how
-the weight of a dense layer is stored, and two functions say which module is which layer's, where the user does not.
+What `fnn.interchange` reads and writes by.
+
+A tree of another library is here a flat dict `{"module.field": array}`. For each library one table
+says what the fields are called and how the weight of a dense layer is stored, and two functions say
+which module is which layer's, where the user does not.
 """
 
 from __future__ import annotations
@@ -15,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr
 
-from fnn import _check
-from fnn._types import Array, Params
-from fnn.layers import Dense, Embedding, Norm
+from fnn import _validate
+from fnn.nets.layers import Dense, Embedding, Norm
+from fnn.types import Array, Params
 
 RANKS = {Dense: (2, 1), Norm: (1, 1), Embedding: (2,)}
 
@@ -34,10 +37,12 @@ class Module(NamedTuple):
 class Library(NamedTuple):
     """A library's conventions."""
 
-    fields: dict[type, tuple[str, ...]]  # what it calls the fields of a Dense, a Norm and an Embedding
+    # what it calls the fields of a Dense, a Norm and an Embedding
+    fields: dict[type, tuple[str, ...]]
     axes: str  # of a dense layer's weight
     names: Callable[[list[Module]], list[str]]  # the modules that are written
-    order: Callable[[str, Iterable[str], list[Module]], list[str]]  # (argument, names of all arrays, layers) -> the module of each
+    # (argument, names of all arrays, layers) -> the module of each
+    order: Callable[[str, Iterable[str], list[Module]], list[str]]
 
 
 class Slot(NamedTuple):
@@ -48,47 +53,82 @@ class Slot(NamedTuple):
     turned: bool  # stored transposed there
 
 
-def write(argument: str, params: Params, library: Library, names: Sequence[str] | None = None) -> dict[str, Any]:
+def write(
+    argument: str, params: Params, library: Library, names: Sequence[str] | None = None
+) -> dict[str, Any]:
     """The leaves under a library's names, as it stores them."""
     modules = layers(argument, params)
     names = library.names(modules) if names is None else checked(names, modules)
-    return {slot.name: slot.leaf.T if slot.turned else slot.leaf for slot in _slots(modules, library, names)}
+    return {
+        slot.name: slot.leaf.T if slot.turned else slot.leaf
+        for slot in _slots(modules, library, names)
+    }
 
 
-def read(argument: str, found: Mapping[str, Any], like: Params, library: Library, names: Sequence[str] | None = None) -> Params:
+def read(
+    argument: str,
+    found: Mapping[str, Any],
+    like: Params,
+    library: Library,
+    names: Sequence[str] | None = None,
+) -> Params:
     """A tree like `like` from arrays under a library's names."""
     known = {field for fields in library.fields.values() for field in fields}
     strange = [name for name in found if name.rpartition(".")[2] not in known]
     if strange:
         mend = "A batch norm? Fold it into the layer before it."
-        raise ValueError(f"`{argument}` has what dense layers, layer_norm, rms_norm and embedding have not: {listed(strange)}. {mend}")
+        raise ValueError(
+            f"`{argument}` has what dense layers, layer_norm, rms_norm and embedding have not: {listed(strange)}. {mend}"
+        )
     modules = layers("like", like)
-    slots = _slots(modules, library, library.order(argument, found, modules) if names is None else checked(names, modules))
-    wanted = {s.name: jax.ShapeDtypeStruct(s.leaf.shape[::-1] if s.turned else s.leaf.shape, s.leaf.dtype) for s in slots}
+    slots = _slots(
+        modules,
+        library,
+        library.order(argument, found, modules) if names is None else checked(names, modules),
+    )
+    wanted = {
+        s.name: jax.ShapeDtypeStruct(s.leaf.shape[::-1] if s.turned else s.leaf.shape, s.leaf.dtype)
+        for s in slots
+    }
     arrays = fitted(argument, found, wanted, axes=library.axes)
-    return jax.tree.unflatten(jax.tree.structure(like), [arrays[s.name].T if s.turned else arrays[s.name] for s in slots])
+    return jax.tree.unflatten(
+        jax.tree.structure(like), [arrays[s.name].T if s.turned else arrays[s.name] for s in slots]
+    )
 
 
 def fitted(
-    argument: str, found: Mapping[str, Any], wanted: Mapping[str, Any], *, axes: str = "[in, out]", cast: bool = True
+    argument: str,
+    found: Mapping[str, Any],
+    wanted: Mapping[str, Any],
+    *,
+    axes: str = "[in, out]",
+    cast: bool = True,
 ) -> dict[str, Array]:
-    """The arrays of `found` in the dtypes of `wanted`, after all names, shapes and, unless floats may be cast, dtypes were compared."""
+    """The arrays of `found` in the dtypes of `wanted`, after all names, shapes and, unless floats
+    may be cast, dtypes were compared."""
     for name, value in found.items():
-        _check.is_array(f"{argument}[{name!r}]", value)
+        _validate.is_array(f"{argument}[{name!r}]", value)
     both = [(name, found[name], leaf) for name, leaf in wanted.items() if name in found]
     wrong = [(name, a, leaf) for name, a, leaf in both if not _fits(a, leaf, cast)]
     problems = {
         "missing": [name for name in wanted if name not in found],
         "left over": [name for name in found if name not in wanted],
-        "different": [f"{name} is {_check.said(a)}, expected {_check.said(leaf)}" for name, a, leaf in wrong],
+        "different": [
+            f"{name} is {_validate.said(a)}, expected {_validate.said(leaf)}"
+            for name, a, leaf in wrong
+        ],
     }
     if any(problems.values()):
         mend = "Parameters of another net?"
         if any(a.shape != leaf.shape == a.shape[::-1] for _, a, leaf in wrong):
             mend = f"Stored the other way round? Weights are {axes} here: pass `.T`."
-        elif len(wrong) == sum(map(len, problems.values())) and all(a.shape == leaf.shape for _, a, leaf in wrong):
+        elif len(wrong) == sum(map(len, problems.values())) and all(
+            a.shape == leaf.shape for _, a, leaf in wrong
+        ):
             mend = "Cast it first, by `.astype`."
-        raise ValueError(f"`{argument}` does not fit: {'; '.join(f'{what}: {listed(v)}' for what, v in problems.items() if v)}. {mend}")
+        raise ValueError(
+            f"`{argument}` does not fit: {'; '.join(f'{what}: {listed(v)}' for what, v in problems.items() if v)}. {mend}"
+        )
     return {name: _own(a, dtype(leaf)) for name, a, leaf in both}
 
 
@@ -99,16 +139,21 @@ def _fits(a: Any, leaf: Any, cast: bool) -> bool:
 
 def named(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[tuple[str, Any]]:
     """The leaves of a tree with dotted names."""
-    return [(keystr(path, simple=True, separator="."), leaf) for path, leaf in jax.tree.leaves_with_path(tree, is_leaf=is_leaf)]
+    return [
+        (keystr(path, simple=True, separator="."), leaf)
+        for path, leaf in jax.tree.leaves_with_path(tree, is_leaf=is_leaf)
+    ]
 
 
 def flat(argument: str, tree: Any) -> dict[str, Any]:
     """The leaves of a tree, all arrays, by their dotted names, all different."""
     found: dict[str, Any] = {}
     for name, leaf in named(tree):
-        _check.is_array(f"{argument}.{name}", leaf)
+        _validate.is_array(f"{argument}.{name}", leaf)
         if name in found:
-            raise ValueError(f"`{argument}` has two leaves of the name {name!r}. A key of a dict with a dot in it? Rename it.")
+            raise ValueError(
+                f"`{argument}` has two leaves of the name {name!r}. A key of a dict with a dot in it? Rename it."
+            )
         found[name] = leaf
     return found
 
@@ -116,16 +161,20 @@ def flat(argument: str, tree: Any) -> dict[str, Any]:
 def layers(argument: str, params: Params) -> list[Module]:
     """The layers with parameters, in the tree's order; an array anywhere else is an error."""
     found: list[Module] = []
-    for place, (path, node) in enumerate(named(params, is_leaf=lambda p: type(p) in RANKS or (type(p) is tuple and not p))):
+    for place, (path, node) in enumerate(
+        named(params, is_leaf=lambda p: type(p) in RANKS or (type(p) is tuple and not p))
+    ):
         if type(node) is tuple:
             continue
         at = f"{argument}.{path}" if path else argument
         if type(node) not in RANKS:
             raise ValueError(
-                f"`{at}` is {_check.said(node)} outside a dense layer, norm or embedding: other libraries have no place for it."
+                f"`{at}` is {_validate.said(node)} outside a dense layer, norm or embedding: other libraries have no place for it."
             )
         _check_leaves(at, node)
-        kind = {Dense: "Dense", Embedding: "Embed"}.get(type(node)) or ("RMSNorm" if node.bias is None else "LayerNorm")
+        kind = {Dense: "Dense", Embedding: "Embed"}.get(type(node)) or (
+            "RMSNorm" if node.bias is None else "LayerNorm"
+        )
         found.append(Module(path, node, kind, place))
     return found
 
@@ -136,7 +185,9 @@ def checked(names: Any, modules: list[Module]) -> list[str]:
         raise TypeError(f"`names` must be a tuple of text, one for each layer, got {names!r}.")
     if len(names) != len(modules) or len(set(names)) != len(names):
         paths = listed([module.path for module in modules])
-        raise ValueError(f"`names` must be {len(modules)} different ones, for the layers {paths}; got {', '.join(names)}.")
+        raise ValueError(
+            f"`names` must be {len(modules)} different ones, for the layers {paths}; got {', '.join(names)}."
+        )
     return list(names)
 
 
@@ -152,12 +203,16 @@ def listed(names: Sequence[str]) -> str:
 
 def _check_leaves(at: str, node: Any) -> None:
     leaves = zip(node._fields, node, RANKS[type(node)], strict=True)
-    for field, leaf, rank in [each for each in leaves if each[1] is not None or each[0] not in ("b", "bias")]:
-        _check.is_float(f"{at}.{field}", leaf)
+    for field, leaf, rank in [
+        each for each in leaves if each[1] is not None or each[0] not in ("b", "bias")
+    ]:
+        _validate.is_float(f"{at}.{field}", leaf)
         if len(leaf.shape) != rank:
             mend = "Stacked by `fnn.repeat`? Other libraries have single layers: `fnn.serial(*[layer] * n)`, whose params are "
             mend += "`tuple(jax.tree.map(lambda leaf: leaf[i], stacked) for i in range(n))`."
-            raise ValueError(f"`{at}.{field}` is {_check.said(leaf)}, expected {rank} {'axis' if rank == 1 else 'axes'}. {mend}")
+            raise ValueError(
+                f"`{at}.{field}` is {_validate.said(leaf)}, expected {rank} {'axis' if rank == 1 else 'axes'}. {mend}"
+            )
 
 
 def _own(a: Any, dtype: Any) -> Array:
@@ -171,7 +226,9 @@ def _slots(modules: list[Module], library: Library, names: Iterable[str]) -> lis
     """A slot for every leaf, in the tree's order."""
     slots = []
     for module, name in zip(modules, names, strict=True):
-        for i, (field, leaf) in enumerate(zip(library.fields[type(module.node)], module.node, strict=True)):
+        for i, (field, leaf) in enumerate(
+            zip(library.fields[type(module.node)], module.node, strict=True)
+        ):
             turned = library.axes == "[out, in]" and type(module.node) is Dense and i == 0
             if leaf is not None:
                 slots.append(Slot(f"{name}.{field}" if name else field, leaf, turned))
@@ -196,17 +253,29 @@ def in_order(argument: str, found: Iterable[str], modules: list[Module]) -> list
 
 
 def _by_number(argument: str, found: Iterable[str], modules: list[Module]) -> list[str]:
-    """For each layer the next module of its kind by the numbers in their names; Flax's dicts keep no other order."""
+    """For each layer the next module of its kind by the numbers in their names.
+
+    Flax's dicts keep no other order.
+    """
     fields: dict[str, set[str]] = {}
     for name in found:
         fields.setdefault(name.rpartition(".")[0], set()).add(name.rpartition(".")[2])
-    names = sorted(fields, key=lambda name: [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", name))])
+    names = sorted(
+        fields,
+        key=lambda name: [
+            int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", name))
+        ],
+    )
     queues = {}
     for kind in dict.fromkeys(module.kind for module in modules):
         theirs = [name for name in names if _flax_kind(fields[name]) == kind]
-        _same_number(argument, f"{kind} ", theirs, [module for module in modules if module.kind == kind])
+        _same_number(
+            argument, f"{kind} ", theirs, [module for module in modules if module.kind == kind]
+        )
         if len({re.sub(r"\d+", "", name) for name in theirs}) > 1:
-            raise ValueError(f"`{argument}`: the names {listed(theirs)} do not tell their order. Pass `names`, in the order of the layers.")
+            raise ValueError(
+                f"`{argument}`: the names {listed(theirs)} do not tell their order. Pass `names`, in the order of the layers."
+            )
         queues[kind] = iter(theirs)
     return [next(queues[module.kind]) for module in modules]
 
@@ -222,10 +291,18 @@ def _same_number(argument: str, kind: str, names: list[str], modules: list[Modul
         return f"{len(each)} {kind}{what}{'s' * (len(each) != 1)} ({listed([name or 'no name' for name in each]) or 'none'})"
 
     if len(names) != len(modules):
-        theirs, ours = counted("module", names), counted("layer", [module.path for module in modules])
+        theirs, ours = (
+            counted("module", names),
+            counted("layer", [module.path for module in modules]),
+        )
         raise ValueError(f"`{argument}` has {theirs}, but the net has {ours} with parameters.")
 
 
 _WEIGHT_AND_BIAS = {Dense: ("weight", "bias"), Norm: ("weight", "bias"), Embedding: ("weight",)}
 TORCH = EQUINOX = Library(_WEIGHT_AND_BIAS, "[out, in]", _places, in_order)
-FLAX = Library({Dense: ("kernel", "bias"), Norm: ("scale", "bias"), Embedding: ("embedding",)}, "[in, out]", _counted, _by_number)
+FLAX = Library(
+    {Dense: ("kernel", "bias"), Norm: ("scale", "bias"), Embedding: ("embedding",)},
+    "[in, out]",
+    _counted,
+    _by_number,
+)

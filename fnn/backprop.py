@@ -1,7 +1,9 @@
-"""Backprop from a net and a loss: `loss.grad` starts it, the net's own `backward` carries it, a reducer says what is kept.
+"""Backprop from a net and a loss.
 
-Lecture 004 eqs 21-28 with samples as rows. The 1/m of its dW and db enters once, here, with the example weights:
-`dy = loss.grad(outputs, targets) * weights / sum(weights)`.
+`loss.grad` starts it, the net's own `backward` carries it, a reducer says what is kept.
+
+Lecture 004 eqs 21-28 with samples as rows. The 1/m of its dW and db enters once, here, with the
+example weights: `dy = loss.grad(outputs, targets) * weights / sum(weights)`.
 """
 
 from __future__ import annotations
@@ -13,11 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fnn import _check
-from fnn._sums import times_row
-from fnn._types import Array, ArrayLike, Layer, Loss, Params, at_least_float32
-from fnn.combinators import check_net
+from fnn import _validate
 from fnn.factors import keep
+from fnn.factors.rows import times_row
+from fnn.nets.combinators import check_net
+from fnn.types import Array, ArrayLike, Layer, Loss, Params, at_least_float32
 
 
 def value_and_grad(net: Layer, loss: Loss) -> Callable[..., tuple[Array, Params]]:
@@ -28,12 +30,14 @@ def value_and_grad(net: Layer, loss: Loss) -> Callable[..., tuple[Array, Params]
         loss: any loss that takes its outputs.
 
     Returns:
-        A pure function `(params, x, targets, weights=None) -> (value, grads)` for `jax.jit`. `x` is `[batch, ...]`;
-        `weights` is `[batch]`, not negative: the value is `sum(weights * loss) / sum(weights)`, so weight 0 is padding
-        (all zero: the value and the gradient are 0). Means accumulate in float32 at least. `grads` is a tree like `params`.
+        A pure function `(params, x, targets, weights=None) -> (value, grads)` for `jax.jit`. `x` is
+        `[batch, ...]`; `weights` is `[batch]`, not negative: the value is `sum(weights * loss) /
+        sum(weights)`, so weight 0 is padding (all zero: the value and the gradient are 0). Means
+        accumulate in float32 at least. `grads` is a tree like `params`.
 
     Raises:
-        TypeError, ValueError: net or loss are something else; at the call, shapes or dtypes do not fit.
+        TypeError, ValueError: net or loss are something else; at the call, shapes or dtypes do not
+            fit.
 
     Source: lecture 004 eqs 21-28; 003 for the mean (empirical risk).
 
@@ -46,7 +50,9 @@ def value_and_grad(net: Layer, loss: Loss) -> Callable[..., tuple[Array, Params]
     """
     check_net_and_loss(net, loss)
 
-    def manual_value_and_grad(params: Params, x: ArrayLike, targets: ArrayLike, weights: ArrayLike | None = None) -> tuple[Array, Params]:
+    def manual_value_and_grad(
+        params: Params, x: ArrayLike, targets: ArrayLike, weights: ArrayLike | None = None
+    ) -> tuple[Array, Params]:
         outputs, residuals, values = forward_pass(partial(net.forward, params), loss, x, targets)
         dy = weighed(output_error(loss, outputs, targets), weights)
         return weighted_mean(values, weights), net.backward(params, residuals, dy)[0]
@@ -54,7 +60,7 @@ def value_and_grad(net: Layer, loss: Loss) -> Callable[..., tuple[Array, Params]
     return manual_value_and_grad
 
 
-def factors(net: Layer, loss: Loss) -> Callable[..., tuple[Array, Any]]:
+def source(net: Layer, loss: Loss) -> Callable[..., tuple[Array, Any]]:
     """Every example's loss, and its gradient as factors: the first *source* for `fnn.per_example`.
 
     Args:
@@ -62,34 +68,41 @@ def factors(net: Layer, loss: Loss) -> Callable[..., tuple[Array, Any]]:
         loss: any loss that takes its outputs.
 
     Returns:
-        A pure function `(params, x, targets, *, reduce=keep) -> (values [batch], factors)`: a tree like `params` with a
-        factor for every array. The factors are those of each example's own loss; no 1/batch is in them. With another
-        reducer of `fnn.factors` its results stand in their place, taken within the backward pass.
+        A pure function `(params, x, targets, *, reduce=keep) -> (values [batch], factors)`: a tree
+        like `params` with a factor for every array. The factors are those of each example's own
+        loss; no 1/batch is in them. With another reducer of `fnn.factors` its results stand in
+        their place, taken within the backward pass.
 
     >>> from fnn import losses, mlp
     >>> net = mlp((3, 2))
-    >>> source = factors(net, losses.l2_loss)
-    >>> values, tree = source(net.init(jax.random.key(0)), jnp.ones((5, 3)), jnp.zeros((5, 2)))
+    >>> f = source(net, losses.l2_loss)
+    >>> values, tree = f(net.init(jax.random.key(0)), jnp.ones((5, 3)), jnp.zeros((5, 2)))
     >>> tree[-1].w.a.shape, tree[-1].w.dz.shape
     ((5, 3), (5, 2))
     """
     check_net_and_loss(net, loss)
 
-    def source(params: Params, x: ArrayLike, targets: ArrayLike, *, reduce: Any = keep) -> tuple[Array, Any]:
+    def net_source(
+        params: Params, x: ArrayLike, targets: ArrayLike, *, reduce: Any = keep
+    ) -> tuple[Array, Any]:
         outputs, residuals, values = forward_pass(partial(net.forward, params), loss, x, targets)
-        return values, net.backward(params, residuals, output_error(loss, outputs, targets), reduce)[0]
+        return values, net.backward(
+            params, residuals, output_error(loss, outputs, targets), reduce
+        )[0]
 
-    return source
+    return net_source
 
 
 def with_manual_vjp(net: Layer) -> Callable[[Params, Array], Array]:
-    """`net.apply` with the hand-written backward as its derivative, for use inside somebody's `jax.grad`.
+    """`net.apply` with the hand-written backward as its derivative, for use inside somebody's
+    `jax.grad`.
 
     Args:
         net: any layer.
 
     Returns:
-        A function `(params, x) -> outputs`. Reverse mode only: `jax.jvp` of it raises, as of any `jax.custom_vjp`.
+        A function `(params, x) -> outputs`. Reverse mode only: `jax.jvp` of it raises, as of any
+        `jax.custom_vjp`.
 
     >>> from fnn import mlp
     >>> net = mlp((3, 2))
@@ -113,7 +126,8 @@ def with_manual_vjp(net: Layer) -> Callable[[Params, Array], Array]:
 
 
 def mean_loss(net: Layer, loss: Loss) -> Callable[..., Array]:
-    """The scalar whose gradient `value_and_grad` is, `(params, x, targets, weights=None) -> value`, for `jax.grad`.
+    """The scalar whose gradient `value_and_grad` is, `(params, x, targets, weights=None) -> value`,
+    for `jax.grad`.
 
     >>> from fnn import losses, mlp
     >>> net = mlp((3, 2))
@@ -122,7 +136,9 @@ def mean_loss(net: Layer, loss: Loss) -> Callable[..., Array]:
     """
     check_net_and_loss(net, loss)
 
-    def value(params: Params, x: ArrayLike, targets: ArrayLike, weights: ArrayLike | None = None) -> Array:
+    def value(
+        params: Params, x: ArrayLike, targets: ArrayLike, weights: ArrayLike | None = None
+    ) -> Array:
         _, _, values = forward_pass(partial(net.forward, params), loss, x, targets)
         return weighted_mean(values, weights)
 
@@ -133,33 +149,45 @@ def check_net_and_loss(net: Any, loss: Any) -> None:
     """Raises a TypeError unless the two are a `Layer` and a `Loss`."""
     check_net(net)
     if not isinstance(loss, Loss):
-        raise TypeError(f"`loss` must be a Loss, got {loss!r}. Use one of `fnn.losses`; by name: `fnn.losses.get(name)`.")
+        raise TypeError(
+            f"`loss` must be a Loss, got {loss!r}. Use one of `fnn.losses`; by name: `fnn.losses.get(name)`."
+        )
 
 
 def output_error(loss: Loss, outputs: Array, targets: ArrayLike) -> Array:
     """`loss.grad`, the error of each example at the outputs, checked to have their shape."""
     dy = loss.grad(outputs, jnp.asarray(targets))
     if jnp.shape(dy) != outputs.shape:
-        raise ValueError(f"{loss.name}: `grad` must return an array like the outputs, shape {outputs.shape}, got {jnp.shape(dy)}.")
+        raise ValueError(
+            f"{loss.name}: `grad` must return an array like the outputs, shape {outputs.shape}, got {jnp.shape(dy)}."
+        )
     return dy
 
 
-def forward_pass(forward: Callable[[Array], tuple[Array, Any]], loss: Loss, x: ArrayLike, targets: ArrayLike) -> tuple[Array, Any, Array]:
+def forward_pass(
+    forward: Callable[[Array], tuple[Array, Any]], loss: Loss, x: ArrayLike, targets: ArrayLike
+) -> tuple[Array, Any, Array]:
     """Outputs and residuals of `forward(x)`, and the loss of every example; shapes are checked."""
-    _check.is_array("x", x)
-    _check.is_array("targets", targets)
+    _validate.is_array("x", x)
+    _validate.is_array("targets", targets)
     if x.ndim < 1 or targets.ndim < 1:
         raise ValueError(
             f"`x` {tuple(x.shape)} and `targets` {tuple(targets.shape)} must have a batch axis. "
             "One example? Pass `x[None]`, `targets[None]`."
         )
     if x.shape[0] != targets.shape[0]:
-        raise ValueError(f"`x` has {x.shape[0]} rows but `targets` has {targets.shape[0]}. One example? Pass `x[None]`, `targets[None]`.")
+        raise ValueError(
+            f"`x` has {x.shape[0]} rows but `targets` has {targets.shape[0]}. One example? Pass `x[None]`, `targets[None]`."
+        )
     if x.shape[0] == 0:
-        raise ValueError(f"`x` is an empty batch, shape {tuple(x.shape)}: the mean loss of no example is undefined.")
+        raise ValueError(
+            f"`x` is an empty batch, shape {tuple(x.shape)}: the mean loss of no example is undefined."
+        )
     outputs, residuals = forward(jnp.asarray(x))
     if outputs.ndim < 1 or outputs.shape[0] != x.shape[0]:
-        raise ValueError(f"`x` has shape {tuple(x.shape)}; expected [batch, features]. One example? Pass `x[None]`.")
+        raise ValueError(
+            f"`x` has shape {tuple(x.shape)}; expected [batch, features]. One example? Pass `x[None]`."
+        )
     values = loss.value(outputs, jnp.asarray(targets))
     if jnp.shape(values) != x.shape[:1]:
         raise ValueError(
@@ -169,7 +197,9 @@ def forward_pass(forward: Callable[[Array], tuple[Array, Any]], loss: Loss, x: A
 
 
 def weighted_mean(values: Array, weights: ArrayLike | None = None) -> Array:
-    """The mean over the first axis, `sum(weights * values) / sum(weights)`: the one place where a batch is averaged.
+    """The mean over the first axis, `sum(weights * values) / sum(weights)`.
+
+    The one place where a batch is averaged.
 
     Args:
         values: `[batch, ...]`.
@@ -188,12 +218,17 @@ def weighted_mean(values: Array, weights: ArrayLike | None = None) -> Array:
 
 
 def weighed(a: Array, weights: ArrayLike | None = None) -> Array:
-    """Each row `[batch, ...]` times what its example counts for in the mean: 1/batch, or `weights / sum(weights)`."""
+    """Each row `[batch, ...]` times what its example counts for in the mean.
+
+    1/batch, or `weights / sum(weights)`.
+    """
     if weights is None:
         return a * (1.0 / a.shape[0])
-    _check.is_array("weights", weights)
+    _validate.is_array("weights", weights)
     if weights.shape != a.shape[:1]:
-        raise ValueError(f"`weights` has shape {tuple(weights.shape)}, expected {tuple(a.shape[:1])}: one per example.")
+        raise ValueError(
+            f"`weights` has shape {tuple(weights.shape)}, expected {tuple(a.shape[:1])}: one per example."
+        )
     w = jnp.asarray(weights).astype(at_least_float32(a).dtype)
     whole = w.sum()
     share = w / jnp.where(whole > 0, whole, jnp.ones_like(whole))

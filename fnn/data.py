@@ -1,4 +1,7 @@
-"""Data at the door: checked by value once, before training begins; and batches of one size, filled up with weight 0."""
+"""Data at the door: checked by value once, before training begins.
+
+And batches of one size, filled up with weight 0.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +12,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnn import _check
-from fnn._types import Array, Key, Params, Rule
+from fnn import _validate
+from fnn.types import Array, Key, Params, Rule
 
-Sampler = Callable[[Any, int, int], tuple[Any, Any]]  # (seed, examples, batch_size) -> (rows, present), as `shuffled_batches`
+# (seed, examples, batch_size) -> (rows, present), as `shuffled_batches`
+Sampler = Callable[[Any, int, int], tuple[Any, Any]]
 
 
 def check_data(
-    rule: Rule, params: Params, data: Any, *, batch_size: int | None = None, name: str = "data", whole: bool = True
+    rule: Rule,
+    params: Params,
+    data: Any,
+    *,
+    batch_size: int | None = None,
+    name: str = "data",
+    whole: bool = True,
 ) -> tuple[Array, Array, Array | None]:
     """Checks data where they enter, values included, and puts them on the device.
 
@@ -32,24 +42,32 @@ def check_data(
         `(x, targets, weights)`; weights None where there are none.
 
     Raises:
-        TypeError, ValueError: not a tuple of arrays of one length; no example, or fewer than a batch; NaN or Inf (with row
-            and column); targets that the loss cannot mean; weights that are negative or all zero; params of another net.
+        TypeError, ValueError: not a tuple of arrays of one length; no example, or fewer than a
+            batch; NaN or Inf (with row and column); targets that the loss cannot mean; weights that
+            are negative or all zero; params of another net.
 
     >>> import fnn
     >>> net = fnn.mlp((3, 2))
     >>> rule = fnn.rules.backprop(net, fnn.losses.softmax_cross_entropy_with_integer_labels)
     >>> check_data(rule, net.init(jax.random.key(0)), (jnp.ones((2, 3)), jnp.array([0, 2])))
     Traceback (most recent call last):
-    ValueError: `targets` must be labels in 0 ... 1 for 2 outputs, got 2 in row 1. Labels that count from 1? Pass `targets - 1`.
+    ValueError: `targets` must be labels in 0 ... 1 for 2 outputs, got 2 in row 1. Labels that count
+        from 1? Pass `targets - 1`.
     """
     check_params(params)
     rows = _check_arrays(data, name)
     x, targets = jnp.asarray(data[0]), jnp.asarray(data[1])
-    if jnp.issubdtype(x.dtype, jnp.integer) and not np.array_equal(np.asarray(x), np.asarray(data[0])):
-        raise ValueError(f"`x` has whole numbers beyond {x.dtype}, which is what JAX keeps of {data[0].dtype} here. Make them smaller.")
+    if jnp.issubdtype(x.dtype, jnp.integer) and not np.array_equal(
+        np.asarray(x), np.asarray(data[0])
+    ):
+        raise ValueError(
+            f"`x` has whole numbers beyond {x.dtype}, which is what JAX keeps of {data[0].dtype} here. Make them smaller."
+        )
     weights = jnp.asarray(data[2]) if len(data) == 3 else None
     if batch_size is not None and batch_size > rows:
-        raise ValueError(f"`batch_size` is {batch_size} but `{name}` has only {rows} examples. Pass at most {rows}.")
+        raise ValueError(
+            f"`batch_size` is {batch_size} but `{name}` has only {rows} examples. Pass at most {rows}."
+        )
     if weights is not None:
         _check_weights(weights, rows, whole)
     outputs = jax.eval_shape(rule.predict, params, jax.ShapeDtypeStruct(x.shape, x.dtype))
@@ -57,19 +75,23 @@ def check_data(
     return x, targets, weights
 
 
-def shuffled_batches(seed: Any, examples: int, batch_size: int) -> tuple[np.ndarray, np.ndarray | None]:
+def shuffled_batches(
+    seed: Any, examples: int, batch_size: int
+) -> tuple[np.ndarray, np.ndarray | None]:
     """One epoch's order: shuffled row numbers, and which of them are examples.
 
-    Drawn on the host by NumPy's generator: ten times faster than a sort by XLA's CPU, and the same on every device.
+    Drawn on the host by NumPy's generator: ten times faster than a sort by XLA's CPU, and the same
+    on every device.
 
     Args:
-        seed: what `np.random.default_rng` takes; `fit` draws one per epoch from its key by `epoch_seeds`.
+        seed: what `np.random.default_rng` takes; `fit` draws one per epoch from its key by
+            `epoch_seeds`.
         examples: how many there are.
         batch_size: how many a step takes.
 
     Returns:
-        `(rows [steps, batch], present [steps, batch])`: 1 for an example, 0 for what fills up the last batch; None in its
-        place where every batch is full.
+        `(rows [steps, batch], present [steps, batch])`: 1 for an example, 0 for what fills up the
+        last batch; None in its place where every batch is full.
 
     >>> rows, present = shuffled_batches(0, 5, 2)
     >>> sorted(rows.ravel()[:5].tolist()), present[-1].tolist()
@@ -84,15 +106,20 @@ def shuffled_batches(seed: Any, examples: int, batch_size: int) -> tuple[np.ndar
 
 
 def poisson_batches(seed: Any, examples: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """One epoch of Poisson samples: every step takes every example independently with probability q = batch_size / examples.
+    """One epoch of Poisson samples.
 
-    What differential privacy is accounted for (`fnn.rules.private_sgd`). The number n of examples in a step is Binomial(examples, q),
-    its mean `batch_size`; with a variance v = batch_size (1 - q), Bernstein's inequality bounds its tail,
+    Every step takes every example independently with probability q = batch_size / examples.
 
-        P(n >= batch_size + t) <= exp(-t^2 / (2 (v + t / 3))),    which is 1e-12 at  t = l / 3 + sqrt(l^2 / 9 + 2 l v),  l = ln 1e12
+    What differential privacy is accounted for (`fnn.rules.private_sgd`). The number n of examples
+    in a step is Binomial(examples, q), its mean `batch_size`; with a variance v = batch_size (1 -
+    q), Bernstein's inequality bounds its tail,
 
-    so that steps are filled up to `min(examples, floor(batch_size + t))` rows. In the event, of probability below 1e-12 a step, that
-    there are more, the surplus is left out; a guarantee's delta grows by at most 1 + e^epsilon times that probability.
+        P(n >= batch_size + t) <= exp(-t^2 / (2 (v + t / 3))),    which is 1e-12 at  t = l / 3 +
+        sqrt(l^2 / 9 + 2 l v),  l = ln 1e12
+
+    so that steps are filled up to `min(examples, floor(batch_size + t))` rows. In the event, of
+    probability below 1e-12 a step, that there are more, the surplus is left out; a guarantee's
+    delta grows by at most 1 + e^epsilon times that probability.
 
     Args:
         seed: what `np.random.default_rng` takes.
@@ -100,8 +127,9 @@ def poisson_batches(seed: Any, examples: int, batch_size: int) -> tuple[np.ndarr
         batch_size: the *expected* number of examples in a step, at most `examples`.
 
     Returns:
-        `(rows [steps, size], present [steps, size])`: distinct row numbers and 1, then row 0 and 0 for what fills up.
-        `steps = ceil(examples / batch_size)`; the size depends on `examples` and `batch_size` alone.
+        `(rows [steps, size], present [steps, size])`: distinct row numbers and 1, then row 0 and 0
+        for what fills up. `steps = ceil(examples / batch_size)`; the size depends on `examples` and
+        `batch_size` alone.
 
     Raises:
         ValueError: `batch_size` is larger than `examples`.
@@ -111,7 +139,9 @@ def poisson_batches(seed: Any, examples: int, batch_size: int) -> tuple[np.ndarr
     ((10, 180), 92)
     """
     if batch_size > examples:
-        raise ValueError(f"`batch_size` is {batch_size} but there are only {examples} examples. Pass at most {examples}.")
+        raise ValueError(
+            f"`batch_size` is {batch_size} but there are only {examples} examples. Pass at most {examples}."
+        )
     rng, q, tail = np.random.default_rng(seed), batch_size / examples, np.log(1e12)
     surplus = tail / 3 + np.sqrt(tail**2 / 9 + 2 * tail * batch_size * (1 - q))
     shape = -(-examples // batch_size), min(examples, int(batch_size + surplus))
@@ -122,14 +152,23 @@ def poisson_batches(seed: Any, examples: int, batch_size: int) -> tuple[np.ndarr
     return rows, (np.arange(shape[1])[None] < counts[:, None]).astype(np.float32)
 
 
-def drawn(sampler: Sampler, seed: Any, examples: int, batch_size: int) -> tuple[np.ndarray, np.ndarray | None]:
-    """What `sampler` returns, its row numbers checked: a row that is not there would be read without a word."""
+def drawn(
+    sampler: Sampler, seed: Any, examples: int, batch_size: int
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """What `sampler` returns, its row numbers checked.
+
+    A row that is not there would be read without a word.
+    """
     rows, present = sampler(seed, examples, batch_size)
     if np.ndim(rows) != 2 or (present is not None and np.shape(present) != np.shape(rows)):
         came = f"{np.shape(rows)} and {None if present is None else np.shape(present)}"
-        raise ValueError(f"`sampler` must return rows [steps, size] and present of that shape, or None; got {came}.")
+        raise ValueError(
+            f"`sampler` must return rows [steps, size] and present of that shape, or None; got {came}."
+        )
     if np.size(rows) and (np.min(rows) < 0 or np.max(rows) >= examples):
-        raise ValueError(f"`sampler` must return rows in 0 ... {examples - 1}, got {np.min(rows)} ... {np.max(rows)}.")
+        raise ValueError(
+            f"`sampler` must return rows in 0 ... {examples - 1}, got {np.min(rows)} ... {np.max(rows)}."
+        )
     return rows, present
 
 
@@ -156,26 +195,39 @@ def padded(batch: tuple[Any, Any, Any], batch_size: int) -> tuple[Any, Any, Any]
     x, targets, weights = batch
     missing = batch_size - x.shape[0]
     if missing < 0:
-        raise ValueError(f"A batch has {x.shape[0]} examples, more than `batch_size` {batch_size}. Pass `batch_size={x.shape[0]}`.")
+        raise ValueError(
+            f"A batch has {x.shape[0]} examples, more than `batch_size` {batch_size}. Pass `batch_size={x.shape[0]}`."
+        )
     weights = np.ones(x.shape[0], np.float32) if weights is None else weights
     if not missing:
         return x, targets, weights
     rows = np.concatenate([np.arange(x.shape[0]), np.zeros(missing, int)])
-    return x[rows], targets[rows], np.where(np.arange(batch_size) < x.shape[0], np.asarray(weights)[rows], 0).astype(weights.dtype)
+    return (
+        x[rows],
+        targets[rows],
+        np.where(np.arange(batch_size) < x.shape[0], np.asarray(weights)[rows], 0).astype(
+            weights.dtype
+        ),
+    )
 
 
 def check_rule(rule: Any) -> None:
     """Raises a TypeError unless `rule` is a `Rule`."""
     if not isinstance(rule, Rule):
-        raise TypeError(f"`rule` must be a Rule, got {rule!r}. Make one: `fnn.rules.backprop(net, loss)`.")
+        raise TypeError(
+            f"`rule` must be a Rule, got {rule!r}. Make one: `fnn.rules.backprop(net, loss)`."
+        )
 
 
 def check_batches(data: Any, epochs: int) -> None:
-    """Raises unless `data` is an iterable of batches that lasts for all epochs, or a function of the epoch that returns one."""
+    """Raises unless `data` is an iterable of batches that lasts for all epochs, or a function of
+    the epoch that returns one."""
     arrays = isinstance(data, list) and any(hasattr(part, "shape") for part in data)
     single = hasattr(data, "shape") or isinstance(data, (str, Mapping))
     if arrays or single or not (callable(data) or isinstance(data, Iterable)):
-        came = f"a list of {len(data)} arrays. Pass `tuple(data)`" if arrays else type(data).__name__
+        came = (
+            f"a list of {len(data)} arrays. Pass `tuple(data)`" if arrays else type(data).__name__
+        )
         expected = "a tuple (x, targets) of arrays, an iterable of such tuples, or a function of the epoch that returns one"
         raise TypeError(f"`data` must be {expected}; got {came}.")
     if epochs > 1 and not callable(data) and iter(data) is data:
@@ -190,32 +242,47 @@ def check_params(params: Any) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
             at = f"`params{jax.tree_util.keystr(path)}`"
-            raise TypeError(f"Leaves of `params` must be arrays, got {type(leaf).__name__} at {at}. Pass what `net.init(key)` returns.")
+            raise TypeError(
+                f"Leaves of `params` must be arrays, got {type(leaf).__name__} at {at}. Pass what `net.init(key)` returns."
+            )
 
 
 def _check_arrays(data: Any, name: str) -> int:
-    """Raises unless `data` is a tuple of arrays of one length without NaN or Inf; returns the length."""
+    """Raises unless `data` is a tuple of arrays of one length without NaN or Inf.
+
+    Returns the length.
+    """
     tuples = isinstance(data, tuple) and any(isinstance(part, tuple) for part in data)
     if tuples or not (isinstance(data, tuple) and len(data) in (2, 3)):
         came = f"a tuple of {len(data)}" if isinstance(data, tuple) else type(data).__name__
         mend = " A tuple of batches? Pass a list of them." if tuples else ""
-        raise TypeError(f"`{name}` must be a tuple (x, targets) or (x, targets, weights) of arrays, got {came}.{mend}")
+        raise TypeError(
+            f"`{name}` must be a tuple (x, targets) or (x, targets, weights) of arrays, got {came}.{mend}"
+        )
     rows = data[0].shape[0] if getattr(data[0], "shape", ()) else 0
     for part, value in zip(("x", "targets", "weights"), data, strict=False):
-        _check.is_array(part, value)
+        _validate.is_array(part, value)
         if value.ndim < 1:
-            raise ValueError(f"`{part}` is a single number, expected an array with a row per example.")
+            raise ValueError(
+                f"`{part}` is a single number, expected an array with a row per example."
+            )
         if value.shape[0] != rows:
-            raise ValueError(f"`{part}` has {value.shape[0]} rows but `x` has {rows}: one per example.")
+            raise ValueError(
+                f"`{part}` has {value.shape[0]} rows but `x` has {rows}: one per example."
+            )
         if value.size == 0:
-            raise ValueError(f"`{part}` is empty, shape {tuple(value.shape)}; expected at least one example.")
-        _check.finite(part, value)
+            raise ValueError(
+                f"`{part}` is empty, shape {tuple(value.shape)}; expected at least one example."
+            )
+        _validate.finite(part, value)
     return rows
 
 
 def _check_weights(weights: Any, examples: int, whole: bool) -> None:
     if weights.shape != (examples,):
-        raise ValueError(f"`weights` has shape {tuple(weights.shape)}, expected ({examples},): one per example.")
+        raise ValueError(
+            f"`weights` has shape {tuple(weights.shape)}, expected ({examples},): one per example."
+        )
     w = np.asarray(weights)
     if (w < 0).any():
         row = int(w.argmin())

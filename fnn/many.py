@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fnn import _check
-from fnn._types import Array, ArrayLike, Key, Params, Rule
+from fnn import _validate
 from fnn.data import check_data, epoch_seeds, shuffled_batches
 from fnn.history import History
 from fnn.steps import TrainState, epoch, init
 from fnn.train import check_settings
+from fnn.types import Array, ArrayLike, Key, Params, Rule
 
 
 def fit_many(
@@ -30,18 +30,22 @@ def fit_many(
     keys: Array,
     learning_rates: Array | None = None,
 ) -> tuple[Params, History]:
-    """Trains many nets at once, `vmap` over keys (and learning rates): seeds, ensembles, small searches.
+    """Trains many nets at once, `vmap` over keys (and learning rates).
+
+    Seeds, ensembles, small searches.
 
     Args:
         rule, epochs, batch_size: as for `fit`.
-        optimizer: an optax optimiser; with `learning_rates`, a function `rate -> optimiser`, such as `optax.sgd`.
+        optimizer: an optax optimiser; with `learning_rates`, a function `rate -> optimiser`, such
+            as `optax.sgd`.
         init_params: `key -> params`, such as `net.init`.
         data: `(x, targets)` or `(x, targets, weights)` on the device, the same for all nets.
         keys: `[nets]`, from `jax.random.split`; each gives a net its parameters and its shuffles.
         learning_rates: `[nets]`, one above 0 for each net.
 
     Returns:
-        `(params, history)` with a leading axis of nets. A net that diverges has NaN in its history and stops no other.
+        `(params, history)` with a leading axis of nets. A net that diverges has NaN in its history
+        and stops no other.
 
     Raises:
         TypeError, ValueError: an argument or the data cannot be meant; before any training.
@@ -55,8 +59,10 @@ def fit_many(
     (5, 3)
     """
     make, rates = _optimizers(rule, optimizer, keys, learning_rates, epochs, batch_size)
-    _check.is_function("init_params", init_params, "key -> params, such as `net.init`")
-    x, targets, weights = check_data(rule, jax.eval_shape(init_params, keys[0]), data, batch_size=batch_size)
+    _validate.is_function("init_params", init_params, "key -> params, such as `net.init`")
+    x, targets, weights = check_data(
+        rule, jax.eval_shape(init_params, keys[0]), data, batch_size=batch_size
+    )
     first, one_epoch = _many_functions(rule, make, init_params)
     state, fit_keys = first(keys, rates)
     seeds = [epoch_seeds(key, epochs + 1) for key in fit_keys]  # as `fit` draws them
@@ -70,13 +76,20 @@ def fit_many(
         epoch_losses.append(means)
     # joined on the host: a program with an operand per epoch compiles for seconds
     by_epoch, by_step = (np.array(losses) for losses in jax.device_get((epoch_losses, step_losses)))
-    return state.params, History(jnp.asarray(by_epoch.T), jnp.asarray(np.concatenate(list(by_step), 1)), {})
+    return state.params, History(
+        jnp.asarray(by_epoch.T), jnp.asarray(np.concatenate(list(by_step), 1)), {}
+    )
 
 
 # Kept per rule, as the compiled functions of `fnn.steps`.
 @functools.lru_cache(maxsize=64)
-def _many_functions(rule: Rule, make: Any, init_params: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """`(keys, rates) -> (states, keys)` and one epoch of all nets; `make` is an optimiser, or a function of the rate."""
+def _many_functions(
+    rule: Rule, make: Any, init_params: Any
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """`(keys, rates) -> (states, keys)` and one epoch of all nets.
+
+    `make` is an optimiser, or a function of the rate.
+    """
 
     def of(rate: Array) -> optax.GradientTransformation:
         return make if hasattr(make, "update") else make(rate)
@@ -86,31 +99,46 @@ def _many_functions(rule: Rule, make: Any, init_params: Any) -> tuple[Callable[.
         rule_key, key = jax.random.split(key)  # as `fit` does with its key
         return init(rule, of(rate), init_params(params_key), rule_key), key
 
-    def one_epoch(rate: Array, state: TrainState, rows: Array, present: Array | None, *data: Any) -> tuple[TrainState, Array, Array]:
+    def one_epoch(
+        rate: Array, state: TrainState, rows: Array, present: Array | None, *data: Any
+    ) -> tuple[TrainState, Array, Array]:
         return epoch(rule, of(rate))(state, (rows, present), *data)
 
-    return jax.jit(jax.vmap(first)), jax.jit(jax.vmap(one_epoch, in_axes=(0, 0, 0, None, None, None, None)))
+    return jax.jit(jax.vmap(first)), jax.jit(
+        jax.vmap(one_epoch, in_axes=(0, 0, 0, None, None, None, None))
+    )
 
 
-def _optimizers(rule: Any, optimizer: Any, keys: Any, rates: Any, epochs: Any, batch_size: Any) -> tuple[Any, Array]:
-    """What `fit_many` trains each net with, checked: an optimiser or a function of the rate, and the rates."""
+def _optimizers(
+    rule: Any, optimizer: Any, keys: Any, rates: Any, epochs: Any, batch_size: Any
+) -> tuple[Any, Array]:
+    """What `fit_many` trains each net with, checked.
+
+    An optimiser or a function of the rate, and the rates.
+    """
     _check_keys(keys)
     if rates is None:
         check_settings(rule, optimizer, epochs, batch_size)
         return optimizer, jnp.ones(keys.shape)
-    _check.is_float("learning_rates", rates)
+    _validate.is_float("learning_rates", rates)
     if not callable(optimizer):
         raise TypeError(
             f"`optimizer` must be a function rate -> optimiser where `learning_rates` are given, got {optimizer!r}. Pass `optax.sgd`."
         )
     if rates.shape != keys.shape or not bool(((rates > 0) & jnp.isfinite(rates)).all()):
-        raise ValueError(f"`learning_rates` must be one finite number above 0 per key, {keys.shape}, got {rates}.")
+        raise ValueError(
+            f"`learning_rates` must be one finite number above 0 per key, {keys.shape}, got {rates}."
+        )
     check_settings(rule, optimizer(0.1), epochs, batch_size)
     return optimizer, jnp.asarray(rates)
 
 
 def _check_keys(keys: Any) -> None:
     if not (hasattr(keys, "dtype") and jnp.issubdtype(keys.dtype, jax.dtypes.prng_key)):
-        raise TypeError(f"`keys` must be an array of keys from `jax.random.split(key, nets)`, got {keys!r:.80}.")
+        raise TypeError(
+            f"`keys` must be an array of keys from `jax.random.split(key, nets)`, got {keys!r:.80}."
+        )
     if keys.ndim != 1 or not keys.size:
-        raise ValueError(f"`keys` must be one key per net, [nets], got shape {keys.shape}. Pass `jax.random.split(key, nets)`.")
+        raise ValueError(
+            f"`keys` must be one key per net, [nets], got shape {keys.shape}. Pass `jax.random.split(key, nets)`."
+        )

@@ -1,6 +1,9 @@
-"""One step, of which `fit` is made, and one epoch as a `lax.scan`: pure functions for a loop of one's own.
+"""One step, of which `fit` is made, and one epoch as a `lax.scan`.
 
-Any `Rule` and any optax optimiser go into the same loop. Source: lecture 002 (SGD), 004 (training loop).
+Pure functions for a loop of one's own.
+
+Any `Rule` and any optax optimiser go into the same loop. Source: lecture 002 (SGD), 004 (training
+loop).
 """
 
 from __future__ import annotations
@@ -13,9 +16,9 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from fnn._types import Array, Key, Params, Rule
 from fnn.backprop import weighted_mean
 from fnn.data import take
+from fnn.types import Array, Key, Params, Rule
 
 
 class TrainState(NamedTuple):
@@ -26,7 +29,9 @@ class TrainState(NamedTuple):
     rule: Any  # the rule's state
 
 
-def init(rule: Rule, optimizer: optax.GradientTransformation, params: Params, key: Key) -> TrainState:
+def init(
+    rule: Rule, optimizer: optax.GradientTransformation, params: Params, key: Key
+) -> TrainState:
     """The state before the first step.
 
     >>> import fnn
@@ -37,7 +42,9 @@ def init(rule: Rule, optimizer: optax.GradientTransformation, params: Params, ke
     return TrainState(params, optimizer.init(params), rule.init(key, params))
 
 
-def step(rule: Rule, optimizer: optax.GradientTransformation) -> Callable[..., tuple[TrainState, Array]]:
+def step(
+    rule: Rule, optimizer: optax.GradientTransformation
+) -> Callable[..., tuple[TrainState, Array]]:
     """One update.
 
     Args:
@@ -55,14 +62,18 @@ def step(rule: Rule, optimizer: optax.GradientTransformation) -> Callable[..., t
     """
     update = step_with_grads(rule, optimizer)
 
-    def one_step(state: TrainState, x: Array, targets: Array, weights: Array | None = None) -> tuple[TrainState, Array]:
+    def one_step(
+        state: TrainState, x: Array, targets: Array, weights: Array | None = None
+    ) -> tuple[TrainState, Array]:
         state, value, _ = update(state, x, targets, weights)
         return state, value
 
     return one_step
 
 
-def epoch(rule: Rule, optimizer: optax.GradientTransformation) -> Callable[..., tuple[TrainState, Array, Array]]:
+def epoch(
+    rule: Rule, optimizer: optax.GradientTransformation
+) -> Callable[..., tuple[TrainState, Array, Array]]:
     """One pass over data under `lax.scan`, in a given order.
 
     Args:
@@ -70,9 +81,10 @@ def epoch(rule: Rule, optimizer: optax.GradientTransformation) -> Callable[..., 
         optimizer: any optax optimiser.
 
     Returns:
-        A pure function `(state, batches, x, targets, weights=None) -> (state, losses [steps], mean loss)` for `jax.jit`.
-        `batches` are `(rows [steps, batch], present [steps, batch] or None)` as from `fnn.data.shuffled_batches`, or in
-        an order of your own. The mean is over examples, by their weights, not over batches.
+        A pure function `(state, batches, x, targets, weights=None) -> (state, losses [steps], mean
+        loss)` for `jax.jit`. `batches` are `(rows [steps, batch], present [steps, batch] or None)`
+        as from `fnn.data.shuffled_batches`, or in an order of your own. The mean is over examples,
+        by their weights, not over batches.
 
     >>> import fnn
     >>> net, optimizer = fnn.mlp((3, 2)), optax.sgd(0.1)
@@ -86,9 +98,15 @@ def epoch(rule: Rule, optimizer: optax.GradientTransformation) -> Callable[..., 
     one_step = step(rule, optimizer)
 
     def one_epoch(
-        state: TrainState, batches: tuple[Array, Array | None], x: Array, targets: Array, weights: Array | None = None
+        state: TrainState,
+        batches: tuple[Array, Array | None],
+        x: Array,
+        targets: Array,
+        weights: Array | None = None,
     ) -> tuple[TrainState, Array, Array]:
-        def body(state: TrainState, batch: tuple[Array, Array | None]) -> tuple[TrainState, tuple[Array, Array]]:
+        def body(
+            state: TrainState, batch: tuple[Array, Array | None]
+        ) -> tuple[TrainState, tuple[Array, Array]]:
             rows, w = batch_of(batch, weights)
             state, value = one_step(state, take(x, rows), take(targets, rows), w)
             return state, (value, batch_weight(rows, w))
@@ -99,8 +117,13 @@ def epoch(rule: Rule, optimizer: optax.GradientTransformation) -> Callable[..., 
     return one_epoch
 
 
-def batch_of(batch: tuple[Array, Array | None], weights: Array | None) -> tuple[Array, Array | None]:
-    """The rows of a batch, and their weights: the user's, 0 where a row only fills up; None where neither is."""
+def batch_of(
+    batch: tuple[Array, Array | None], weights: Array | None
+) -> tuple[Array, Array | None]:
+    """The rows of a batch, and their weights: the user's, 0 where a row only fills up.
+
+    None where neither is.
+    """
     rows, present = batch
     if weights is None:
         return rows, present
@@ -113,12 +136,19 @@ def batch_weight(rows: Array, weights: Array | None) -> Array:
     return jnp.float32(rows.shape[0]) if weights is None else weights.sum()
 
 
-def step_with_grads(rule: Rule, optimizer: optax.GradientTransformation) -> Callable[..., tuple[TrainState, Array, Params]]:
+def step_with_grads(
+    rule: Rule, optimizer: optax.GradientTransformation
+) -> Callable[..., tuple[TrainState, Array, Params]]:
     """`step` that also returns the gradients."""
 
-    def update(state: TrainState, x: Array, targets: Array, weights: Array | None = None) -> tuple[TrainState, Array, Params]:
-        value, grads, rule_state = rule.value_and_grad(state.params, state.rule, x, targets, weights)
-        with jax.numpy_dtype_promotion("standard"):  # several of optax's optimisers do not run in strict mode
+    def update(
+        state: TrainState, x: Array, targets: Array, weights: Array | None = None
+    ) -> tuple[TrainState, Array, Params]:
+        value, grads, rule_state = rule.value_and_grad(
+            state.params, state.rule, x, targets, weights
+        )
+        # several of optax's optimisers do not run in strict mode
+        with jax.numpy_dtype_promotion("standard"):
             updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
             params = optax.apply_updates(state.params, updates)
         return TrainState(params, optimizer_state, rule_state), value, grads

@@ -1,4 +1,7 @@
-"""Microbatches give what the whole batch gives; `explain` and `check_source` say what a source is good for."""
+"""Microbatches give what the whole batch gives.
+
+`explain` and `check_source` say what a source is good for.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +17,12 @@ CASES = (1, 8, 10, 13, 20, 22)
 X, T = np.random.default_rng(0).normal(size=(2, 6, 3)).astype(np.float32)
 NET = fnn.mlp((3, 4, 3), "tanh")
 PARAMS = jax.jit(NET.init)(jax.random.key(0))
-SOURCE = fnn.factors(NET, losses.l2_loss)
-COUPLED = fnn.Loss("centred", lambda y, t: ((y - y.mean(0)[None]) ** 2).sum(-1), lambda y, t: 2 * (y - y.mean(0)[None]))
+SOURCE = fnn.source(NET, losses.l2_loss)
+COUPLED = fnn.Loss(
+    "centred",
+    lambda y, t: ((y - y.mean(0)[None]) ** 2).sum(-1),
+    lambda y, t: 2 * (y - y.mean(0)[None]),
+)
 
 
 def leaves(tree):
@@ -25,7 +32,7 @@ def leaves(tree):
 @pytest.mark.parametrize(("number", "weighted"), [(1, False), (10, True), (20, False)])
 def test_microbatches_of_every_size_give_the_whole_batch(x64, number, weighted):
     c = case(number, deepest=2)
-    source, batch = fnn.factors(c.net, c.loss), len(c.x)
+    source, batch = fnn.source(c.net, c.loss), len(c.x)
     statistics = {
         "clipped": (per_example.clipped_gradient(source, 0.7), None),
         "sum": (per_example.clipped_gradient(source, 0.7, reduction="sum"), None),
@@ -34,16 +41,30 @@ def test_microbatches_of_every_size_give_the_whole_batch(x64, number, weighted):
         "value_and_grad": (fnn.value_and_grad(c.net, c.loss), "mean"),
     }
     if not weighted:
-        statistics |= {"norms": (per_example.norms(source), "examples"), "gradients": (per_example.gradients(source), "examples")}
+        statistics |= {
+            "norms": (per_example.norms(source), "examples"),
+            "gradients": (per_example.gradients(source), "examples"),
+        }
         statistics["sum of losses"] = (lambda params, x, t: source(params, x, t)[0].sum(), "sum")
-    given = {"weights": jnp.asarray(np.random.default_rng(1).uniform(0, 2, batch) * (np.arange(batch) % 3 != 1))} if weighted else {}
+    given = (
+        {
+            "weights": jnp.asarray(
+                np.random.default_rng(1).uniform(0, 2, batch) * (np.arange(batch) % 3 != 1)
+            )
+        }
+        if weighted
+        else {}
+    )
     sizes = {max(1, batch // 3)} | (set() if weighted else {batch + 5})
 
     @jax.jit
     def everything(params, x, t, given):
         whole = {name: f(params, x, t, **given) for name, (f, _) in statistics.items()}
         parts = {
-            size: {name: per_example.accumulate(f, size, reduction=r)(params, x, t, **given) for name, (f, r) in statistics.items()}
+            size: {
+                name: per_example.accumulate(f, size, reduction=r)(params, x, t, **given)
+                for name, (f, r) in statistics.items()
+            }
             for size in sizes
         }
         return whole, parts
@@ -67,16 +88,24 @@ def test_microbatches_state_their_reduction_and_leave_out_what_is_not_finite():
     )
     rows = np.array([0, 2, 3, 5])
     without = f(PARAMS, X[rows], T[rows], weights=weights[rows])
-    np.testing.assert_allclose(np.concatenate([g.ravel() for g in wide(found.gradient)]),
-                               np.concatenate([g.ravel() for g in wide(without.gradient)]), rtol=1e-6, atol=1e-8)  # fmt: skip
+    np.testing.assert_allclose(
+        np.concatenate([g.ravel() for g in wide(found.gradient)]),
+        np.concatenate([g.ravel() for g in wide(without.gradient)]),
+        rtol=1e-6,
+        atol=1e-8,
+    )
 
 
 def test_a_microbatch_is_all_that_is_in_memory():
     net = fnn.mlp((64, 256, 10))
-    params, batch = jax.jit(net.init)(jax.random.key(0)), (jnp.ones((1024, 64)), jnp.ones((1024, 10)))
-    f = per_example.clipped_gradient(fnn.factors(net, losses.l2_loss), 1.0)
+    params, batch = (
+        jax.jit(net.init)(jax.random.key(0)),
+        (jnp.ones((1024, 64)), jnp.ones((1024, 10))),
+    )
+    f = per_example.clipped_gradient(fnn.source(net, losses.l2_loss), 1.0)
     whole, parts = (
-        jax.jit(g).lower(params, *batch).compile().memory_analysis().temp_size_in_bytes for g in (f, per_example.accumulate(f, 32))
+        jax.jit(g).lower(params, *batch).compile().memory_analysis().temp_size_in_bytes
+        for g in (f, per_example.accumulate(f, 32))
     )
     assert parts < whole / 4
 
@@ -86,22 +115,36 @@ def test_every_dtype_is_kept():
         params = jax.tree.map(lambda p, d=dtype: p.astype(d), PARAMS)
         batch = X.astype(dtype), T.astype(dtype)
         for f in (per_example.clipped_gradient(SOURCE, 1.0), per_example.moments(SOURCE)):
-            whole, parts = (jax.tree.map(lambda a: a.dtype, jax.eval_shape(g, params, *batch)) for g in (f, per_example.accumulate(f, 4)))
+            whole, parts = (
+                jax.tree.map(lambda a: a.dtype, jax.eval_shape(g, params, *batch))
+                for g in (f, per_example.accumulate(f, 4))
+            )
             assert whole == parts
 
 
 def test_explain_names_the_method_for_every_leaf_and_question():
-    net = fnn.serial(fnn.embedding(27, 8), fnn.repeat(fnn.residual(fnn.dense(8, 8)), 3), fnn.dense(8, 64))
+    net = fnn.serial(
+        fnn.embedding(27, 8), fnn.repeat(fnn.residual(fnn.dense(8, 8)), 3), fnn.dense(8, 64)
+    )
     params = jax.eval_shape(net.init, jax.random.key(0))
-    source = fnn.factors(net, losses.l2_loss)
+    source = fnn.source(net, losses.l2_loss)
 
     def at(positions):
-        shapes = jax.ShapeDtypeStruct((5, positions), jnp.int32), jax.ShapeDtypeStruct((5, positions, 64), jnp.float32)
+        shapes = (
+            jax.ShapeDtypeStruct((5, positions), jnp.int32),
+            jax.ShapeDtypeStruct((5, positions, 64), jnp.float32),
+        )
         return per_example.explain(source, params, *shapes)
 
     few, many = at(2), at(50)
     assert [path for path, *_ in few.leaves] == ["[0].w", "[1].w", "[1].b", "[2].w", "[2].b"]
-    assert [kind for _, kind, *_ in few.leaves] == ["Scatter", "Stacked", "Stacked", "Outer", "PerExample"]
+    assert [kind for _, kind, *_ in few.leaves] == [
+        "Scatter",
+        "Stacked",
+        "Stacked",
+        "Outer",
+        "PerExample",
+    ]
     assert {m.flops > 0 < m.bytes for *_, found in few.leaves for m in found.values()} == {True}
     names = [[found["norm"].name for *_, found in e.leaves] for e in (few, many)]
     assert names[0][:2] == ["Gram of equal rows", "Gram, <A A^T, G G^T>"]
@@ -109,7 +152,12 @@ def test_explain_names_the_method_for_every_leaf_and_question():
     lines = str(few).splitlines()
     assert len(lines) == 4 * (1 + 5 + 1)
     assert len({len(line) for line in lines}) == 1
-    one = per_example.explain(fnn.factors(fnn.dense(3, 2), losses.l2_loss), fnn.dense(3, 2).init(jax.random.key(0)), X, T[:, :2])
+    one = per_example.explain(
+        fnn.source(fnn.dense(3, 2), losses.l2_loss),
+        fnn.dense(3, 2).init(jax.random.key(0)),
+        X,
+        T[:, :2],
+    )
     assert one.leaves[0][3]["total"].flops == 2 * 6 * 3 * 2
 
 
@@ -117,7 +165,7 @@ def test_explain_names_the_method_for_every_leaf_and_question():
 def test_the_sources_of_nets_pass_the_check(x64, number):
     c = case(number)
     if len(c.x) > 1:
-        per_example.check_source(fnn.factors(c.net, c.loss), c.params, c.x, c.targets)
+        per_example.check_source(fnn.source(c.net, c.loss), c.params, c.x, c.targets)
 
 
 def batch_norm():
@@ -126,7 +174,12 @@ def batch_norm():
     def backward(params, residuals, dy, reduce=None):
         return (), dy - jnp.broadcast_to(dy.mean(0)[None], dy.shape)
 
-    return fnn.Layer("centre", lambda key: (), lambda params, x: (x - jnp.broadcast_to(x.mean(0)[None], x.shape), ()), backward)
+    return fnn.Layer(
+        "centre",
+        lambda key: (),
+        lambda params, x: (x - jnp.broadcast_to(x.mean(0)[None], x.shape), ()),
+        backward,
+    )
 
 
 def gradient_only(params, x, t):
@@ -138,15 +191,27 @@ def gradient_only(params, x, t):
 
 
 BAD_SOURCES = {
-    "a loss over the batch": (fnn.factors(NET, COUPLED), r"couples the examples: the loss of example 0 is .* in half of it"),
+    "a loss over the batch": (
+        fnn.source(NET, COUPLED),
+        r"couples the examples: the loss of example 0 is .* in half of it",
+    ),
     "batch normalisation": (
-        fnn.factors(fnn.serial(batch_norm(), NET), losses.l2_loss),
+        fnn.source(fnn.serial(batch_norm(), NET), losses.l2_loss),
         r"couples the examples.*Use `layer_norm`",
     ),
-    "a gradient alone": (gradient_only, r"couples the examples: the gradient norm at params\[1\]\.b of example \d"),
-    "values summed": (lambda p, x, t: (SOURCE(p, x, t)[0].sum(), SOURCE(p, x, t)[1]), r"one number per example, \(6,\), got \(\)"),
+    "a gradient alone": (
+        gradient_only,
+        r"couples the examples: the gradient norm at params\[1\]\.b of example \d",
+    ),
+    "values summed": (
+        lambda p, x, t: (SOURCE(p, x, t)[0].sum(), SOURCE(p, x, t)[1]),
+        r"one number per example, \(6,\), got \(\)",
+    ),
     "factors of another shape": (
-        lambda p, x, t: (SOURCE(p, x, t)[0], jax.tree.map(lambda w: PerExample(jnp.zeros((len(x), 2))), p)),
+        lambda p, x, t: (
+            SOURCE(p, x, t)[0],
+            jax.tree.map(lambda w: PerExample(jnp.zeros((len(x), 2))), p),
+        ),
         r"factor at `params.*` is of gradients \(6, 2\), expected \(6, 3, 4\)",
     ),
 }

@@ -1,4 +1,7 @@
-"""Every activation against `jax.nn`: values, derivatives (at kinks too), extremes, dtypes, settings and names."""
+"""Every activation against `jax.nn`.
+
+Values, derivatives (at kinks too), extremes, dtypes, settings and names.
+"""
 
 import functools
 
@@ -10,11 +13,12 @@ from cases import cast, error, wide
 
 import fnn
 from fnn import activations
-from fnn.activations import ACTIVATIONS, softmax
+from fnn.nets.activations import ACTIVATIONS, softmax
 
 ELEMENTWISE = tuple(a for a in ACTIVATIONS if a is not softmax)
 DTYPES = ("bfloat16", "float16", "float32", "float64")
-GRID = np.linspace(-8, 8, 65)  # every kink of jax.nn's functions (-3, -1, 0, 1, 3, 6) is on it, and its neighbours 1/4 away
+# every kink of jax.nn's functions (-3, -1, 0, 1, 3, 6) is on it, and its neighbours 1/4 away
+GRID = np.linspace(-8, 8, 65)
 SETTINGS = (
     ("leaky_relu", {"negative_slope": 0.2}),
     ("leaky_relu", {"negative_slope": -0.5}),
@@ -26,7 +30,9 @@ SETTINGS = (
     ("gelu", {"approximate": True}),
     ("gelu", {"approximate": False}),
 )
-NO_ACTIVATION = {  # what else is in jax.nn: on whole rows, on several arrays, or, as log1mexp(x > 0), a part of formulas
+# what else is in jax.nn: on whole rows, on several arrays, or, as log1mexp(x > 0), a part of
+# formulas
+NO_ACTIVATION = {
     "dot_product_attention",
     "get_scaled_dot_general_config",
     "glu",
@@ -85,7 +91,8 @@ def test_value_and_derivative_are_jax_nns_on_both_sides_of_and_at_every_kink(x64
     np.testing.assert_allclose(manual[0], automatic[0], rtol=1e-12, atol=1e-12)
     np.testing.assert_allclose(manual[1], automatic[1], rtol=1e-12, atol=1e-12)
     np.testing.assert_allclose(with_another[1], automatic[1] * (GRID + 10), rtol=1e-12, atol=1e-11)
-    for mine, jaxs, truth in zip(short, short_automatic, automatic, strict=True):  # 1e-6, or where jax.grad is worse, as good as it
+    # 1e-6, or where jax.grad is worse, as good as it
+    for mine, jaxs, truth in zip(short, short_automatic, automatic, strict=True):
         assert error(wide(mine), wide(truth)) <= max(1e-6, 1.1 * error(wide(jaxs), wide(truth)))
 
 
@@ -98,18 +105,26 @@ def test_no_activation_overflows_or_changes_the_dtype(x64, activation):
         rounded = {dtype: x.astype(dtype) for dtype in DTYPES}
         f = reference(activation)
         return {
-            dtype: (ours(activation, a, jnp.ones_like(a)), (f(a), theirs(f, a.astype(x.dtype), jnp.ones_like(x))[1]))
+            dtype: (
+                ours(activation, a, jnp.ones_like(a)),
+                (f(a), theirs(f, a.astype(x.dtype), jnp.ones_like(x))[1]),
+            )
             for dtype, a in rounded.items()
         }
 
-    for dtype, (found, truth) in everywhere(jnp.asarray(extremes)).items():  # the derivative's truth is float64's
+    # the derivative's truth is float64's
+    for dtype, (found, truth) in everywhere(jnp.asarray(extremes)).items():
         if dtype == "float16" and not np.isfinite(wide(found[0])).all():
             continue  # JAX's forward itself overflows in float16
         for got, true in zip(found, truth, strict=True):
             assert got.dtype == dtype
             assert not got.weak_type
-            tolerance = {"bfloat16": 2e-2, "float16": 5e-3, "float32": 1e-5, "float64": 1e-12}[dtype]
-            np.testing.assert_allclose(wide(got)[0], wide(true)[0], rtol=tolerance, atol=tolerance, err_msg=dtype)
+            tolerance = {"bfloat16": 2e-2, "float16": 5e-3, "float32": 1e-5, "float64": 1e-12}[
+                dtype
+            ]
+            np.testing.assert_allclose(
+                wide(got)[0], wide(true)[0], rtol=tolerance, atol=tolerance, err_msg=dtype
+            )
 
 
 def test_softmax_is_jax_nns_and_its_backward_the_jacobians_product(x64):
@@ -121,7 +136,11 @@ def test_softmax_is_jax_nns_and_its_backward_the_jacobians_product(x64):
         rows = x.reshape(6, 5)
         jacobians = jax.vmap(jax.jacobian(jax.nn.softmax))(rows)  # [row, y, x]
         product = jnp.einsum("ryx,ry->rx", jacobians, dy.reshape(6, 5)).reshape(x.shape)
-        return ours(softmax, x, dy), (jax.nn.softmax(x, axis=-1), product), ours(softmax, *cast((x, dy), jnp.float32))
+        return (
+            ours(softmax, x, dy),
+            (jax.nn.softmax(x, axis=-1), product),
+            ours(softmax, *cast((x, dy), jnp.float32)),
+        )
 
     manual, truth, short = check(x, dy)
     assert error(wide(manual[0]), wide(truth[0])) <= 1e-12
@@ -134,14 +153,19 @@ def test_softmax_of_extreme_and_of_equal_rows_is_finite_in_every_dtype(x64):
 
     @jax.jit
     def everywhere(x):
-        return {dtype: ours(softmax, x.astype(dtype), jnp.asarray([[1.0, 2.0, -1.0]] * 3, dtype)) for dtype in DTYPES}
+        return {
+            dtype: ours(softmax, x.astype(dtype), jnp.asarray([[1.0, 2.0, -1.0]] * 3, dtype))
+            for dtype in DTYPES
+        }
 
     for dtype, (y, dx) in everywhere(jnp.asarray(rows)).items():
         assert y.dtype == dx.dtype == dtype
         assert not y.weak_type
         assert not dx.weak_type
         np.testing.assert_allclose(wide(y)[0], [[1, 0, 0], [1 / 3] * 3, [0.5, 0.5, 0]], atol=2e-3)
-        np.testing.assert_allclose(wide(dx)[0], [[0, 0, 0], [1 / 9, 4 / 9, -5 / 9], [-0.25, 0.25, 0]], atol=5e-3)
+        np.testing.assert_allclose(
+            wide(dx)[0], [[0, 0, 0], [1 / 9, 4 / 9, -5 / 9], [-0.25, 0.25, 0]], atol=5e-3
+        )
 
 
 def test_softmax_of_one_output_is_certain_and_has_no_gradient():
@@ -163,7 +187,9 @@ def test_settings_are_those_of_jax_nn(x64):
 
     for (name, setting), (manual, automatic) in zip(SETTINGS, both(jnp.asarray(GRID)), strict=True):
         for got, true in zip(manual, automatic, strict=True):
-            np.testing.assert_allclose(got, true, rtol=1e-12, atol=1e-12, err_msg=f"{name} {setting}")
+            np.testing.assert_allclose(
+                got, true, rtol=1e-12, atol=1e-12, err_msg=f"{name} {setting}"
+            )
 
 
 def test_every_setting_matters_and_its_default_is_jax_nns(x64):
@@ -176,7 +202,9 @@ def test_every_setting_matters_and_its_default_is_jax_nns(x64):
 
 def test_every_elementwise_activation_of_jax_nn_is_here():
     public = {name for name in dir(jax.nn) if not name.startswith("_")}
-    assert public > NO_ACTIVATION - {"log1mexp", "logmeanexp"}, "a name that older JAX versions have too"
+    assert public > NO_ACTIVATION - {"log1mexp", "logmeanexp"}, (
+        "a name that older JAX versions have too"
+    )
     known = {activation.name for activation in ACTIVATIONS} | {"swish", "hard_swish"}
     assert public - NO_ACTIVATION <= known, "new in jax.nn: write one `elementwise(...)` line"
     assert known - public == {"step"}
@@ -185,20 +213,27 @@ def test_every_elementwise_activation_of_jax_nn_is_here():
 def test_names_are_unique_and_get_their_activation():
     assert len({activation.name for activation in ACTIVATIONS}) == len(ACTIVATIONS)
     for activation in ACTIVATIONS:
-        assert activations.get(activation.name) is activation is getattr(activations, activation.name)
+        assert (
+            activations.get(activation.name) is activation is getattr(activations, activation.name)
+        )
     assert activations.get("swish") is activations.swish is activations.silu
     assert activations.get("hard_swish") is activations.hard_swish is activations.hard_silu
 
 
 def test_a_changed_setting_is_in_the_layers_name():
     assert activations.leaky_relu(negative_slope=0.2).name == "leaky_relu(negative_slope=0.2)"
-    assert activations.leaky_relu(negative_slope=0.2)(negative_slope=0.3).name == "leaky_relu(negative_slope=0.3)"
+    assert (
+        activations.leaky_relu(negative_slope=0.2)(negative_slope=0.3).name
+        == "leaky_relu(negative_slope=0.3)"
+    )
     assert repr(activations.gelu(approximate=False)) == "gelu(approximate=False)"
     assert activations.elu().name == "elu"
 
 
 def test_a_users_own_activation_with_two_settings_is_a_layer_like_any_other(x64):
-    power = fnn.elementwise("power", lambda x, p, c: c * x**p, lambda x, y, p, c: c * p * x ** (p - 1), p=3, c=2.0)
+    power = fnn.elementwise(
+        "power", lambda x, p, c: c * x**p, lambda x, y, p, c: c * p * x ** (p - 1), p=3, c=2.0
+    )
     fourth = power(c=0.5)(p=4)
     assert fourth.name == "power(p=4, c=0.5)"
     net = fnn.mlp((3, 4, 2), fourth)
@@ -209,7 +244,11 @@ def test_a_users_own_activation_with_two_settings_is_a_layer_like_any_other(x64)
     def both(x):
         params = net.init(jax.random.key(0))
         value = fnn.mean_loss(net, fnn.losses.l2_loss)
-        return ours(fourth, x, x), fnn.value_and_grad(net, fnn.losses.l2_loss)(params, x, x[:, :2]), jax.grad(value)(params, x, x[:, :2])
+        return (
+            ours(fourth, x, x),
+            fnn.value_and_grad(net, fnn.losses.l2_loss)(params, x, x[:, :2]),
+            jax.grad(value)(params, x, x[:, :2]),
+        )
 
     (y, dx), (_, grads), automatic = both(x)
     np.testing.assert_allclose(y, 0.5 * x**4, rtol=1e-12)
@@ -226,7 +265,10 @@ def test_numpy_arrays_and_any_number_of_axes_are_taken():
 
 
 def test_a_setting_of_numpy_promotes_nothing():
-    y, x = fnn.activations.elu(alpha=np.float64(2)).apply((), jnp.ones(2, jnp.bfloat16)), jnp.array(np.nan)
+    y, x = (
+        fnn.activations.elu(alpha=np.float64(2)).apply((), jnp.ones(2, jnp.bfloat16)),
+        jnp.array(np.nan),
+    )
     assert y.dtype == jnp.bfloat16
     for bad in (np.nan, "x", x, jnp.ones(2)):
         with pytest.raises(ValueError, match="`alpha` of elu must be a finite number"):

@@ -25,7 +25,9 @@ def everything():
     rng = np.random.default_rng(0)
     dtypes = (jnp.bfloat16, jnp.float16, jnp.float32, jnp.int32, jnp.uint8, jnp.bool_)
     return {
-        "arrays": tuple(jnp.asarray(rng.normal(size=(3, 2)) * 10).astype(dtype) for dtype in dtypes),
+        "arrays": tuple(
+            jnp.asarray(rng.normal(size=(3, 2)) * 10).astype(dtype) for dtype in dtypes
+        ),
         "empty": jnp.zeros((0, 3)),
         "scalar": jnp.float32(2.5),
         "key": jax.random.key(7),
@@ -57,7 +59,9 @@ def raw(leaf):
 
 def same(a, b):
     assert jax.tree.structure(a) == jax.tree.structure(b)
-    return all(raw(u) == raw(v) for u, v in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+    return all(
+        raw(u) == raw(v) for u, v in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
 
 
 @pytest.mark.parametrize("wide", [False, True], ids=["x32", "x64"])
@@ -77,10 +81,22 @@ def test_what_comes_back_is_what_went_in(tmp_path, wide):
 def test_other_programs_can_check_and_read_it(tmp_path):
     tree = NET.init(jax.random.key(0))
     path = save(tmp_path, tree)
-    assert sorted(p.name for p in path.iterdir()) == ["SHA256SUMS", "arrays.safetensors", "manifest.json"]
+    assert sorted(p.name for p in path.iterdir()) == [
+        "SHA256SUMS",
+        "arrays.safetensors",
+        "manifest.json",
+    ]
     if shutil.which("sha256sum"):
-        subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=path, check=True, capture_output=True)
-    found, leaves = load_file(path / "arrays.safetensors"), json.loads((path / "manifest.json").read_text())["leaves"]
+        subprocess.run(
+            ["sha256sum", "--check", "--strict", "SHA256SUMS"],
+            cwd=path,
+            check=True,
+            capture_output=True,
+        )
+    found, leaves = (
+        load_file(path / "arrays.safetensors"),
+        json.loads((path / "manifest.json").read_text())["leaves"],
+    )
     assert [leaf["path"] for leaf in leaves] == ["[0][0].w", "[0][0].b", "[1].w", "[1].b"]
     for i, leaf in enumerate(jax.tree.leaves(tree)):
         np.testing.assert_array_equal(found[str(i)], leaf)
@@ -89,7 +105,10 @@ def test_other_programs_can_check_and_read_it(tmp_path):
 def test_arrays_go_where_those_of_like_are(tmp_path):
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     save(tmp_path, jnp.ones(3))
-    for sharding in (jax.sharding.NamedSharding(mesh, jax.P("data")), jax.sharding.SingleDeviceSharding(jax.devices()[0])):
+    for sharding in (
+        jax.sharding.NamedSharding(mesh, jax.P("data")),
+        jax.sharding.SingleDeviceSharding(jax.devices()[0]),
+    ):
         assert restore(tmp_path, like=jax.device_put(jnp.zeros(3), sharding)).sharding == sharding
 
 
@@ -100,7 +119,12 @@ def damaged(path, rng, flips):
     """`(file, bytes)` with one bit flipped or with an end cut off, over all files."""
     for file in sorted(path.iterdir()):
         content = file.read_bytes()
-        bits = {*range(72), 8 * len(content) - 1, *rng.integers(0, 8 * len(content), flips).tolist()}  # 8 bytes: the header's length
+        # 8 bytes: the header's length
+        bits = {
+            *range(72),
+            8 * len(content) - 1,
+            *rng.integers(0, 8 * len(content), flips).tolist(),
+        }
         for spot, bit in sorted(divmod(bit, 8) for bit in bits):
             yield file, content[:spot] + bytes([content[spot] ^ (1 << bit)]) + content[spot + 1 :]
         for kept in {0, 1, 8, len(content) // 2, len(content) - 1}:
@@ -132,7 +156,10 @@ def test_a_file_that_is_gone_is_named_and_the_older_whole_one_offered(tmp_path, 
         path = save(tmp_path, jnp.full(2, step), step=step)
     (path / name).unlink()
     (tmp_path / "step-000000000002" / "arrays.safetensors").write_bytes(b"")
-    with pytest.raises(CheckpointError, match=rf"{name}.* An older one is whole: restore\('.*step-000000000001', ...\)"):
+    with pytest.raises(
+        CheckpointError,
+        match=rf"{name}.* An older one is whole: restore\('.*step-000000000001', ...\)",
+    ):
         restore(tmp_path, like=jnp.zeros(2, int))
     assert restore(tmp_path / "step-000000000001", like=jnp.zeros(2, int)).tolist() == [1, 1]
 
@@ -146,10 +173,19 @@ def rewritten(path, change):
 
 
 FORGED = [
-    (lambda content: content.update(format=2), "its format is 2; this fnn reads up to 1. Update fnn"),
+    (
+        lambda content: content.update(format=2),
+        "its format is 2; this fnn reads up to 1. Update fnn",
+    ),
     (lambda content: content.pop("leaves"), "is none of fnn's"),
-    (lambda content: content.update(header="0" * 64), "the SHA-256 of its header is not the one in manifest.json"),
-    (lambda content: content["leaves"][0].update(sha256="0" * 64), r"leaf \['b'\]: its SHA-256 is not the one in manifest.json"),
+    (
+        lambda content: content.update(header="0" * 64),
+        "the SHA-256 of its header is not the one in manifest.json",
+    ),
+    (
+        lambda content: content["leaves"][0].update(sha256="0" * 64),
+        r"leaf \['b'\]: its SHA-256 is not the one in manifest.json",
+    ),
     (lambda content: content["leaves"].pop(), "holds other leaves than manifest.json lists"),
 ]
 
@@ -165,18 +201,34 @@ def test_a_manifest_of_another_format_or_other_arrays_is_refused(tmp_path, chang
 @pytest.mark.parametrize("name", ["../manifest.json", "/etc/passwd", "other"])
 def test_sums_of_files_elsewhere_are_refused(tmp_path, name):
     path = save(tmp_path, jnp.zeros(2))
-    (path / "SHA256SUMS").write_text((path / "SHA256SUMS").read_text().replace("manifest.json", name))
-    with pytest.raises(CheckpointError, match=r"must have the SHA-256 of manifest\.json and nothing else"):
+    (path / "SHA256SUMS").write_text(
+        (path / "SHA256SUMS").read_text().replace("manifest.json", name)
+    )
+    with pytest.raises(
+        CheckpointError, match=r"must have the SHA-256 of manifest\.json and nothing else"
+    ):
         restore(tmp_path, like=jnp.zeros(2))
 
 
 OTHERS = [
     ({"w": jnp.zeros(3)}, r"only in the checkpoint: \['b'\]"),
     ({"w": jnp.zeros(3), "b": jnp.zeros(2), "c": 0}, r"only in `like`: \['c'\]"),
-    ({"w": jnp.zeros(4), "b": jnp.zeros(2)}, r"leaf \['w'\] is array float32\[3\], but `like` has float32\[4\]"),
-    ({"w": jnp.zeros(3, jnp.bfloat16), "b": jnp.zeros(2)}, r"leaf \['w'\] is array float32\[3\], but `like` has bfloat16\[3\]"),
-    ({"w": jnp.zeros(3), "b": 2.0}, r"leaf \['b'\] is array float32\[2\], but `like` has 2.0 \(float\)"),
-    ({"w": jnp.zeros(3), "b": jax.random.key(0)}, r"leaf \['b'\] is array float32\[2\], but `like` has key<fry>\[\]"),
+    (
+        {"w": jnp.zeros(4), "b": jnp.zeros(2)},
+        r"leaf \['w'\] is array float32\[3\], but `like` has float32\[4\]",
+    ),
+    (
+        {"w": jnp.zeros(3, jnp.bfloat16), "b": jnp.zeros(2)},
+        r"leaf \['w'\] is array float32\[3\], but `like` has bfloat16\[3\]",
+    ),
+    (
+        {"w": jnp.zeros(3), "b": 2.0},
+        r"leaf \['b'\] is array float32\[2\], but `like` has 2.0 \(float\)",
+    ),
+    (
+        {"w": jnp.zeros(3), "b": jax.random.key(0)},
+        r"leaf \['b'\] is array float32\[2\], but `like` has key<fry>\[\]",
+    ),
     ({"w": jnp.zeros(3), "b": "two"}, r"`like` has 'two' \(str\)"),
 ]
 
@@ -189,10 +241,14 @@ def test_another_tree_is_refused_and_the_difference_told(tmp_path, like, message
 
 
 def test_what_is_not_there_is_told(tmp_path):
-    with pytest.raises(CheckpointError, match="nowhere: no checkpoint is there; steps that are: none"):
+    with pytest.raises(
+        CheckpointError, match="nowhere: no checkpoint is there; steps that are: none"
+    ):
         restore(tmp_path / "nowhere", like=())
     save(tmp_path, 1, step=5)
-    with pytest.raises(CheckpointError, match="no checkpoint of step 4 is there; steps that are: 5"):
+    with pytest.raises(
+        CheckpointError, match="no checkpoint of step 4 is there; steps that are: 5"
+    ):
         restore(tmp_path, like=0, step=4)
 
 
@@ -211,7 +267,9 @@ def test_whatever_stops_a_save_leaves_the_older_ones_whole_and_nothing_else(tmp_
     ]
     for place, name in calls:
         with monkeypatch.context() as patch:
-            patch.setattr(place, name, lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr(
+                place, name, lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt)
+            )
             with pytest.raises(KeyboardInterrupt):
                 save(tmp_path, jnp.zeros(3), step=2)
         assert [p.name for p in tmp_path.iterdir()] == ["step-000000000001"]
@@ -229,18 +287,48 @@ def test_a_step_is_replaced_and_what_a_killed_save_left_goes(tmp_path):
 
 
 BAD = [
-    (lambda p: save(p, {"a": "text"}), TypeError, r"`tree\['a'\]` must be an array, a key or a number, got 'text' \(str\)"),
-    (lambda p: save(p, [np.array(["x"])]), TypeError, r"`tree\[0\]` has the dtype <U1, which safetensors has no name for"),
-    (lambda p: save(p, [np.ones(2, complex)]), TypeError, r"`tree\[0\]` has the dtype complex128, .* Known: bool, int8"),
-    (lambda p: save(p, {"n": 2**63}), ValueError, r"`tree\['n'\]` must fit into 64 bits, got 9223372036854775808"),
-    (lambda p: save(p, 1, step=-1), ValueError, "`step` must be a finite number, at least 0, got -1"),
+    (
+        lambda p: save(p, {"a": "text"}),
+        TypeError,
+        r"`tree\['a'\]` must be an array, a key or a number, got 'text' \(str\)",
+    ),
+    (
+        lambda p: save(p, [np.array(["x"])]),
+        TypeError,
+        r"`tree\[0\]` has the dtype <U1, which safetensors has no name for",
+    ),
+    (
+        lambda p: save(p, [np.ones(2, complex)]),
+        TypeError,
+        r"`tree\[0\]` has the dtype complex128, .* Known: bool, int8",
+    ),
+    (
+        lambda p: save(p, {"n": 2**63}),
+        ValueError,
+        r"`tree\['n'\]` must fit into 64 bits, got 9223372036854775808",
+    ),
+    (
+        lambda p: save(p, 1, step=-1),
+        ValueError,
+        "`step` must be a finite number, at least 0, got -1",
+    ),
     (lambda p: save(p, 1, step=1.5), ValueError, "`step` must be a whole number, got 1.5"),
-    (lambda p: save(p, 1, metadata={"net": NET}), TypeError, "`metadata` must be what JSON can hold"),
-    (lambda p: save(p, 1, metadata={"loss": float("nan")}), TypeError, "`metadata` must be what JSON can hold"),
-]  # fmt: skip
+    (
+        lambda p: save(p, 1, metadata={"net": NET}),
+        TypeError,
+        "`metadata` must be what JSON can hold",
+    ),
+    (
+        lambda p: save(p, 1, metadata={"loss": float("nan")}),
+        TypeError,
+        "`metadata` must be what JSON can hold",
+    ),
+]
 
 
-@pytest.mark.parametrize(("call", "kind", "message"), BAD, ids=[message[:40] for *_, message in BAD])
+@pytest.mark.parametrize(
+    ("call", "kind", "message"), BAD, ids=[message[:40] for *_, message in BAD]
+)
 def test_what_cannot_be_saved_is_an_error_and_leaves_nothing(tmp_path, call, kind, message):
     with pytest.raises(kind, match=message):
         call(tmp_path / "run")

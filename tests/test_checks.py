@@ -1,4 +1,7 @@
-"""The checks pass on right derivatives, and fail on wrong ones, naming the place: a check that cannot fail checks nothing."""
+"""The checks pass on right derivatives, and fail on wrong ones, naming the place.
+
+A check that cannot fail checks nothing.
+"""
 
 import dataclasses
 
@@ -10,9 +13,9 @@ from cases import cast
 
 import fnn
 from fnn import activations, losses
-from fnn.checks import TOLERANCES
 from fnn.factors import Outer, PerExample, total
-from fnn.layers import Dense
+from fnn.nets.layers import Dense
+from fnn.verify import TOLERANCES
 
 KEY = jax.random.key(0)
 DENSE = fnn.dense(4, 4)  # square, so that a missing transpose is no error of shape
@@ -22,7 +25,9 @@ T = np.random.default_rng(1).normal(size=(6, 4)).astype(np.float32)
 
 def params_of(net, dtype=np.float32):
     rng = np.random.default_rng(2)
-    return jax.tree.map(lambda leaf: rng.normal(0, 0.5, leaf.shape).astype(dtype), jax.eval_shape(net.init, KEY))
+    return jax.tree.map(
+        lambda leaf: rng.normal(0, 0.5, leaf.shape).astype(dtype), jax.eval_shape(net.init, KEY)
+    )
 
 
 def broken_dense(backward):
@@ -53,14 +58,25 @@ def not_a_number(params, x, dz, reduce=total):
     return Dense(reduce(Outer(x * jnp.nan, dz)), reduce(PerExample(dz))), dz @ params.w.T
 
 
-NO_MASK = dataclasses.replace(activations.relu, backward=lambda params, residuals, dy, reduce=total: ((), dy))
+NO_MASK = dataclasses.replace(
+    activations.relu, backward=lambda params, residuals, dy, reduce=total: ((), dy)
+)
 BROKEN = {  # the net, and the leaves of the gradient that come out wrong
-    "relu without its mask": (fnn.serial(fnn.dense(4, 4), NO_MASK, fnn.dense(4, 4)), {"[0].w", "[0].b"}),
-    "missing transpose": (fnn.serial(fnn.dense(4, 4), broken_dense(no_transpose)), {"[0].w", "[0].b"}),
+    "relu without its mask": (
+        fnn.serial(fnn.dense(4, 4), NO_MASK, fnn.dense(4, 4)),
+        {"[0].w", "[0].b"},
+    ),
+    "missing transpose": (
+        fnn.serial(fnn.dense(4, 4), broken_dense(no_transpose)),
+        {"[0].w", "[0].b"},
+    ),
     "dropped bias": (fnn.serial(broken_dense(no_bias), fnn.dense(4, 4)), {"[0].b"}),
     "factor 2": (fnn.serial(fnn.dense(4, 4), broken_dense(twice)), {"[1].w"}),
     "outer product the other way": (fnn.serial(broken_dense(swapped), fnn.dense(4, 4)), {"[0].w"}),
-    "zeroed leaf": (fnn.serial(fnn.dense(4, 4), broken_dense(zero_weight), fnn.dense(4, 4)), {"[1].w"}),
+    "zeroed leaf": (
+        fnn.serial(fnn.dense(4, 4), broken_dense(zero_weight), fnn.dense(4, 4)),
+        {"[1].w"},
+    ),
     "NaN": (fnn.serial(broken_dense(not_a_number), fnn.dense(4, 4)), {"[0].w"}),
     "inside repeat": (fnn.serial(fnn.dense(4, 4), fnn.repeat(broken_dense(twice), 2)), {"[1].w"}),
 }
@@ -71,7 +87,9 @@ def test_a_broken_backward_fails_at_its_leaf(name):
     net, wrong = BROKEN[name]
     report = fnn.compare_gradients(net, losses.l2_loss, params_of(net), X, T)
     assert not report.passed
-    assert {leaf.path for leaf in report.leaves if not leaf.relative_error <= report.tolerance} == wrong
+    assert {
+        leaf.path for leaf in report.leaves if not leaf.relative_error <= report.tolerance
+    } == wrong
     assert "DIFFER" in str(report)
     if name == "factor 2":
         leaf = next(leaf for leaf in report.leaves if leaf.path == "[1].w")
@@ -83,7 +101,13 @@ def test_a_broken_backward_fails_at_its_leaf(name):
     ("net", "loss"),
     [
         (fnn.mlp((4, 5, 4), "gelu"), losses.l2_loss),
-        (fnn.serial(fnn.dense(4, 4), fnn.repeat(fnn.residual(fnn.serial(fnn.dense(4, 4), activations.relu)), 3)), losses.log_cosh),
+        (
+            fnn.serial(
+                fnn.dense(4, 4),
+                fnn.repeat(fnn.residual(fnn.serial(fnn.dense(4, 4), activations.relu)), 3),
+            ),
+            losses.log_cosh,
+        ),
     ],
     ids=["mlp", "repeat"],
 )
@@ -94,9 +118,19 @@ def test_a_right_backward_passes_and_its_report_is_a_table_of_every_leaf(net, lo
     assert report.tolerance == TOLERANCES["float32"]
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     assert [leaf.path for leaf in report.leaves] == paths
-    assert [leaf.shape for leaf in report.leaves] == [leaf.shape for leaf in jax.tree.leaves(params)]
+    assert [leaf.shape for leaf in report.leaves] == [
+        leaf.shape for leaf in jax.tree.leaves(params)
+    ]
     lines = str(report).splitlines()
-    assert [line.split()[0] for line in lines] == ["leaf", *paths, "all", "compiled", "manual", "automatic", "manual"]
+    assert [line.split()[0] for line in lines] == [
+        "leaf",
+        *paths,
+        "all",
+        "compiled",
+        "manual",
+        "automatic",
+        "manual",
+    ]
     assert "agree" in lines[-1]
     assert report.manual.flops > 0
     assert report.automatic.bytes_accessed > 0
@@ -118,7 +152,12 @@ def test_the_tolerance_is_that_of_the_dtype(dtype):
 
 
 def slightly_off(error):
-    return broken_dense(lambda p, x, dz, reduce=total: (Dense(reduce(Outer(x * (1 + error), dz)), reduce(PerExample(dz))), dz @ p.w.T))
+    return broken_dense(
+        lambda p, x, dz, reduce=total: (
+            Dense(reduce(Outer(x * (1 + error), dz)), reduce(PerExample(dz))),
+            dz @ p.w.T,
+        )
+    )
 
 
 def test_the_tolerance_can_be_set():
@@ -138,19 +177,27 @@ def test_the_weights_are_those_of_the_loss():
     assert weighted.passed, weighted
     bad = X.copy()
     bad[[1, 4]] = 5  # of weight 0
-    one = broken_dense(lambda p, x, dz, reduce=total: DENSE.backward(p, jnp.where(x == 5, -x, x), dz, reduce))
+    one = broken_dense(
+        lambda p, x, dz, reduce=total: DENSE.backward(p, jnp.where(x == 5, -x, x), dz, reduce)
+    )
     one = fnn.serial(one)
     assert not fnn.compare_gradients(one, losses.l2_loss, params_of(one), bad, T).passed
-    assert fnn.compare_gradients(one, losses.l2_loss, params_of(one), bad, T, weights=weights).passed
+    assert fnn.compare_gradients(
+        one, losses.l2_loss, params_of(one), bad, T, weights=weights
+    ).passed
 
 
 def test_where_both_gradients_cancel_float64_decides():
-    """Softmax that has nearly learnt its labels: p - t is rounding in both, and the manual one must be no worse than `jax.grad`."""
+    """Softmax that has nearly learnt its labels.
+
+    P - t is rounding in both, and the manual one must be no worse than `jax.grad`.
+    """
     net, labels = fnn.serial(fnn.dense(4, 4)), np.arange(6) % 4
     x = np.eye(4, dtype=np.float32)[labels] + 0.01 * X
     params = (Dense(w=np.float32(14) * np.eye(4, dtype=np.float32), b=np.zeros(4, np.float32)),)
     loss = losses.softmax_cross_entropy_with_integer_labels
-    report = fnn.compare_gradients(net, loss, params, x, labels, tolerance=1e-12)  # no float32 result is that close
+    # no float32 result is that close
+    report = fnn.compare_gradients(net, loss, params, x, labels, tolerance=1e-12)
     asked = [leaf for leaf in report.leaves if leaf.relative_error > report.tolerance]
     assert asked
     assert all(leaf.against_float64 is not None for leaf in asked)
@@ -199,7 +246,11 @@ def test_check_loss_fails_for_a_broken_loss(broken):
     assert [check.passed for check in report.checks] == [False] * 3
 
 
-@pytest.mark.parametrize("loss", [losses.l2_loss, losses.softmax_cross_entropy, losses.sigmoid_binary_cross_entropy], ids=repr)
+@pytest.mark.parametrize(
+    "loss",
+    [losses.l2_loss, losses.softmax_cross_entropy, losses.sigmoid_binary_cross_entropy],
+    ids=repr,
+)
 def test_check_loss_passes_for_a_right_one(loss):
     targets = np.abs(T) / np.abs(T).sum(1, keepdims=True)
     report = fnn.check_loss(loss, X, targets, key=KEY)

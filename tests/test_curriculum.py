@@ -1,4 +1,7 @@
-"""The table in experiments/README.md: every concept of the lectures has a row, and what a row names exists and is about its function."""
+"""The table in experiments/README.md.
+
+Every concept of the lectures has a row, and what a row names exists and is about its function.
+"""
 
 import ast
 import re
@@ -72,10 +75,29 @@ CONCEPTS = [
 ]
 # Those of the section "Alternatives to backprop" and its experiments, from when it is there.
 SECTION = any(line.startswith("## Alternatives to backprop") for line in LINES)
-ALTERNATIVES = ["evolutionary algorithms", "reservoir computing", "direct feedback alignment", "forward-forward"]
-ON_ALTERNATIVES = {"alignment-angles", "credit-assignment", "evolution", "forward-gradient-variance", "mackey-glass"}
+ALTERNATIVES = [
+    "evolutionary algorithms",
+    "reservoir computing",
+    "direct feedback alignment",
+    "forward-forward",
+]
+ON_ALTERNATIVES = {
+    "alignment-angles",
+    "credit-assignment",
+    "evolution",
+    "forward-gradient-variance",
+    "mackey-glass",
+}
 # Experiments on other things than the lectures teach.
-OTHERS = {"benchmark", "endurance", "gallery", "influence", "private-training", "privacy-audit", "runs"}
+OTHERS = {
+    "benchmark",
+    "endurance",
+    "gallery",
+    "influence",
+    "private-training",
+    "privacy-audit",
+    "runs",
+}
 
 
 def named(cell):
@@ -99,29 +121,46 @@ def text_of(file, test):
     while waiting:
         name = waiting.pop()
         found[name] = functions[name]
-        waiting += [word for word in set(re.findall(r"\w+", found[name])) & set(functions) if word not in found]
+        waiting += [
+            word
+            for word in set(re.findall(r"\w+", found[name])) & set(functions)
+            if word not in found
+        ]
     return "\n".join(found.values())
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[row[0] for row in ROWS])
 def test_what_a_row_names_exists_and_uses_its_function(row):
     _, functions, tests, experiments = row
-    texts = [(ROOT / "experiments" / f"{name.replace('-', '_')}.py").read_text() for name in named(experiments)]
+    texts = [
+        (ROOT / "experiments" / f"{name.replace('-', '_')}.py").read_text()
+        for name in named(experiments)
+    ]
     assert named(tests)
     for name in named(tests):
-        file, _, test = name.partition("::") if "/" in name else ("tests/test_lectures.py", "", name)
-        assert test in functions_in(file), f"{name} is no test: `file::test`, or the name of one in tests/test_lectures.py"
+        file, _, test = (
+            name.partition("::") if "/" in name else ("tests/test_lectures.py", "", name)
+        )
+        assert test in functions_in(file), (
+            f"{name} is no test: `file::test`, or the name of one in tests/test_lectures.py"
+        )
         texts.append(text_of(file, test))
     assert named(functions)
     for name in named(functions):
         reduce(getattr, name.split(".")[1:], fnn)
-        assert any(re.search(rf"\b{name.split('.')[-1]}\b", text) for text in texts), f"neither test nor experiment uses {name}"
+        assert any(re.search(rf"\b{name.split('.')[-1]}\b", text) for text in texts), (
+            f"neither test nor experiment uses {name}"
+        )
 
 
 def test_the_table_has_every_concept_once():
     concepts = [re.sub(r" \(00.*\)$", "", row[0]) for row in ROWS]
     assert [concept for concept in CONCEPTS if concept not in concepts] == []
-    assert [start for start in ALTERNATIVES if SECTION and not any(concept.startswith(start) for concept in concepts)] == []
+    assert [
+        start
+        for start in ALTERNATIVES
+        if SECTION and not any(concept.startswith(start) for concept in concepts)
+    ] == []
     assert len(set(concepts)) == len(concepts)
 
 

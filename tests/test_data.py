@@ -1,4 +1,7 @@
-"""Data sets and IDX files: right shapes, same seed same split, and a clear error for everything that can be wrong with a file."""
+"""Data sets and IDX files.
+
+Right shapes, same seed same split, and a clear error for everything that can be wrong with a file.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,9 @@ load_once = functools.cache(load)
 
 def idx_bytes(array: np.ndarray) -> bytes:
     """An array as an IDX file."""
-    code = {np.dtype(dtype).newbyteorder("="): code for code, dtype in _idx.DTYPES.items()}[array.dtype]
+    code = {np.dtype(dtype).newbyteorder("="): code for code, dtype in _idx.DTYPES.items()}[
+        array.dtype
+    ]
     return (
         bytes([0, 0, code, array.ndim])
         + struct.pack(f">{array.ndim}I", *array.shape)
@@ -64,7 +69,9 @@ def server(folder: Path, monkeypatch: pytest.MonkeyPatch):
         def log_message(self, format: str, *args: object) -> None:
             requests.append(self.path)
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(folder))) as httpd:
+    with http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(Handler, directory=str(folder))
+    ) as httpd:
         thread = threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         yield f"http://127.0.0.1:{httpd.server_port}/", requests
@@ -102,7 +109,10 @@ BAD_FILES = {
     "cut in the values": (WHOLE[:-1], r"expected 200 bytes for shape \(10, 20\) of uint8, got 199"),
     "too long": (WHOLE + b"\0", "expected 200 bytes.*got 201"),
     "axes that no memory holds": (b"\0\0\x0e\x04" + b"\xff" * 16, "bytes for shape.*got 0"),
-    "gzip cut off": (gzip.compress(WHOLE)[:-20], "expected a whole gzip file, got a damaged or cut-off one"),
+    "gzip cut off": (
+        gzip.compress(WHOLE)[:-20],
+        "expected a whole gzip file, got a damaged or cut-off one",
+    ),
     "gzip header alone": (gzip.compress(WHOLE)[:5], "expected a whole gzip file"),
     "gzip of bad values": (gzip.compress(WHOLE[:-1]), "expected 200 bytes.*got 199"),
     "gzip checksum": (gzip.compress(WHOLE)[:-8] + bytes(8), "damaged or cut-off.*CRC"),
@@ -130,12 +140,16 @@ def test_images_are_scaled_and_flat(folder):
     data = load("mnist", data_dir=folder)
     assert data.x_train.shape == (6, 6)
     assert data.t_test.shape == (4,)
-    np.testing.assert_array_equal(data.x_test, np.arange(36, 60, dtype=np.float32).reshape(4, 6) / np.float32(255))
+    np.testing.assert_array_equal(
+        data.x_test, np.arange(36, 60, dtype=np.float32).reshape(4, 6) / np.float32(255)
+    )
 
 
 def test_files_may_be_plain_and_partial(folder):
     for path in list(folder.iterdir()):
-        path.with_name(path.name.replace("train-", "train6-").removesuffix(".gz")).write_bytes(gzip.decompress(path.read_bytes()))
+        path.with_name(path.name.replace("train-", "train6-").removesuffix(".gz")).write_bytes(
+            gzip.decompress(path.read_bytes())
+        )
         path.unlink()
     assert load("fashion-mnist", data_dir=folder).x_train.shape == (6, 6)
 
@@ -161,7 +175,9 @@ def test_images_and_labels_of_different_counts_are_an_error(folder):
 
 
 @pytest.mark.parametrize(
-    "array", [np.zeros((6, 2), np.uint8), np.zeros(6, np.float32), np.zeros(0, np.uint8)], ids=["axes", "dtype", "empty"]
+    "array",
+    [np.zeros((6, 2), np.uint8), np.zeros(6, np.float32), np.zeros(0, np.uint8)],
+    ids=["axes", "dtype", "empty"],
 )
 def test_labels_must_be_one_axis_of_bytes(folder, array):
     (folder / "train-labels-idx1-ubyte.gz").write_bytes(idx_bytes(array))
@@ -171,13 +187,17 @@ def test_labels_must_be_one_axis_of_bytes(folder, array):
 
 def test_train_and_test_images_must_be_of_one_size(folder):
     (folder / "t10k-images-idx3-ubyte.gz").write_bytes(idx_bytes(np.zeros((4, 5, 5), np.uint8)))
-    with pytest.raises(ValueError, match=r"train images are \(3, 2\) pixels but test images are \(5, 5\)"):
+    with pytest.raises(
+        ValueError, match=r"train images are \(3, 2\) pixels but test images are \(5, 5\)"
+    ):
         load("mnist", data_dir=folder)
 
 
 def test_a_missing_file_or_folder_is_named(folder):
     (folder / "t10k-labels-idx1-ubyte.gz").unlink()
-    with pytest.raises(FileNotFoundError, match=r"no t10k labels there, such as t10k-labels-idx1-ubyte\.gz"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no t10k labels there, such as t10k-labels-idx1-ubyte\.gz"
+    ):
         load("mnist", data_dir=folder)
     with pytest.raises(FileNotFoundError, match="`data_dir` must be a folder"):
         load("mnist", data_dir=folder / "nowhere")
@@ -213,7 +233,9 @@ def test_load_downloads_from_the_address_in_the_environment(server, tmp_path, mo
 
 
 def test_other_bytes_than_those_pinned_are_an_error_and_not_kept(server, tmp_path):
-    with pytest.raises(ValueError, match=r"train-images.*is not the file expected, md5 f68b3c2d.*--data-dir"):
+    with pytest.raises(
+        ValueError, match=r"train-images.*is not the file expected, md5 f68b3c2d.*--data-dir"
+    ):
         _idx.download("mnist", url=server[0], cache=tmp_path / "cache")
     assert list((tmp_path / "cache" / "mnist").iterdir()) == []
 
@@ -226,10 +248,13 @@ def test_a_file_that_the_server_lacks_is_a_connection_error(server, folder, tmp_
 
 def test_an_unreachable_server_is_a_connection_error(tmp_path, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with socket.socket() as bound:  # bound but not listening: connections are refused, and nobody else gets the port
+    # bound but not listening: connections are refused, and nobody else gets the port
+    with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{bound.getsockname()[1]}"
-        with pytest.raises(ConnectionError, match=rf"Cannot download {url}/train-images.*--data-dir FOLDER"):
+        with pytest.raises(
+            ConnectionError, match=rf"Cannot download {url}/train-images.*--data-dir FOLDER"
+        ):
             _idx.download("fashion-mnist", url=url, cache=tmp_path)
 
 
@@ -286,7 +311,8 @@ def test_a_seed_decides_the_set(name):
     data, again, other = load_once(name), load(name), load(name, seed=1)
     for array, same in zip(data[1:5], again[1:5], strict=True):
         np.testing.assert_array_equal(array, same)
-    assert np.array_equal(data.x_train, other.x_train) == (name == "mnist1d")  # which is published with its split
+    # which is published with its split
+    assert np.array_equal(data.x_train, other.x_train) == (name == "mnist1d")
 
 
 def test_mnist1d_leaves_the_global_generators_alone():
@@ -312,11 +338,15 @@ def test_a_constant_column_becomes_zero():
 
 
 def test_an_unknown_set_offers_the_nearest():
-    with pytest.raises(ValueError, match=r"Unknown dataset 'digit'. Did you mean 'digits'\?.*fashion-mnist"):
+    with pytest.raises(
+        ValueError, match=r"Unknown dataset 'digit'. Did you mean 'digits'\?.*fashion-mnist"
+    ):
         load("digit")
 
 
-@pytest.mark.parametrize(("seed", "error"), [(-1, ValueError), (2**32, ValueError), (1.5, TypeError), (True, TypeError)])
+@pytest.mark.parametrize(
+    ("seed", "error"), [(-1, ValueError), (2**32, ValueError), (1.5, TypeError), (True, TypeError)]
+)
 def test_a_seed_out_of_range_is_an_error(seed, error):
     with pytest.raises(error, match="`seed` must be"):
         load("digits", seed=seed)

@@ -1,4 +1,7 @@
-"""Two real processes train as one does; where one dies the other ends, and the run goes on from its checkpoint."""
+"""Two real processes train as one does.
+
+Where one dies the other ends, and the run goes on from its checkpoint.
+"""
 
 import hashlib
 import multiprocessing
@@ -17,7 +20,20 @@ from experiments import _processes, _runs
 from experiments.__main__ import main
 from fnn import checkpoint
 
-FLAGS = ["--sizes", "16", "--seeds", "0", "--batch-size", "128", "--optimizer", "sgd", "--learning-rate", "0.1", "--keep", "100"]
+FLAGS = [
+    "--sizes",
+    "16",
+    "--seeds",
+    "0",
+    "--batch-size",
+    "128",
+    "--optimizer",
+    "sgd",
+    "--learning-rate",
+    "0.1",
+    "--keep",
+    "100",
+]
 
 
 def context():
@@ -44,7 +60,14 @@ class Processes:
         with socket.socket() as found:
             found.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{found.getsockname()[1]}"
-        ranks = [{"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(r)} for r in range(count)]
+        ranks = [
+            {
+                "JAX_COORDINATOR_ADDRESS": address,
+                "JAX_NUM_PROCESSES": str(count),
+                "JAX_PROCESS_ID": str(r),
+            }
+            for r in range(count)
+        ]
         self.logs = [folder / f"rank-{r}.log" for r in range(count)]
         self.all = [
             context().Process(target=work, args=(flags, rank if count > 1 else {}, devices, log))
@@ -88,7 +111,11 @@ def params_after(folder, step):
         load_file(home(folder) / f"step-{step:012d}" / "arrays.safetensors"),
         checkpoint.manifest(home(folder), step=step).leaves,
     )
-    found = {leaf["path"]: arrays[str(i)] for i, leaf in enumerate(leaves) if leaf["path"].startswith("['state'].params")}
+    found = {
+        leaf["path"]: arrays[str(i)]
+        for i, leaf in enumerate(leaves)
+        if leaf["path"].startswith("['state'].params")
+    }
     assert len(found) == 4
     return found
 
@@ -98,19 +125,29 @@ TRAIN = [*FLAGS, "--epochs", "40", "--distributed"]
 
 def test_two_processes_are_one_with_two_devices(tmp_path):
     one_step = [*FLAGS, "--epochs", "1", "--batch-size", "1437"]  # all examples
-    for name, more, settings in (("two", ["--distributed"], {}), ("one", ["--devices", "2"], {"count": 1, "devices": 2})):
+    for name, more, settings in (
+        ("two", ["--distributed"], {}),
+        ("one", ["--devices", "2"], {"count": 1, "devices": 2}),
+    ):
         (tmp_path / name).mkdir()
-        finished(tmp_path / name, [*one_step, *more, "--out", str(tmp_path / name / "run")], **settings)
+        finished(
+            tmp_path / name, [*one_step, *more, "--out", str(tmp_path / name / "run")], **settings
+        )
     two, one = (params_after(tmp_path / name, 1) for name in ("two", "one"))
     for path in one:
         np.testing.assert_allclose(two[path], one[path], rtol=0, atol=1e-6)
     written = {p.name for p in (tmp_path / "two" / "run").iterdir()}
     assert written == {"config.json", "metrics.jsonl", "metrics.json", "checkpoints", "train.png"}
-    assert [(m["seed"], m["epoch"]) for m in _runs.read_metrics(tmp_path / "two" / "run")] == [(0, 0)]
+    assert [(m["seed"], m["epoch"]) for m in _runs.read_metrics(tmp_path / "two" / "run")] == [
+        (0, 0)
+    ]
 
 
 def test_where_one_dies_or_is_told_to_stop_both_end_and_the_run_goes_on_to_the_same_bits(tmp_path):
-    """Five trials of either rank killed at a random moment, and a signal to one; then the bits of a run that nobody disturbed."""
+    """Five trials of either rank killed at a random moment, and a signal to one.
+
+    Then the bits of a run that nobody disturbed.
+    """
     rng, flags = np.random.default_rng(0), [*TRAIN, "--out", str(tmp_path / "run")]
     for victim in (0, 1, 1, 0, 1):
         before = len(checkpoint.steps(home(tmp_path)))
@@ -125,9 +162,14 @@ def test_where_one_dies_or_is_told_to_stop_both_end_and_the_run_goes_on_to_the_s
     assert checkpoint.manifest(home(tmp_path)).metadata["epoch"] < 40
     told(tmp_path, flags)
     disturbed = finished(tmp_path, flags)
-    assert [(m["seed"], m["epoch"]) for m in _runs.read_metrics(tmp_path / "run")] == [(0, e) for e in range(40)]
+    assert [(m["seed"], m["epoch"]) for m in _runs.read_metrics(tmp_path / "run")] == [
+        (0, e) for e in range(40)
+    ]
     (tmp_path / "whole").mkdir()
-    assert finished(tmp_path / "whole", [*TRAIN, "--out", str(tmp_path / "whole" / "run")]) == disturbed
+    assert (
+        finished(tmp_path / "whole", [*TRAIN, "--out", str(tmp_path / "whole" / "run")])
+        == disturbed
+    )
 
 
 def told(folder, flags):
@@ -139,7 +181,12 @@ def told(folder, flags):
         for process in running.all:
             process.join(60)
         assert [process.exitcode for process in running.all] == [1, 1], running.said()
-        assert running.said().count(f"Go on: python -m experiments train --resume {folder / 'run'} --distributed") == 2
+        assert (
+            running.said().count(
+                f"Go on: python -m experiments train --resume {folder / 'run'} --distributed"
+            )
+            == 2
+        )
 
 
 def wait(running, until):
@@ -151,9 +198,18 @@ def wait(running, until):
 
 
 BAD = [
-    ({"JAX_PROCESS_ID": "1"}, "`distributed`: JAX_PROCESS_ID is set, but not JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES. Set all three"),
-    (dict(zip(_processes.VARIABLES, ("h:1", "2", "2"), strict=True)), "must be in 0 ... JAX_NUM_PROCESSES - 1, got 2 and 2."),
-    (dict(zip(_processes.VARIABLES, ("h:1", "two", "0"), strict=True)), "must be in 0 ... JAX_NUM_PROCESSES - 1, got 0 and two."),
+    (
+        {"JAX_PROCESS_ID": "1"},
+        "`distributed`: JAX_PROCESS_ID is set, but not JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES. Set all three",
+    ),
+    (
+        dict(zip(_processes.VARIABLES, ("h:1", "2", "2"), strict=True)),
+        "must be in 0 ... JAX_NUM_PROCESSES - 1, got 2 and 2.",
+    ),
+    (
+        dict(zip(_processes.VARIABLES, ("h:1", "two", "0"), strict=True)),
+        "must be in 0 ... JAX_NUM_PROCESSES - 1, got 0 and two.",
+    ),
 ]
 
 

@@ -15,7 +15,12 @@ import fnn
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = (fnn, experiments)
-MODULES = [m.name for p in PACKAGES for m in pkgutil.walk_packages(p.__path__, p.__name__ + ".") if "__main__" not in m.name]
+MODULES = [
+    m.name
+    for p in PACKAGES
+    for m in pkgutil.walk_packages(p.__path__, p.__name__ + ".")
+    if "__main__" not in m.name
+]
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 
 
@@ -28,7 +33,12 @@ def as_a_newcomer_has_it():
 
 @pytest.mark.parametrize("name", MODULES)
 def test_doctests(name):
-    assert doctest.testmod(importlib.import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE).failed == 0
+    assert (
+        doctest.testmod(
+            importlib.import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE
+        ).failed
+        == 0
+    )
 
 
 def test_the_blocks_of_the_readme(tmp_path, monkeypatch):

@@ -1,4 +1,7 @@
-"""kill -9 at random moments, also during a save: a training always goes on, and ends as if nothing had been."""
+"""kill -9 at random moments, also during a save.
+
+A training always goes on, and ends as if nothing had been.
+"""
 
 from experiments import endurance
 

@@ -1,4 +1,7 @@
-"""Evolution: every update is the paper's, written out in NumPy, for the noise that was drawn; and no member can poison a generation."""
+"""Evolution: every update is the paper's, written out in NumPy, for the noise that was drawn.
+
+And no member can poison a generation.
+"""
 
 import dataclasses
 import math
@@ -13,7 +16,7 @@ from cases import error, wide
 import fnn
 from experiments import evolution as experiment
 from fnn import losses
-from fnn.blocks import blocks
+from fnn.nets.blocks import blocks
 from fnn.rules import evolution
 from fnn.rules.evolution import evolution_strategies, genetic_algorithm, snes
 
@@ -27,8 +30,16 @@ T = np.cos(np.arange(10.0)).reshape(5, 2)
 
 def params_of(net, dtype=jnp.float64):
     """Parameters that are the same numbers in whichever way a net is written."""
-    empty, rng = jax.tree.map(lambda leaf: np.empty(leaf.shape), jax.eval_shape(net.init, KEY)), np.random.default_rng(1)
-    return blocks(net).join(jax.tree.map(lambda leaf: jnp.asarray(0.5 * rng.normal(size=leaf.shape), dtype), blocks(net).split(empty)))
+    empty, rng = (
+        jax.tree.map(lambda leaf: np.empty(leaf.shape), jax.eval_shape(net.init, KEY)),
+        np.random.default_rng(1),
+    )
+    return blocks(net).join(
+        jax.tree.map(
+            lambda leaf: jnp.asarray(0.5 * rng.normal(size=leaf.shape), dtype),
+            blocks(net).split(empty),
+        )
+    )
 
 
 def flat(tree):
@@ -50,7 +61,9 @@ def loss_at(theta, weights=None):
 def ranks(values):
     """Ranks 0 ... n - 1; equals share the mean of theirs; what is not finite is the worst."""
     values = [v if np.isfinite(v) else np.inf for v in values]
-    return np.array([sum(o < v for o in values) + (sum(o == v for o in values) - 1) / 2 for v in values])
+    return np.array(
+        [sum(o < v for o in values) + (sum(o == v for o in values) - 1) / 2 for v in values]
+    )
 
 
 def utilities(values):
@@ -60,7 +73,14 @@ def utilities(values):
     by_rank = [r / sum(raw) - 1 / n for r in raw]
     order = sorted(range(n), key=lambda i: values[i] if np.isfinite(values[i]) else np.inf)
     place = {i: k for k, i in enumerate(order)}
-    same = [[j for j in range(n) if values[j] == values[i] or not (np.isfinite(values[i]) or np.isfinite(values[j]))] for i in range(n)]
+    same = [
+        [
+            j
+            for j in range(n)
+            if values[j] == values[i] or not (np.isfinite(values[i]) or np.isfinite(values[j]))
+        ]
+        for i in range(n)
+    ]
     return np.array([np.mean([by_rank[place[j]] for j in group]) for group in same])
 
 
@@ -70,21 +90,37 @@ def members_of(rule, params, state):
 
 
 def noise_of(n, params):
-    """E of an evolution strategy: with std 1 its first members, those with plus, are the params and a row of E."""
+    """E of an evolution strategy.
+
+    With std 1 its first members, those with plus, are the params and a row of E.
+    """
     members = members_of(evolution_strategies(NET, LOSS, population=n, std=1.0), params, KEY)
-    np.testing.assert_allclose(members[: n // 2] + members[n // 2 :], 2 * np.stack([flat(params)] * (n // 2)), atol=1e-14)
+    np.testing.assert_allclose(
+        members[: n // 2] + members[n // 2 :], 2 * np.stack([flat(params)] * (n // 2)), atol=1e-14
+    )
     return members[: n // 2] - flat(params)
 
 
 # ---------------------------------------------------------------- shaping
 
-VALUES = ([3.0, 1.0], [1.0, 1.0], [5.0, 2.0, 2.0, 7.0, 2.0, 5.0], [np.nan, 1.0, np.inf, 3.0, -np.inf, 0.5], [np.nan] * 6)
+VALUES = (
+    [3.0, 1.0],
+    [1.0, 1.0],
+    [5.0, 2.0, 2.0, 7.0, 2.0, 5.0],
+    [np.nan, 1.0, np.inf, 3.0, -np.inf, 0.5],
+    [np.nan] * 6,
+)
 
 
 @pytest.mark.parametrize("values", VALUES, ids=str)
 def test_members_are_shaped_by_rank_and_equals_share(x64, values):
     n = len(values)
-    shaped = jax.jit(lambda v: (evolution._by_rank(v, np.linspace(-0.5, 0.5, n)), evolution._by_rank(v, evolution._utilities(n))))
+    shaped = jax.jit(
+        lambda v: (
+            evolution._by_rank(v, np.linspace(-0.5, 0.5, n)),
+            evolution._by_rank(v, evolution._utilities(n)),
+        )
+    )
     by_rank, by_utility = shaped(np.where(np.isfinite(values), values, np.inf))
     np.testing.assert_allclose(by_rank, ranks(values) / (n - 1) - 0.5, atol=1e-15)
     np.testing.assert_allclose(by_utility, utilities(values), atol=1e-15)
@@ -92,14 +128,18 @@ def test_members_are_shaped_by_rank_and_equals_share(x64, values):
 
 def test_utilities_are_those_of_the_paper():
     u = evolution._utilities(4)  # log 3 - log k for k = 1, 2; log 3 - log 3 = 0; and 0
-    np.testing.assert_allclose(u, np.array([math.log(3), math.log(1.5), 0, 0]) / math.log(4.5) - 0.25, atol=1e-15)
+    np.testing.assert_allclose(
+        u, np.array([math.log(3), math.log(1.5), 0, 0]) / math.log(4.5) - 0.25, atol=1e-15
+    )
     assert abs(evolution._utilities(101).sum()) < 1e-14
 
 
 # ---------------------------------------------------------------- evolution strategies
 
 
-@pytest.mark.parametrize(("fitness", "chunk"), [("centred_ranks", None), ("centred_ranks", 4), ("raw", 2), ("raw", 1000)])
+@pytest.mark.parametrize(
+    ("fitness", "chunk"), [("centred_ranks", None), ("centred_ranks", 4), ("raw", 2), ("raw", 1000)]
+)
 def test_the_estimate_is_that_of_the_paper_for_the_noise_drawn(x64, fitness, chunk):
     params, n, std = params_of(NET), 10, 0.3
     rule = evolution_strategies(NET, LOSS, population=n, std=std, fitness=fitness, chunk=chunk)
@@ -110,7 +150,9 @@ def test_the_estimate_is_that_of_the_paper_for_the_noise_drawn(x64, fitness, chu
     values = [loss_at(theta + std * v, weights) for v in signed]
     s = np.array(values) if fitness == "raw" else ranks(values) / (n - 1) - 0.5
     expected = sum(s[i] * signed[i] for i in range(n)) / (n * std)
-    value, grads, state = jax.jit(rule.value_and_grad)(params, rule.init(KEY, params), X, T, weights)
+    value, grads, state = jax.jit(rule.value_and_grad)(
+        params, rule.init(KEY, params), X, T, weights
+    )
     np.testing.assert_allclose(flat(grads), expected, rtol=0, atol=1e-12)
     assert abs(float(value) - loss_at(theta, weights)) < 1e-14
     assert jax.random.key_data(state).tolist() != jax.random.key_data(KEY).tolist()
@@ -120,12 +162,15 @@ def test_raw_fitness_with_a_small_std_is_the_forward_gradient(x64):
     params, n = params_of(NET), 12
     e = noise_of(n, params)
     theta, tree, _ = evolution._flattened(blocks(NET), params)
-    slope = jax.vmap(lambda v: jax.jvp(lambda p: fnn.mean_loss(NET, LOSS)(tree(p), X, T), (theta,), (v,))[1])
+    slope = jax.vmap(
+        lambda v: jax.jvp(lambda p: fnn.mean_loss(NET, LOSS)(tree(p), X, T), (theta,), (v,))[1]
+    )
     expected = np.asarray(jax.jit(slope)(jnp.asarray(e))) @ e / len(e)
     for std in (1e-4, 1e-5, 1e-6):
         rule = evolution_strategies(NET, LOSS, population=n, std=std, fitness="raw")
         found = flat(jax.jit(rule.value_and_grad)(params, KEY, X, T)[1])
-        assert np.abs(found - expected).max() < 20 * std**2 + 3e-15 / std  # the third derivative, and rounding: 3e-9 at best
+        # the third derivative, and rounding: 3e-9 at best
+        assert np.abs(found - expected).max() < 20 * std**2 + 3e-15 / std
 
 
 @pytest.mark.parametrize("std", [1.0, 1e-2])
@@ -148,8 +193,10 @@ def test_forward_gradients_of_the_noise_have_the_cosine_that_is_claimed(x64):
     g = np.stack([e.T @ (e @ gradient) / m for e in noise])
     share = ((g @ gradient) ** 2 / (g**2).sum(1)).mean() / (gradient @ gradient)
     assert share == pytest.approx(m / (m + d + 1), rel=0.1)
-    assert np.linalg.norm(g.mean(0) - gradient) < 0.15 * np.linalg.norm(gradient)  # right on average: sqrt((d + 1) / (400 m)) is 0.08
-    assert abs(np.corrcoef(noise.reshape(-1, d), rowvar=False) - np.eye(d)).max() < 0.08  # 0.016 each
+    # right on average: sqrt((d + 1) / (400 m)) is 0.08
+    assert np.linalg.norm(g.mean(0) - gradient) < 0.15 * np.linalg.norm(gradient)
+    # 0.016 each
+    assert abs(np.corrcoef(noise.reshape(-1, d), rowvar=False) - np.eye(d)).max() < 0.08
 
 
 # ---------------------------------------------------------------- snes
@@ -159,7 +206,11 @@ def test_forward_gradients_of_the_noise_have_the_cosine_that_is_claimed(x64):
 def test_snes_updates_mean_and_std_as_the_paper(x64, population, chunk):
     params, optimizer = params_of(NET), optax.sgd(1.0)
     rule = snes(NET, LOSS, population=population, std=0.2, chunk=chunk)
-    state, update, members = rule.init(KEY, params), jax.jit(rule.value_and_grad), jax.jit(rule.members)
+    state, update, members = (
+        rule.init(KEY, params),
+        jax.jit(rule.value_and_grad),
+        jax.jit(rule.members),
+    )
     mu, sigma = flat(params), np.full(26, 0.2)
     for _ in range(3):
         z = rows(members(params, state))
@@ -183,7 +234,8 @@ def test_snes_updates_mean_and_std_as_the_paper(x64, population, chunk):
 
 @pytest.mark.parametrize(("parents", "chunk", "kind"), [(1, None, "threefry2x32"), (3, 5, "rbg")])
 def test_the_best_children_become_parents_and_the_best_of_all_the_params(x64, parents, chunk, kind):
-    """JAX's rbg keys give other numbers under `vmap`, and children are drawn twice, in other company."""
+    """JAX's rbg keys give other numbers under `vmap`, and children are drawn twice, in other
+    company."""
     params, optimizer = params_of(NET), optax.sgd(1.0)
     rule = genetic_algorithm(NET, LOSS, parents=parents, children=8, std=0.2, chunk=chunk)
     state = rule.init(jax.random.key(5, impl=kind), params)
@@ -224,7 +276,9 @@ SMALL = {
 
 
 BROKEN = fnn.Loss(  # NaN where the output is above the target
-    "broken", lambda outputs, targets: jnp.where(outputs > targets, jnp.nan, jnp.exp(outputs))[:, 0], lambda outputs, targets: outputs
+    "broken",
+    lambda outputs, targets: jnp.where(outputs > targets, jnp.nan, jnp.exp(outputs))[:, 0],
+    lambda outputs, targets: outputs,
 )
 
 
@@ -235,7 +289,7 @@ BROKEN = fnn.Loss(  # NaN where the output is above the target
 )
 def test_a_member_that_is_not_finite_ranks_last_and_poisons_nothing(x64, rule, settings):
     """By a net of one weight, at 0, and one example of 1, the outputs are the members."""
-    params, std = fnn.layers.Dense(jnp.zeros((1, 1)), None), 0.5
+    params, std = fnn.nets.layers.Dense(jnp.zeros((1, 1)), None), 0.5
     made = rule(fnn.dense(1, 1, bias_init=None), BROKEN, std=std, **settings)
     state, step = made.init(KEY, params), jax.jit(made.value_and_grad)
     z = members_of(made, params, state)[:, 0]
@@ -252,7 +306,9 @@ def test_a_member_that_is_not_finite_ranks_last_and_poisons_nothing(x64, rule, s
             expected = -utilities(values) @ z
             assert np.isfinite(flat(after.std)).all()
         elif "fitness" in settings:
-            expected = sum((values[k] - values[k + 3]) * z[k] / std for k in pairs) / max(2 * len(pairs) * std, 1)
+            expected = sum((values[k] - values[k + 3]) * z[k] / std for k in pairs) / max(
+                2 * len(pairs) * std, 1
+            )
         else:
             expected = (ranks(values) / 5 - 0.5) @ z / std / (6 * std)
         assert float(grads.w[0, 0]) == pytest.approx(expected, abs=1e-14)
@@ -260,7 +316,11 @@ def test_a_member_that_is_not_finite_ranks_last_and_poisons_nothing(x64, rule, s
 
 @pytest.mark.parametrize("rule", [evolution_strategies, snes])
 def test_a_generation_without_differences_moves_nothing(x64, rule):
-    flat_loss = fnn.Loss("flat", lambda outputs, targets: jnp.ones(outputs.shape[:1]), lambda outputs, targets: jnp.zeros_like(outputs))
+    flat_loss = fnn.Loss(
+        "flat",
+        lambda outputs, targets: jnp.ones(outputs.shape[:1]),
+        lambda outputs, targets: jnp.zeros_like(outputs),
+    )
     made, params = rule(NET, flat_loss, std=0.1, population=34), params_of(NET)
     _, grads, state = jax.jit(made.value_and_grad)(params, made.init(KEY, params), X, T)
     assert np.abs(flat(grads)).max() < 1e-16
@@ -276,7 +336,8 @@ def test_padding_counts_nowhere_and_equal_weights_are_none(x64, rule):
     equal = wide(step(params, state, x, t, np.full(7, 0.3))[:2])
     if rule is evolution_strategies:
         assert error(equal, wide(step(params, state, x, t)[:2])) < 1e-12
-    present = (np.arange(7) < 5).astype(float)  # a loss with weights is held against its definition above
+    # a loss with weights is held against its definition above
+    present = (np.arange(7) < 5).astype(float)
     expected = wide(step(params, state, x, t, present)[:2])
     assert error(expected, equal) > 1e-3
     for content in (0.0, 1e3):
@@ -313,21 +374,27 @@ def test_the_dtype_is_kept(x64, rule, dtype):
     for leaf in jax.tree.leaves((value, grads, jax.eval_shape(made.members, params, state))):
         assert leaf.dtype == dtype
         assert not leaf.weak_type
-    assert jax.tree.map(lambda a: (a.shape, a.dtype), after) == jax.tree.map(lambda a: (a.shape, a.dtype), jax.eval_shape(lambda: state))
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), after) == jax.tree.map(
+        lambda a: (a.shape, a.dtype), jax.eval_shape(lambda: state)
+    )
     if rule is snes:
-        assert {leaf.dtype for leaf in jax.tree.leaves(after.std)} == {jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)}
+        assert {leaf.dtype for leaf in jax.tree.leaves(after.std)} == {
+            jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+        }
 
 
 @pytest.mark.parametrize("rule", RULES[:2])
 def test_float32_gives_what_float64_gives_for_the_same_members(x64, rule):
     """One example, which the members get wrong by amounts that are not near to each other."""
     net, x = fnn.dense(1, 1), jnp.ones((1, 1))
-    narrow = fnn.layers.Dense(jnp.ones((1, 1), jnp.float32), jnp.zeros(1, jnp.float32))
+    narrow = fnn.nets.layers.Dense(jnp.ones((1, 1), jnp.float32), jnp.zeros(1, jnp.float32))
     made = rule(net, LOSS, std=0.5, **SMALL[rule])
     state = made.init(KEY, narrow)
     z = members_of(made, narrow, state)
     values = (z.sum(1) ** 2).tolist()
-    _, grads, _ = jax.jit(made.value_and_grad)(narrow, state, x.astype(jnp.float32), jnp.zeros((1, 1), jnp.float32))
+    _, grads, _ = jax.jit(made.value_and_grad)(
+        narrow, state, x.astype(jnp.float32), jnp.zeros((1, 1), jnp.float32)
+    )
     if rule is evolution_strategies:
         expected = ((ranks(values) / 5 - 0.5) @ (z - [1, 0])) / 0.5 / (6 * 0.5)
     else:
@@ -359,7 +426,9 @@ def test_many_nets_at_once_evolve_as_each_alone(x64, rule):
 )
 def test_fit_lowers_the_loss_and_repeats_itself(made, optimizer):
     data, params = (X.astype(np.float32), T.astype(np.float32)), params_of(NET, jnp.float32)
-    runs = [fnn.fit(made, optimizer, params, data, epochs=60, batch_size=5, key=KEY) for _ in range(2)]
+    runs = [
+        fnn.fit(made, optimizer, params, data, epochs=60, batch_size=5, key=KEY) for _ in range(2)
+    ]
     assert loss_at(flat(runs[0][0])) < 0.4 * loss_at(flat(params))
     np.testing.assert_array_equal(flat(runs[0][0]), flat(runs[1][0]))
     assert len(set(np.asarray(runs[0][1].loss).tolist())) > 50  # noise is new in every step
@@ -369,36 +438,92 @@ ONE = fnn.mlp((1, 1, 1), "tanh")
 TABLE = fnn.serial(fnn.embedding(3, 2), fnn.dense(2, 1))
 
 
-@pytest.mark.parametrize(("rule", "net"), [*((rule, ONE) for rule in RULES), (evolution_strategies, TABLE)])
+@pytest.mark.parametrize(
+    ("rule", "net"), [*((rule, ONE) for rule in RULES), (evolution_strategies, TABLE)]
+)
 def test_one_unit_and_one_example_are_enough(rule, net):
     x = np.array([1]) if net is TABLE else np.ones((1, 1), np.float32)
     params = params_of(net, jnp.float32)
     made = rule(net, LOSS, std=0.1, **SMALL[rule])
-    value, grads, _ = jax.jit(made.value_and_grad)(params, made.init(KEY, params), x, np.ones((1, 1), np.float32))
+    value, grads, _ = jax.jit(made.value_and_grad)(
+        params, made.init(KEY, params), x, np.ones((1, 1), np.float32)
+    )
     assert np.isfinite(flat((value, grads))).all()
     assert np.abs(flat(grads)).max() > 0
     assert jax.tree.map(jnp.shape, grads) == jax.tree.map(jnp.shape, params)
 
 
 BAD = [
-    (evolution_strategies, {"population": 7}, ValueError, "`population` must be an even number, .* got 7. Pass 8"),
-    (evolution_strategies, {"population": 0}, ValueError, "`population` must be a whole number above 0, got 0"),
-    (evolution_strategies, {"population": 4.0}, TypeError, "`population` must be a whole number above 0, got 4.0"),
-    (evolution_strategies, {"std": 0.0}, ValueError, "`std` must be a finite number above 0, got 0.0"),
-    (evolution_strategies, {"fitness": "centered_ranks"}, ValueError, "Unknown fitness .* Did you mean 'centred_ranks'"),
-    (evolution_strategies, {"chunk": 0}, ValueError, "`chunk` must be a whole number above 0, got 0"),
+    (
+        evolution_strategies,
+        {"population": 7},
+        ValueError,
+        "`population` must be an even number, .* got 7. Pass 8",
+    ),
+    (
+        evolution_strategies,
+        {"population": 0},
+        ValueError,
+        "`population` must be a whole number above 0, got 0",
+    ),
+    (
+        evolution_strategies,
+        {"population": 4.0},
+        TypeError,
+        "`population` must be a whole number above 0, got 4.0",
+    ),
+    (
+        evolution_strategies,
+        {"std": 0.0},
+        ValueError,
+        "`std` must be a finite number above 0, got 0.0",
+    ),
+    (
+        evolution_strategies,
+        {"fitness": "centered_ranks"},
+        ValueError,
+        "Unknown fitness .* Did you mean 'centred_ranks'",
+    ),
+    (
+        evolution_strategies,
+        {"chunk": 0},
+        ValueError,
+        "`chunk` must be a whole number above 0, got 0",
+    ),
     (snes, {"population": 1}, ValueError, "`population` must be at least 2, .* got 1. Pass 2"),
     (snes, {"std": -1.0}, ValueError, "`std` must be a finite number above 0, got -1.0"),
     (snes, {"std": math.nan}, ValueError, "`std` must be a finite number above 0, got nan"),
     (snes, {"chunk": 2.5}, TypeError, "`chunk` must be a whole number above 0, got 2.5"),
-    (genetic_algorithm, {"parents": 9, "children": 8}, ValueError, "`parents` must be at most `children`, .* got 9 of 8"),
-    (genetic_algorithm, {"parents": 0}, ValueError, "`parents` must be a whole number above 0, got 0"),
-    (genetic_algorithm, {"parents": 1, "children": 1}, ValueError, "`children` must be at least 2, .* got 1"),
-    (genetic_algorithm, {"std": math.inf}, ValueError, "`std` must be a finite number above 0, got inf"),
+    (
+        genetic_algorithm,
+        {"parents": 9, "children": 8},
+        ValueError,
+        "`parents` must be at most `children`, .* got 9 of 8",
+    ),
+    (
+        genetic_algorithm,
+        {"parents": 0},
+        ValueError,
+        "`parents` must be a whole number above 0, got 0",
+    ),
+    (
+        genetic_algorithm,
+        {"parents": 1, "children": 1},
+        ValueError,
+        "`children` must be at least 2, .* got 1",
+    ),
+    (
+        genetic_algorithm,
+        {"std": math.inf},
+        ValueError,
+        "`std` must be a finite number above 0, got inf",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("rule", "settings", "kind", "message"), BAD, ids=[f"{r.__name__} {s}" for r, s, _, _ in BAD])
+@pytest.mark.parametrize(
+    ("rule", "settings", "kind", "message"), BAD, ids=[f"{r.__name__} {s}" for r, s, _, _ in BAD]
+)
 def test_a_bad_setting_is_an_error_that_names_it(rule, settings, kind, message):
     with pytest.raises(kind, match=message):
         rule(NET, LOSS, **settings)
@@ -415,7 +540,12 @@ def test_what_is_no_net_no_loss_or_has_no_parameters_is_an_error_that_says_so(ru
         made.value_and_grad((), made.init(KEY, ()), x, x)
     made = rule(NET, LOSS)
     with pytest.raises(ValueError, match="Params of another net"):
-        made.value_and_grad(params_of(fnn.mlp((3, 2)), jnp.float32), made.init(KEY, params_of(NET, jnp.float32)), X, T)
+        made.value_and_grad(
+            params_of(fnn.mlp((3, 2)), jnp.float32),
+            made.init(KEY, params_of(NET, jnp.float32)),
+            X,
+            T,
+        )
 
 
 # ---------------------------------------------------------------- the experiment
@@ -424,7 +554,11 @@ def test_what_is_no_net_no_loss_or_has_no_parameters_is_an_error_that_says_so(ru
 def test_the_plane_is_a_net_and_its_loss_has_its_gradient(x64):
     net, loss = experiment.problem()
     points = jnp.asarray(np.random.default_rng(0).normal(size=(6, 2)) * 2)
-    np.testing.assert_allclose(experiment.ripples_grad(points), jax.grad(lambda p: experiment.ripples(p).sum())(points), atol=1e-12)
+    np.testing.assert_allclose(
+        experiment.ripples_grad(points),
+        jax.grad(lambda p: experiment.ripples(p).sum())(points),
+        atol=1e-12,
+    )
     value, grads = fnn.value_and_grad(net, loss)(points[0], jnp.zeros((1, 1)), jnp.zeros(1))
     np.testing.assert_allclose(value, experiment.ripples(points[0]), atol=1e-14)
     np.testing.assert_allclose(grads, experiment.ripples_grad(points[0]), atol=1e-12)
@@ -434,7 +568,10 @@ def test_the_plane_is_a_net_and_its_loss_has_its_gradient(x64):
 def ways():
     """Ways through the plane; `tests/test_experiments.py` runs the whole experiment."""
     with jax.numpy_dtype_promotion("standard"):
-        return [experiment.walk(dataclasses.replace(experiment.Config(), repetitions=50), name) for name in ("ES", "SNES", "backprop")]
+        return [
+            experiment.walk(dataclasses.replace(experiment.Config(), repetitions=50), name)
+            for name in ("ES", "SNES", "backprop")
+        ]
 
 
 def test_populations_cross_the_ripples_that_stop_gradient_descent(ways):
@@ -467,7 +604,9 @@ def test_the_title_counts_forward_passes(ways, tmp_path):
 
 def test_the_cosine_of_backprop_with_the_gradient_is_one():
     batch = X.astype(np.float32), T.astype(np.float32)
-    assert experiment.cosine(fnn.rules.backprop(NET, LOSS), NET, params_of(NET, jnp.float32), KEY, *batch) == pytest.approx(1, abs=1e-5)
+    assert experiment.cosine(
+        fnn.rules.backprop(NET, LOSS), NET, params_of(NET, jnp.float32), KEY, *batch
+    ) == pytest.approx(1, abs=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -22,14 +22,27 @@ from experiments.__main__ import discover, main
 
 NAMES = tuple(discover())
 TINY = train.TINY
-PROPERTIES = ("color", "linestyle", "marker", "fillstyle", "facecolor", "edgecolor", "hatch", "alpha", "linewidth")
+PROPERTIES = (
+    "color",
+    "linestyle",
+    "marker",
+    "fillstyle",
+    "facecolor",
+    "edgecolor",
+    "hatch",
+    "alpha",
+    "linewidth",
+)
 
 
 def looks(axes: Axes) -> list[tuple[str, ...]]:
     """How the legend of a panel shows each of its series: colours, lines and markers."""
     legend = axes.get_legend()
     handles = [] if legend is None else legend.legend_handles
-    return [tuple(str(getattr(handle, f"get_{name}", str)()) for name in PROPERTIES) for handle in handles]
+    return [
+        tuple(str(getattr(handle, f"get_{name}", str)()) for name in PROPERTIES)
+        for handle in handles
+    ]
 
 
 def module_of(name: str):
@@ -46,7 +59,9 @@ def test_every_experiment_keeps_the_convention(name):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.usefixtures("as_users_run")
-def test_every_experiment_runs_tiny_and_saves_metrics_and_a_picture(name, tmp_path, monkeypatch, capsys):
+def test_every_experiment_runs_tiny_and_saves_metrics_and_a_picture(
+    name, tmp_path, monkeypatch, capsys
+):
     module, folder = module_of(name), tmp_path / "new" / "folder"
     run, save = module.run, Figure.savefig
 
@@ -54,8 +69,12 @@ def test_every_experiment_runs_tiny_and_saves_metrics_and_a_picture(name, tmp_pa
         capsys.readouterr()
         result = run(*args, **kwargs)
         assert capsys.readouterr().out == "", "run prints nothing"
-        written = {path.relative_to(folder).parts[0] for path in folder.rglob("*") if path.is_file()}
-        assert written <= ({"config.json", "metrics.jsonl", "checkpoints"} if name == "train" else set()), "run writes nothing"
+        written = {
+            path.relative_to(folder).parts[0] for path in folder.rglob("*") if path.is_file()
+        }
+        assert written <= (
+            {"config.json", "metrics.jsonl", "checkpoints"} if name == "train" else set()
+        ), "run writes nothing"
         return result
 
     def checked_save(figure, *args, **kwargs):
@@ -75,7 +94,9 @@ def test_every_experiment_runs_tiny_and_saves_metrics_and_a_picture(name, tmp_pa
 
 
 def test_the_list_names_every_experiment_without_importing_it(tmp_path, capsys):
-    (tmp_path / "my_question.py").write_text('"""What is it?\n\nMore."""\nraise RuntimeError("imported")\n')
+    (tmp_path / "my_question.py").write_text(
+        '"""What is it?\n\nMore."""\nraise RuntimeError("imported")\n'
+    )
     (tmp_path / "_helper.py").write_text("")
     assert discover(tmp_path) == {"my-question": "What is it?"}
     assert main([]) == main(["--help"]) == 0
@@ -105,7 +126,11 @@ def test_a_slip_in_a_file_of_ours_is_a_bug_too(monkeypatch):
     monkeypatch.setattr(train, "main", lambda config: _run.mean_std(["a", "b"]))
     with pytest.raises((TypeError, ValueError)):
         main(["train"])
-    monkeypatch.setattr(train, "main", lambda config: train.make_optimizer(dataclasses.replace(TINY, batch_size=0), 100))
+    monkeypatch.setattr(
+        train,
+        "main",
+        lambda config: train.make_optimizer(dataclasses.replace(TINY, batch_size=0), 100),
+    )
     with pytest.raises(ZeroDivisionError):
         main(["train"])
 
@@ -119,7 +144,9 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, capsys):
 def test_a_missing_package_is_named(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "tyro", None)
     assert main(["train"]) == 1
-    assert "'tyro' is missing. Install it: pip install -e '.[experiments]'" in capsys.readouterr().err
+    assert (
+        "'tyro' is missing. Install it: pip install -e '.[experiments]'" in capsys.readouterr().err
+    )
 
 
 def test_a_flag_of_the_wrong_type_exits_with_2(capsys):
@@ -137,16 +164,25 @@ def test_the_command_line_trains(tmp_path, capsys):
     assert [len(seed["epoch_loss"]) for seed in metrics["results"]["seeds"]] == [1, 1]
 
 
-SOME = ("backprop", "private_sgd", "direct_feedback_alignment")  # test_train.py trains by every rule
+# test_train.py trains by every rule
+SOME = ("backprop", "private_sgd", "direct_feedback_alignment")
 
 
-@pytest.mark.parametrize(("rule", "dataset"), [(rule, dataset) for rule in SOME for dataset in ("moons", "diabetes")])
+@pytest.mark.parametrize(
+    ("rule", "dataset"), [(rule, dataset) for rule in SOME for dataset in ("moons", "diabetes")]
+)
 def test_rules_train(rule, dataset):
-    config = dataclasses.replace(TINY, rule=rule, dataset=dataset, learning_rate=0.05, epochs=3, seeds=(0,))
+    config = dataclasses.replace(
+        TINY, rule=rule, dataset=dataset, learning_rate=0.05, epochs=3, seeds=(0,)
+    )
     (seed,) = train.run(config).seeds
     assert seed.epoch_loss.shape == seed.epoch_test_loss.shape == (3,)
     assert np.isfinite([seed.train_loss, seed.test_loss]).all()
-    assert (seed.test_accuracy is None) == (seed.epoch_test_accuracy is None) == (dataset == "diabetes")
+    assert (
+        (seed.test_accuracy is None)
+        == (seed.epoch_test_accuracy is None)
+        == (dataset == "diabetes")
+    )
     if rule in ("backprop", "autodiff", "per_example_sgd"):
         assert seed.epoch_loss[-1] < seed.epoch_loss[0]
 
@@ -154,14 +190,24 @@ def test_rules_train(rule, dataset):
 @pytest.mark.parametrize("optimizer", train.OPTIMIZERS)
 @pytest.mark.usefixtures("as_users_run")
 def test_every_optimizer_trains_with_schedule_and_clipping(optimizer):
-    config = dataclasses.replace(TINY, optimizer=optimizer, learning_rate=0.01, schedule="cosine", clip_norm=1.0, seeds=(0,), epochs=1)
+    config = dataclasses.replace(
+        TINY,
+        optimizer=optimizer,
+        learning_rate=0.01,
+        schedule="cosine",
+        clip_norm=1.0,
+        seeds=(0,),
+        epochs=1,
+    )
     assert np.isfinite(train.run(config).seeds[0].test_loss)
 
 
 @pytest.mark.parametrize("dtype", train.DTYPES)
 @pytest.mark.parametrize("dataset", ["moons", "diabetes"])
 def test_every_dtype_trains(dtype, dataset):
-    (seed,) = train.run(dataclasses.replace(TINY, dtype=dtype, dataset=dataset, learning_rate=0.01, seeds=(0,))).seeds
+    (seed,) = train.run(
+        dataclasses.replace(TINY, dtype=dtype, dataset=dataset, learning_rate=0.01, seeds=(0,))
+    ).seeds
     assert np.isfinite(seed.test_loss)
     assert not jax.config.jax_enable_x64
 
@@ -182,7 +228,9 @@ def test_the_test_curve_ends_in_the_final_number():
 
 
 def test_divergence_is_an_error_that_says_how_to_mend_it(capsys, tmp_path):
-    flags = "train --dataset diabetes --optimizer sgd --learning-rate 1e30 --epochs 2 --seeds 0 --out"
+    flags = (
+        "train --dataset diabetes --optimizer sgd --learning-rate 1e30 --epochs 2 --seeds 0 --out"
+    )
     assert main([*flags.split(), str(tmp_path)]) == 1
     assert "A lower learning rate" in capsys.readouterr().err
 
@@ -197,10 +245,18 @@ def test_a_table_shows_what_it_is_given(capsys):
 
 
 def test_metrics_are_strict_json(tmp_path):
-    results = {"loss": [1.0, float("nan"), np.float32("inf")], "net": fnn.History(jax.numpy.ones(2), np.arange(2), {}), 3: np.int64(4)}
+    results = {
+        "loss": [1.0, float("nan"), np.float32("inf")],
+        "net": fnn.History(jax.numpy.ones(2), np.arange(2), {}),
+        3: np.int64(4),
+    }
     file = _run.save_metrics(tmp_path, TINY, results)
     found = json.loads(file.read_text(), parse_constant=pytest.fail)["results"]
-    assert found == {"loss": [1.0, None, None], "net": {"loss": [1.0, 1.0], "step_loss": [0, 1], "validation": {}, "records": []}, "3": 4}
+    assert found == {
+        "loss": [1.0, None, None],
+        "net": {"loss": [1.0, 1.0], "step_loss": [0, 1], "validation": {}, "records": []},
+        "3": 4,
+    }
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.json"]
 
 
@@ -214,7 +270,9 @@ def test_the_page_shows_every_experiment_asked_for_and_needs_no_network(tmp_path
         assert {f"#{name}", f"{name}/{name}.png", f"{name}/metrics.json"} <= set(links)
     assert "gallery.png" in links
     for link in links:
-        assert f'id="{link[1:]}"' in page if link.startswith("#") else (tmp_path / link).is_file(), link
+        assert (
+            f'id="{link[1:]}"' in page if link.startswith("#") else (tmp_path / link).is_file()
+        ), link
     assert "∂x₁ = ∂z₂ · cos(x₁)" in page  # what it printed
     assert "<code>python -m experiments computation-graph --sizes 2 1 --batch 1</code>" in page
     assert set(gallery.run(gallery.Config())) == set(NAMES) - {"benchmark", "gallery", "runs"}
@@ -223,7 +281,10 @@ def test_the_page_shows_every_experiment_asked_for_and_needs_no_network(tmp_path
 def test_the_page_says_with_which_settings_a_picture_is_drawn():
     config = gallery.Config()
     assert gallery.command("train", config) == "python -m experiments train"
-    assert gallery.command("private-training", config) == "python -m experiments private-training --datasets digits"
+    assert (
+        gallery.command("private-training", config)
+        == "python -m experiments private-training --datasets digits"
+    )
 
 
 def test_a_run_that_fails_shows_nothing_of_an_earlier_one(tmp_path, monkeypatch):

@@ -1,4 +1,7 @@
-"""What the experiments on gradients, graphs and single examples claim, at small configs; and that their titles say when it is not so."""
+"""What the experiments on gradients, graphs and single examples claim, at small configs.
+
+And that their titles say when it is not so.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,9 @@ def as_users_run():
 
 @pytest.fixture(scope="module")
 def influences():
-    config = influence.Config(sizes=(8,), epochs=2, batch_size=64, learning_rate=0.3, test_images=60, top=2, pairs=30)
+    config = influence.Config(
+        sizes=(8,), epochs=2, batch_size=64, learning_rate=0.3, test_images=60, top=2, pairs=30
+    )
     return config, *influence.run(config)
 
 
@@ -52,12 +57,17 @@ def test_what_helps_a_test_image_carries_its_label_and_what_hurts_it_another(inf
     assert hurters > 0.95
 
 
-def test_a_step_on_an_image_changes_a_test_loss_as_predicted_the_better_the_smaller_it_is(influences):
+def test_a_step_on_an_image_changes_a_test_loss_as_predicted_the_better_the_smaller_it_is(
+    influences,
+):
     _, _, result = influences
     predicted, measured = np.moveaxis(result.changes, 1, 0)
-    assert result.off == pytest.approx(tuple(np.linalg.norm(predicted - measured, axis=1) / np.linalg.norm(measured, axis=1)))
+    assert result.off == pytest.approx(
+        tuple(np.linalg.norm(predicted - measured, axis=1) / np.linalg.norm(measured, axis=1))
+    )
     assert result.off[0] < 0.1
-    assert result.off[1] == pytest.approx(result.off[0] / 100, rel=0.2)  # what is left out is of the second order
+    # what is left out is of the second order
+    assert result.off[1] == pytest.approx(result.off[0] / 100, rel=0.2)
     assert np.abs(measured[1]).max() > 1e-6
 
 
@@ -76,7 +86,9 @@ def test_the_title_of_influence_denies_what_was_not_measured(influences):
 
 @pytest.fixture(scope="module")
 def per_examples():
-    config = per_example.Config(sizes=(32,), learning_rate=0.3, epochs=5, measurements=2, seeds=(0,))
+    config = per_example.Config(
+        sizes=(32,), learning_rate=0.3, epochs=5, measurements=2, seeds=(0,)
+    )
     return per_example.run(config)
 
 
@@ -92,7 +104,11 @@ def test_precision_is_that_of_the_largest_scores():
     wrong = np.array([False, True, True, False, True])
     scores = np.array([3.0, 5.0, 1.0, 4.0, 2.0])
     assert per_example.hits(scores, wrong).tolist() == [1, 1, 1, 2, 3]
-    assert per_example.precision_at(scores, wrong, np.array([1 / 3, 2 / 3, 1])).tolist() == [1, 2 / 4, 3 / 5]
+    assert per_example.precision_at(scores, wrong, np.array([1 / 3, 2 / 3, 1])).tolist() == [
+        1,
+        2 / 4,
+        3 / 5,
+    ]
 
 
 def test_the_title_denies_that_norms_point_at_wrong_labels_where_they_do_not(per_examples):
@@ -101,7 +117,9 @@ def test_the_title_denies_that_norms_point_at_wrong_labels_where_they_do_not(per
     title = per_example.sentence((result._replace(norms=noise),))
     assert "do NOT point at wrong labels" in title
     assert "(5 % by chance)" in title
-    assert "more often than by chance" in per_example.sentence((result._replace(norms=noise + 0.45 * result.wrong),))
+    assert "more often than by chance" in per_example.sentence(
+        (result._replace(norms=noise + 0.45 * result.wrong),)
+    )
     turned = result._replace(noise=result.noise * np.array([[1, 1], [-1, -1]]))
     assert "ends at more examples than can be told" in per_example.sentence((turned,))
 
@@ -111,29 +129,41 @@ def test_the_title_denies_that_norms_point_at_wrong_labels_where_they_do_not(per
 
 @pytest.fixture(scope="module")
 def compared():
-    return compare_gradients.run(dataclasses.replace(compare_gradients.TINY, epochs=3, batch_size=128, learning_rate=0.01))
+    return compare_gradients.run(
+        dataclasses.replace(compare_gradients.TINY, epochs=3, batch_size=128, learning_rate=0.01)
+    )
 
 
 def test_gradients_agree_before_and_after_training(compared):
     assert compared.before.passed
     assert compared.after.passed
     assert compared.history.loss[-1] < 0.8 * compared.history.loss[0]
-    assert [leaf.relative_error for leaf in compared.before.leaves] != [leaf.relative_error for leaf in compared.after.leaves]
+    assert [leaf.relative_error for leaf in compared.before.leaves] != [
+        leaf.relative_error for leaf in compared.after.leaves
+    ]
     assert (compared.to_float64[0] != compared.to_float64[1]).all()
     assert 1e-9 < compared.to_float64.max() < 1e-4
 
 
 def test_distances_are_those_to_the_gradient_in_float64():
     net, loss = fnn.mlp((3, 4, 2), "tanh"), fnn.losses.softmax_cross_entropy_with_integer_labels
-    params, x, t = net.init(fnn.key(0)), np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32), np.arange(50) % 2
+    params, x, t = (
+        net.init(fnn.key(0)),
+        np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32),
+        np.arange(50) % 2,
+    )
     report = fnn.compare_gradients(net, loss, params, x, t, tolerance=1e-30)
     found = compare_gradients.distances(net, loss, params, x, t)
     assert found.shape == (2, 4)
     for leaf, both in zip(report.leaves, found.T, strict=True):
         if leaf.against_float64:
             np.testing.assert_allclose(both, leaf.against_float64, rtol=1e-6)
-    doubled = dataclasses.replace(net, backward=lambda params, residuals, dy: net.backward(params, residuals, 2 * dy))
-    np.testing.assert_allclose(compare_gradients.distances(doubled, loss, params, x, t)[0], 1, rtol=1e-5)
+    doubled = dataclasses.replace(
+        net, backward=lambda params, residuals, dy: net.backward(params, residuals, 2 * dy)
+    )
+    np.testing.assert_allclose(
+        compare_gradients.distances(doubled, loss, params, x, t)[0], 1, rtol=1e-5
+    )
 
 
 def test_the_title_says_where_gradients_differ(compared):
@@ -162,7 +192,9 @@ def test_the_graphs_have_the_figures_of_the_lectures(graphs):
     for example, (value, gradient) in zip(graphs, figures, strict=False):
         assert example.value == pytest.approx(value, abs=5e-7)
         np.testing.assert_allclose(example.gradient, gradient, atol=5e-5)
-    z = {node.name: float(node.value) for node in graphs[1].graph.nodes if node.name.startswith("z")}
+    z = {
+        node.name: float(node.value) for node in graphs[1].graph.nodes if node.name.startswith("z")
+    }
     assert list(z.values()) == [1, 6, 2, 4, 4]
     assert len(graphs) == len(computation_graph.EXAMPLES) + 1 == len(figures) + 1
 
@@ -170,22 +202,26 @@ def test_the_graphs_have_the_figures_of_the_lectures(graphs):
 def test_a_gradient_that_differs_from_jax_is_seen_and_said(graphs, monkeypatch):
     assert max(example.difference for example in graphs) < 1e-6
     right = fnn.graph.Graph.gradients
-    monkeypatch.setattr(fnn.graph.Graph, "gradients", lambda self: tuple(g + 0.5 for g in right(self)))
+    monkeypatch.setattr(
+        fnn.graph.Graph, "gradients", lambda self: tuple(g + 0.5 for g in right(self))
+    )
     wrong = computation_graph._example(computation_graph.polynomial, 1.0, 2.0, 3.0)
     assert wrong.difference == pytest.approx(0.5)
     assert computation_graph.sentence([graphs[0], wrong]).endswith("within 5e-01 of jax.grad")
-    assert computation_graph.sentence([graphs[0]._replace(difference=0.0)]).endswith("equal to jax.grad")
+    assert computation_graph.sentence([graphs[0]._replace(difference=0.0)]).endswith(
+        "equal to jax.grad"
+    )
 
 
 def test_labels_do_not_lie_on_their_edge(graphs):
     """The text's middle is off the line by more than half its height."""
-    board = fnn.graph.drawing.arranged(graphs[1].graph)
+    board = fnn.graph.draw.arranged(graphs[1].graph)
     fig = Figure(figsize=board.size)
     FigureCanvasAgg(fig)
     axes = fig.add_axes((0, 0, 1, 1))
     axes.set(xlim=(0, board.size[0]), ylim=(board.size[1], 0))
     edge, points = max(board.ways, key=lambda way: abs(way[1][1][1] - way[1][0][1]))
-    fnn.graph.drawing._draw_edge(axes, edge, points)
+    fnn.graph.draw._draw_edge(axes, edge, points)
     (x0, y0), (x1, y1) = (axes.transData.transform(point) for point in points[:2])
     normal = np.array([y0 - y1, x1 - x0]) / np.hypot(x1 - x0, y1 - y0)
     sides = []
@@ -235,7 +271,10 @@ def test_the_error_falls_with_the_square_of_the_step_until_rounding_takes_over(f
 
 
 def test_the_total_derivative_is_the_sum_of_the_products(found):
-    """000 along (2t, 5t^2): 4.583853 * 2 + 2 * 10; 003 along (t, 2t^2, 3t^3), where f = 6 t^7 - 2 t^4: 42 - 8."""
+    """000 along (2t, 5t^2): 4.583853 * 2 + 2 * 10.
+
+    003 along (t, 2t^2, 3t^3), where f = 6 t^7 - 2 t^4: 42 - 8.
+    """
     totals = list(found.totals.values())
     for total, by_hand in zip(totals, (4.583853163 * 2 + 2 * 10, 34), strict=False):
         assert total.chain == pytest.approx(by_hand, abs=1e-8)
@@ -247,16 +286,25 @@ def test_the_total_derivative_is_the_sum_of_the_products(found):
 
 
 def test_a_net_that_diverges_kills_and_revives_no_unit():
-    config = dataclasses.replace(dead_relu.TINY, hidden=64, rates=(0.1, 1e30), watched=1e30, epochs=1)
+    config = dataclasses.replace(
+        dead_relu.TINY, hidden=64, rates=(0.1, 1e30), watched=1e30, epochs=1
+    )
     runs = dead_relu.run(config)
     found = {(r.activation, r.rate, r.bias): r for r in runs}
     for r in (found["relu", 1e30, 0], found["leaky_relu", 1e30, 0]):
         assert np.isnan(r.share[-1])
         assert r.ever == round(64 * r.share[0])
         assert r.revived == r.moved == 0
-    assert [found["relu", rate, bias].ever for rate, bias in ((1e30, 0), (0.1, 0), (0.1, -4))] == [1, 1, 64]
+    assert [found["relu", rate, bias].ever for rate, bias in ((1e30, 0), (0.1, 0), (0.1, -4))] == [
+        1,
+        1,
+        64,
+    ]
     title = dead_relu.sentence(runs, config)
-    assert "these nets have diverged: relu, leaky_relu; of 66 units that died in all 6 nets none came back" in title
+    assert (
+        "these nets have diverged: relu, leaky_relu; of 66 units that died in all 6 nets none came back"
+        in title
+    )
     assert "are dead" not in title
 
 
@@ -274,8 +322,16 @@ BAD_FLAGS = [
     (compare_gradients, {"epochs": 0}, "`epochs` must be a whole number above 0, got 0"),
     (compare_gradients, {"batch_size": -3}, "`batch_size` must be a whole number above 0, got -3"),
     (compare_gradients, {"sizes": (-4,)}, r"`sizes\[0\]` must be a whole number above 0, got -4"),
-    (compare_gradients, {"learning_rate": -1.0}, "`learning_rate` must be a finite number above 0, got -1.0"),
-    (compare_gradients, {"weight_decay": -0.1}, "`weight_decay` must be a finite number from 0 on, got -0.1"),
+    (
+        compare_gradients,
+        {"learning_rate": -1.0},
+        "`learning_rate` must be a finite number above 0, got -1.0",
+    ),
+    (
+        compare_gradients,
+        {"weight_decay": -0.1},
+        "`weight_decay` must be a finite number from 0 on, got -0.1",
+    ),
     (compare_gradients, {"activation": "rleu"}, "Did you mean 'relu'"),
     (influence, {"batch_size": 0}, "`batch_size` must be a whole number above 0, got 0"),
     (influence, {"sizes": (-4,)}, r"`sizes\[0\]` must be"),
@@ -285,7 +341,11 @@ BAD_FLAGS = [
     (per_example, {"learning_rate": -1.0}, "`learning_rate` must be a finite number above 0"),
     (per_example, {"sizes": (-4,)}, r"`sizes\[0\]` must be"),
     (per_example, {"seeds": (1, 1)}, "`seeds` has repeats"),
-    (per_example, {"measurements": 20}, "`batch_size` must be at most 71, the examples from one of 20 measurements to the next; got 128"),
+    (
+        per_example,
+        {"measurements": 20},
+        "`batch_size` must be at most 71, the examples from one of 20 measurements to the next; got 128",
+    ),
     (computation_graph, {"sizes": (3,)}, "`sizes` must be those of inputs and outputs at least"),
     (computation_graph, {"batch": 0}, "`batch` must be a whole number above 0, got 0"),
     (derivatives, {"x": 1e200}, "`x` must be a number from -1e6 to 1e6, got 1e"),
@@ -298,7 +358,11 @@ BAD_FLAGS = [
 MODULES = (compare_gradients, computation_graph, derivatives, influence, per_example)
 
 
-@pytest.mark.parametrize(("module", "flags", "message"), BAD_FLAGS, ids=[f"{m.__name__[12:]} {flags}" for m, flags, _ in BAD_FLAGS])
+@pytest.mark.parametrize(
+    ("module", "flags", "message"),
+    BAD_FLAGS,
+    ids=[f"{m.__name__[12:]} {flags}" for m, flags, _ in BAD_FLAGS],
+)
 def test_a_bad_flag_is_an_error_that_names_it(module, flags, message):
     with pytest.raises(ValueError, match=message):
         module.run(dataclasses.replace(module.TINY, **flags))
@@ -321,34 +385,56 @@ def test_a_folder_that_cannot_be_written_to_is_an_error(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- credit assignment
 
 
-DRAWN = {"forward gradient, weights", "node perturbation", "weight perturbation", "evolution strategies", "SNES", "genetic algorithm"}
+DRAWN = {
+    "forward gradient, weights",
+    "node perturbation",
+    "weight perturbation",
+    "evolution strategies",
+    "SNES",
+    "genetic algorithm",
+}
 
 
 @pytest.mark.parametrize("name", [name for name in credit_assignment.METHODS if name not in DRAWN])
 def test_passes_are_the_operations_that_xla_counts(name):
-    """But for rules that draw as many numbers as they multiply, or loop over members, which XLA counts once."""
+    """But for rules that draw as many numbers as they multiply, or loop over members, which XLA
+    counts once."""
     method, net = credit_assignment.METHODS[name], fnn.mlp((64, 128, 128, 10))
     rule = method.make(net, fnn.losses.softmax_cross_entropy_with_integer_labels)
     params, key = jax.eval_shape(net.init, fnn.key(0)), jax.eval_shape(jax.random.key, 0)
     x, labels = jax.ShapeDtypeStruct((32, 64), "float32"), jax.ShapeDtypeStruct((32,), "int32")
     step = rule.value_and_grad, params, jax.eval_shape(rule.init, key, params), x, labels
-    count, forward = (jax.jit(f).lower(*given).compile().cost_analysis()["flops"] for f, *given in (step, (net.apply, params, x)))
+    count, forward = (
+        jax.jit(f).lower(*given).compile().cost_analysis()["flops"]
+        for f, *given in (step, (net.apply, params, x))
+    )
     assert abs(method.passes - count / forward) < 0.5
 
 
 REACHED = {  # Adam's rate, and what the net must reach on digits, in percent
-    "backprop": (3e-3, 97), "feedback alignment": (3e-3, 95), "direct feedback alignment": (3e-3, 95), "Kolen-Pollack": (3e-3, 95),
-    "sign-symmetric": (1e-2, 95), "forward-forward": (3e-3, 93), "forward gradient, activities": (3e-3, 90),
-}  # fmt: skip
+    "backprop": (3e-3, 97),
+    "feedback alignment": (3e-3, 95),
+    "direct feedback alignment": (3e-3, 95),
+    "Kolen-Pollack": (3e-3, 95),
+    "sign-symmetric": (1e-2, 95),
+    "forward-forward": (3e-3, 93),
+    "forward gradient, activities": (3e-3, 90),
+}
 
 
 @pytest.mark.parametrize("name", REACHED)
 def test_rules_read_digits(name):
-    (rate, least), method, data = REACHED[name], credit_assignment.METHODS[name], _data.load("digits")
+    (rate, least), method, data = (
+        REACHED[name],
+        credit_assignment.METHODS[name],
+        _data.load("digits"),
+    )
     net = fnn.mlp((64, 128, 128, 10))
     rule, params = method.make(net, data.loss), jax.jit(net.init)(fnn.key(5))
     settings = {"epochs": 30, "batch_size": 32, "key": fnn.key(6)}
-    params, _ = fnn.fit(rule, method.optimizer(rate), params, (data.x_train, data.t_train), **settings)
+    params, _ = fnn.fit(
+        rule, method.optimizer(rate), params, (data.x_train, data.t_train), **settings
+    )
     assert 100 * fnn.evaluate(rule, params, (data.x_test, data.t_test))["accuracy"] >= least
 
 
@@ -356,7 +442,10 @@ def test_rules_read_digits(name):
 
 
 def test_updates_turn_towards_the_gradient():
-    """On digits, from a start of small weights: feedback alignment to below 50 degrees, Kolen and Pollack's feedback to below 15."""
+    """On digits, from a start of small weights.
+
+    Feedback alignment to below 50 degrees, Kolen and Pollack's feedback to below 15.
+    """
     config = alignment_angles.Config(seeds=(0,))
     sizes = (64, *config.hidden, 10)
     net, he = (fnn.mlp(sizes, kernel_init=draw) for draw in (normal(config.std), he_normal()))

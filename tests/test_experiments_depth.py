@@ -10,7 +10,13 @@ import numpy as np
 import pytest
 
 import fnn
-from experiments import linear_collapse, names, vanishing_gradients, wide_net_saturation, zero_initialisation
+from experiments import (
+    linear_collapse,
+    names,
+    vanishing_gradients,
+    wide_net_saturation,
+    zero_initialisation,
+)
 
 # ---------------------------------------------------------------- linear-collapse
 
@@ -18,7 +24,9 @@ from experiments import linear_collapse, names, vanishing_gradients, wide_net_sa
 @pytest.fixture(scope="module")
 def collapsed():
     """Two moons: a net without activations, and one with, 3 layers of 16 each."""
-    config = linear_collapse.Config(dataset="moons", depth=3, width=16, depths=(4,), learning_rate=0.01, epochs=30)
+    config = linear_collapse.Config(
+        dataset="moons", depth=3, width=16, depths=(4,), learning_rate=0.01, epochs=30
+    )
     return linear_collapse.run(config)[1]
 
 
@@ -43,7 +51,9 @@ def test_the_title_denies_a_collapse_that_was_not_measured(collapsed):
 def test_the_title_opposes_the_two_accuracies_only_where_they_differ(collapsed):
     assert ", but " in linear_collapse.sentence(collapsed, 3)
     alike = collapsed.nonlinear._replace(accuracy=0.43, matrix_accuracy=0.43)
-    assert linear_collapse.sentence(collapsed._replace(nonlinear=alike), 3).endswith("43.0 %, and as many once multiplied out")
+    assert linear_collapse.sentence(collapsed._replace(nonlinear=alike), 3).endswith(
+        "43.0 %, and as many once multiplied out"
+    )
 
 
 # ---------------------------------------------------------------- vanishing-gradients
@@ -51,22 +61,31 @@ def test_the_title_opposes_the_two_accuracies_only_where_they_differ(collapsed):
 
 @pytest.fixture(scope="module")
 def gradients():
-    return vanishing_gradients.grid(vanishing_gradients.run(vanishing_gradients.Config(depths=(12,), examples=50)))
+    return vanishing_gradients.grid(
+        vanishing_gradients.run(vanishing_gradients.Config(depths=(12,), examples=50))
+    )
 
 
 def test_sigmoid_layers_pass_on_at_most_a_quarter_each(gradients):
-    """003: the product of sigma' <= 1/4 is at most .25^L; with orthogonal weights it is all there is, and not far below."""
+    """003: the product of sigma' <= 1/4 is at most .25^L.
+
+    With orthogonal weights it is all there is, and not far below.
+    """
     (cell,) = gradients["sigmoid", "orthogonal"]
     assert 0.2 < cell.step <= 0.25
     assert 0.2**11 < cell.ratio <= 0.25**11
 
 
 def test_the_initialiser_decides_whether_a_relu_net_keeps_its_gradient(gradients):
-    fan_in, he, unit = (gradients["relu", name][-1].ratio for name in ("N(0, 1/fan_in)", "N(0, 2/fan_in)", "N(0, 1)"))
+    fan_in, he, unit = (
+        gradients["relu", name][-1].ratio
+        for name in ("N(0, 1/fan_in)", "N(0, 2/fan_in)", "N(0, 1)")
+    )
     assert fan_in < 0.1
     assert 0.3 < he < 3
     assert unit > 1e6
-    assert 0.5 < he / fan_in / 2**5.5 < 2  # sqrt(2) for each of the 11 layers between, but for what other logits change
+    # sqrt(2) for each of the 11 layers between, but for what other logits change
+    assert 0.5 < he / fan_in / 2**5.5 < 2
 
 
 def test_the_norms_are_those_of_the_gradient_of_the_biases():
@@ -119,20 +138,25 @@ def test_of_a_relu_net_from_zero_only_the_last_bias_moves_to_the_logit_of_the_me
 
 def test_unscaled_weights_saturate_a_wide_net_as_the_normal_distribution_says():
     """004: N(0, 1) against N(0, 1/fan_in)."""
-    curves = wide_net_saturation.run(wide_net_saturation.Config(widths=(100, 400), layers=2, examples=100, nets=2))
+    curves = wide_net_saturation.run(
+        wide_net_saturation.Config(widths=(100, 400), layers=2, examples=100, nets=2)
+    )
     found = {(curve.activation, curve.weights): curve for curve in curves}
     for (_, weights), curve in found.items():
         np.testing.assert_allclose(curve.saturated[:, 0], curve.expected, atol=0.02)
         if weights == "N(0, 1)":
             assert curve.saturated[1, 0] > 0.8
-            assert curve.slope[0, 0] / curve.slope[1, 0] == pytest.approx(2, rel=0.1)  # falls with 1 / sqrt(width)
+            # falls with 1 / sqrt(width)
+            assert curve.slope[0, 0] / curve.slope[1, 0] == pytest.approx(2, rel=0.1)
         else:
             assert curve.saturated.max() < 0.02
             assert curve.slope.min() > 0.5
     title = wide_net_saturation.sentence(curves, wide_net_saturation.Config(widths=(100, 400)))
     assert title.startswith("In the first layer, 400 units wide, weights from N(0,")
     assert f"saturate {100 * found['tanh', 'N(0, 1)'].saturated[1, 0]:.2g} % of tanh" in title
-    assert found["tanh", "N(0, 1)"].expected[1] == pytest.approx(math.erfc(math.atanh(0.99) / 20 / math.sqrt(2)))
+    assert found["tanh", "N(0, 1)"].expected[1] == pytest.approx(
+        math.erfc(math.atanh(0.99) / 20 / math.sqrt(2))
+    )
 
 
 def test_saturated_is_within_one_percent_of_the_limit():
@@ -146,9 +170,13 @@ def test_saturated_is_within_one_percent_of_the_limit():
 def test_flatten_is_a_layer():
     layer = names.flatten(3, 2)
     x = jax.random.normal(fnn.key(0), (4, 3, 2))
-    np.testing.assert_array_equal(layer.apply((), x)[1], jnp.concatenate([x[1, 0], x[1, 1], x[1, 2]]))
+    np.testing.assert_array_equal(
+        layer.apply((), x)[1], jnp.concatenate([x[1, 0], x[1, 1], x[1, 2]])
+    )
     assert fnn.check_layer(layer, x, key=fnn.key(1)).passed
-    assert fnn.check_layer(names.make_net(names.TINY), jnp.array([[0, 1, 26], [5, 5, 0]]), key=fnn.key(2)).passed
+    assert fnn.check_layer(
+        names.make_net(names.TINY), jnp.array([[0, 1, 26], [5, 5, 0]]), key=fnn.key(2)
+    ).passed
 
 
 def test_every_character_has_the_three_before_it():
@@ -191,7 +219,9 @@ def test_the_net_beats_the_bigram_model_on_the_census():
 
 @pytest.mark.usefixtures("as_users_run")
 def test_the_net_comes_below_2_2_nats_on_32033_names(shared_data):
-    result = names.run(names.Config(file=shared_data / "names.txt", hidden=100, embedding_scale=1.0, epochs=3))
+    result = names.run(
+        names.Config(file=shared_data / "names.txt", hidden=100, embedding_scale=1.0, epochs=3)
+    )
     assert sum(result.names) == 32033
     assert result.start == pytest.approx(3.30, abs=0.05)
     assert result.losses[1] <= 2.20

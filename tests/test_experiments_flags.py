@@ -1,4 +1,5 @@
-"""What is wrong with a flag is one line that names it, before a folder is made or anything computed."""
+"""What is wrong with a flag is one line that names it, before a folder is made or anything
+computed."""
 
 from __future__ import annotations
 
@@ -45,27 +46,51 @@ BAD_FLAGS = [
     (dead_relu, {"rates": (4.0, 4.0)}, "`rates` has repeats"),
     (dead_relu, {"seed": -1}, "`seed` must be in"),
     (decision_boundary, {"dataset": "spiral"}, "Unknown dataset 'spiral'. Did you mean 'spirals'"),
-    (decision_boundary, {"widths": ()}, "`widths` must be one to six whole numbers above 0, got ()"),
+    (
+        decision_boundary,
+        {"widths": ()},
+        "`widths` must be one to six whole numbers above 0, got ()",
+    ),
     (decision_boundary, {"widths": (3, 0)}, f"`widths[1]` {WHOLE}, got 0"),
     (decision_boundary, {"activation": "tahn"}, "Did you mean 'tanh'"),
-    (decision_boundary, {"pixels": 1}, "`pixels` must be at least 2, since boundaries are drawn, got 1"),
+    (
+        decision_boundary,
+        {"pixels": 1},
+        "`pixels` must be at least 2, since boundaries are drawn, got 1",
+    ),
     (digits, {"dataset": "minst"}, "Unknown dataset 'minst'. Did you mean 'mnist'"),
     (digits, {"epochs": 0}, f"`epochs` {WHOLE}, got 0"),
     (function_approximation, {"widths": ()}, "`widths` is empty"),
     (function_approximation, {"noise": 0.0}, f"`noise` {POSITIVE}, got 0.0"),
-    (function_approximation, {"batch_size": 500}, "`batch_size` is 500 but `data` has only 200 examples"),
+    (
+        function_approximation,
+        {"batch_size": 500},
+        "`batch_size` is 500 but `data` has only 200 examples",
+    ),
     (function_approximation, {"seed": -1}, "`seed` must be in 0 ... 2**32 - 1, got -1"),
-    (function_approximation, {"learning_rate": 1e30}, "Nets of 1 units diverge. Choose a lower `learning_rate`"),
+    (
+        function_approximation,
+        {"learning_rate": 1e30},
+        "Nets of 1 units diverge. Choose a lower `learning_rate`",
+    ),
     (gallery, {"jobs": 0}, f"`jobs` {WHOLE}, got 0"),
     (gallery, {"names": ("digit",)}, "Unknown experiment 'digit'. Did you mean 'digits'"),
     (gradient_descent, {"fractions": ()}, "`fractions` is empty"),
     (gradient_descent, {"curvatures": (1.0, -1.0)}, f"`curvatures[1]` {POSITIVE}, got -1.0"),
-    (gradient_descent, {"batch_sizes": (354,)}, "`batch_size` is 354 but `data` has only 353 examples"),
+    (
+        gradient_descent,
+        {"batch_sizes": (354,)},
+        "`batch_size` is 354 but `data` has only 353 examples",
+    ),
     (linear_collapse, {"dataset": "digits"}, "Unknown dataset 'digits'"),
     (linear_collapse, {"activation": "rleu"}, "Did you mean 'relu'"),
     (linear_collapse, {"depth": 0}, f"`depth` {WHOLE}, got 0"),
     (linear_collapse, {"depths": ()}, "`depths` is empty"),
-    (logistic_regression, {"features": ("mean radios",)}, "Unknown feature 'mean radios'. Did you mean 'mean radius'"),
+    (
+        logistic_regression,
+        {"features": ("mean radios",)},
+        "Unknown feature 'mean radios'. Did you mean 'mean radius'",
+    ),
     (logistic_regression, {"features": ()}, "`features` must name at least one feature"),
     (logistic_regression, {"steps": 3}, "`steps` must be at least 10, got 3"),
     (logistic_regression, {"bins": 1000}, "`bins` is 1000 but there are only 569 tumours"),
@@ -84,15 +109,31 @@ BAD_FLAGS = [
     (privacy_audit, {"sizes": (-4,)}, f"`sizes[0]` {WHOLE}, got -4"),
     (private_training, {"epochs": 0}, f"`epochs` {WHOLE}, got 0"),
     (private_training, {"sizes": (-4,)}, f"`sizes[0]` {WHOLE}, got -4"),
-    (private_training, {"noise_multipliers": (0.0,)}, f"`noise_multipliers[0]` {POSITIVE}, got 0.0"),
+    (
+        private_training,
+        {"noise_multipliers": (0.0,)},
+        f"`noise_multipliers[0]` {POSITIVE}, got 0.0",
+    ),
     (private_training, {"learning_rate": -1.0}, f"`learning_rate` {POSITIVE}, got -1.0"),
     (private_training, {"delta": 1.5}, "`delta` is a probability, so below 1, got 1.5"),
     (private_training, {"seeds": (1, 1)}, "`seeds` has repeats"),
-    (private_training, {"datasets": ("digits", "digits")}, "`datasets` must be one at least and each once"),
+    (
+        private_training,
+        {"datasets": ("digits", "digits")},
+        "`datasets` must be one at least and each once",
+    ),
     (private_training, {"datasets": ("diabetes",)}, "diabetes has no classes"),
-    (softmax_from_bayes, {"priors": (0.5, 0.3, 0.3)}, "`priors` must be three numbers with the sum 1, got (0.5, 0.3, 0.3)"),
+    (
+        softmax_from_bayes,
+        {"priors": (0.5, 0.3, 0.3)},
+        "`priors` must be three numbers with the sum 1, got (0.5, 0.3, 0.3)",
+    ),
     (softmax_from_bayes, {"priors": (0.5, 0.5, 0.0)}, f"`priors[2]` {POSITIVE}"),
-    (softmax_from_bayes, {"grid": 1}, "`grid` must be at least 2, since boundaries are drawn, got 1"),
+    (
+        softmax_from_bayes,
+        {"grid": 1},
+        "`grid` must be at least 2, since boundaries are drawn, got 1",
+    ),
     (tabular_regression, {"sizes": ()}, "`sizes` is empty"),
     (tabular_regression, {"splits": 0}, f"`splits` {WHOLE}, got 0"),
     (train, {"dataset": "digit"}, "Unknown dataset 'digit'. Did you mean 'digits'"),
@@ -113,14 +154,22 @@ BAD_FLAGS = [
     (train, {"seeds": (1, 1)}, "`seeds` has repeats"),
     (train, {"seeds": (-1,)}, "`seed` must be in 0 ... 2**32 - 1, got -1"),
     (train, {"data_seed": 2**32}, "`seed` must be in"),
-    (vanishing_gradients, {"depths": (8, 4)}, "`depths` must be rising whole numbers from 2 on, got (8, 4)"),
+    (
+        vanishing_gradients,
+        {"depths": (8, 4)},
+        "`depths` must be rising whole numbers from 2 on, got (8, 4)",
+    ),
     (vanishing_gradients, {"depths": (1, 4)}, "`depths` must be rising"),
     (vanishing_gradients, {"examples": 0}, f"`examples` {WHOLE}, got 0"),
     (wide_net_saturation, {"widths": (0,)}, f"`widths[0]` {WHOLE}, got 0"),
     (wide_net_saturation, {"widths": ()}, "`widths` is empty"),
     (zero_initialisation, {"width": 1}, "`width` must be at least 2"),
     (zero_initialisation, {"learning_rate": -1.0}, f"`learning_rate` {POSITIVE}"),
-    (zero_initialisation, {"learning_rate": 1e38}, "diverges from zero weights. Choose a lower `learning_rate`"),
+    (
+        zero_initialisation,
+        {"learning_rate": 1e38},
+        "diverges from zero weights. Choose a lower `learning_rate`",
+    ),
     (zero_initialisation, {"seed": -1}, "`seed` must be in"),
 ]
 FIRST = {module: flags for module, flags, _ in reversed(BAD_FLAGS)}
@@ -130,7 +179,11 @@ def name(module):
     return module.__name__.removeprefix("experiments.")
 
 
-@pytest.mark.parametrize(("module", "flags", "message"), BAD_FLAGS, ids=[f"{name(m)} {flags}" for m, flags, _ in BAD_FLAGS])
+@pytest.mark.parametrize(
+    ("module", "flags", "message"),
+    BAD_FLAGS,
+    ids=[f"{name(m)} {flags}" for m, flags, _ in BAD_FLAGS],
+)
 def test_a_bad_flag_is_an_error_that_names_it(module, flags, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         module.run(dataclasses.replace(module.TINY, **flags))
@@ -144,7 +197,9 @@ def test_a_bad_flag_leaves_no_folder(module, tmp_path):
 
 
 @pytest.mark.parametrize("module", FIRST, ids=name)
-def test_a_folder_that_cannot_be_made_is_an_error_before_anything_is_computed(module, tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_made_is_an_error_before_anything_is_computed(
+    module, tmp_path, monkeypatch
+):
     (tmp_path / "file").write_text("")
     if module is not gallery:  # whose `run` only lists the experiments
         monkeypatch.setattr(module, "run", lambda *args: pytest.fail("it ran"))
@@ -156,7 +211,9 @@ def test_nets_in_the_plane_that_diverge_are_an_error():
     net, part = fnn.dense(2, 1), (np.ones((4, 2), np.float32), np.ones((4, 1), np.float32))
     rule = fnn.rules.backprop(net, fnn.losses.l2_loss)
     with pytest.raises(ValueError, match=r"3 of 3 nets diverge. Choose a lower `learning_rate`"):
-        _plane.train_starts(rule, optax.sgd(1e30), net, part, part, epochs=3, batch_size=4, starts=3, seed=0)
+        _plane.train_starts(
+            rule, optax.sgd(1e30), net, part, part, epochs=3, batch_size=4, starts=3, seed=0
+        )
 
 
 def test_names_with_an_unreadable_file_are_an_error_that_says_so(tmp_path):

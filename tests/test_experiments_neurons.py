@@ -1,4 +1,5 @@
-"""What the experiments on neurons, activations and gradient descent claim, and the figures of the lectures in them."""
+"""What the experiments on neurons, activations and gradient descent claim, and the figures of the
+lectures in them."""
 
 from __future__ import annotations
 
@@ -7,8 +8,14 @@ import dataclasses
 import numpy as np
 import pytest
 
-from experiments import activations, dead_relu, gradient_descent, logistic_regression, softmax_from_bayes
-from fnn.activations import ACTIVATIONS
+from experiments import (
+    activations,
+    dead_relu,
+    gradient_descent,
+    logistic_regression,
+    softmax_from_bayes,
+)
+from fnn.nets.activations import ACTIVATIONS
 
 # ---------------------------------------------------------------- activations
 
@@ -42,7 +49,9 @@ def test_the_integral_of_every_derivative_is_its_curve(curves):
 
 def test_softmax_against_zero_is_sigmoid(curves):
     np.testing.assert_allclose(curves.curves["softmax"].y, curves.curves["sigmoid"].y, rtol=1e-12)
-    np.testing.assert_allclose(curves.curves["softmax"].derivative, curves.curves["sigmoid"].derivative, rtol=1e-12)
+    np.testing.assert_allclose(
+        curves.curves["softmax"].derivative, curves.curves["sigmoid"].derivative, rtol=1e-12
+    )
 
 
 def test_softplus_is_the_sum_of_sigmoids_from_one_and_not_from_zero(curves):
@@ -103,7 +112,9 @@ def test_one_neuron_has_the_coefficients_of_scikit_learn(logistic):
 
 def test_ln_odds_give_the_share_of_malignant_tumours(logistic):
     """At the maximum of the likelihood the mean of P is the share of the class."""
-    assert (1 / (1 + np.exp(-logistic.z))).mean() == pytest.approx(logistic.malignant.mean(), abs=1e-8)
+    assert (1 / (1 + np.exp(-logistic.z))).mean() == pytest.approx(
+        logistic.malignant.mean(), abs=1e-8
+    )
     assert logistic.malignant.sum() == 212
 
 
@@ -128,7 +139,9 @@ def test_weights_grow_without_end_where_the_features_separate_the_classes(logist
 
 def test_features_that_separate_the_classes_are_an_error():
     names = tuple(logistic_regression.tumours()[2])
-    with pytest.raises(ValueError, match="`features` separate the classes without an error, so there is no optimum"):
+    with pytest.raises(
+        ValueError, match="`features` separate the classes without an error, so there is no optimum"
+    ):
         logistic_regression.run(dataclasses.replace(logistic_regression.TINY, features=names))
 
 
@@ -137,7 +150,9 @@ def test_features_that_separate_the_classes_are_an_error():
 
 @pytest.fixture(scope="module")
 def descent():
-    return gradient_descent.run(gradient_descent.Config(fractions=(0.1, 0.5, 0.99, 1.01, 1.05), epochs=20))
+    return gradient_descent.run(
+        gradient_descent.Config(fractions=(0.1, 0.5, 0.99, 1.01, 1.05), epochs=20)
+    )
 
 
 def test_the_error_is_the_first_one_times_a_power(descent):
@@ -145,7 +160,9 @@ def test_the_error_is_the_first_one_times_a_power(descent):
     for fraction, errors in zip((0.1, 0.5, 0.99, 1.01, 1.05), descent.errors, strict=True):
         rate = fraction * 2 / 10
         for k in (0, 1, 7):
-            np.testing.assert_allclose(errors[k], errors[0] * [(1 - rate * 1) ** k, (1 - rate * 10) ** k], atol=1e-12)
+            np.testing.assert_allclose(
+                errors[k], errors[0] * [(1 - rate * 1) ** k, (1 - rate * 10) ** k], atol=1e-12
+            )
 
 
 def test_gradient_descent_diverges_above_two_over_the_curvature_and_not_below(descent):
@@ -168,7 +185,9 @@ def test_the_running_mean_is_over_a_tenth_more_and_less_and_ends_as_the_last_ten
     excess = np.random.default_rng(0).uniform(size=301)
     mean = gradient_descent.running_mean(excess[1:])
     assert mean.shape == (300,)
-    np.testing.assert_allclose(mean[[0, 9, 99]], [excess[1], excess[9:12].mean(), excess[90:111].mean()])
+    np.testing.assert_allclose(
+        mean[[0, 9, 99]], [excess[1], excess[9:12].mean(), excess[90:111].mean()]
+    )
     np.testing.assert_allclose(mean[-1], gradient_descent.final(excess[None])[0], atol=0.02)
 
 
@@ -177,7 +196,14 @@ def test_the_running_mean_is_over_a_tenth_more_and_less_and_ends_as_the_last_ten
 
 @pytest.fixture(scope="module")
 def nets():
-    config = dead_relu.Config(activations=("relu", "leaky_relu"), hidden=32, rates=(0.1, 4.0), watched=4.0, biases=(-1.0, -8.0), epochs=3)
+    config = dead_relu.Config(
+        activations=("relu", "leaky_relu"),
+        hidden=32,
+        rates=(0.1, 4.0),
+        watched=4.0,
+        biases=(-1.0, -8.0),
+        epochs=3,
+    )
     return {(net.activation, net.rate, net.bias): net for net in dead_relu.run(config)}
 
 
@@ -187,7 +213,11 @@ def test_too_long_a_step_and_a_bad_bias_kill_relu_units_and_no_leaky_ones(nets):
     assert nets["relu", 4, 0].share[-1] > 0.9
     assert nets["relu", 0.1, -8].share.tolist() == [1] * 4
     assert 0.1 < nets["relu", 0.1, -1].share[0] < 0.8
-    assert all(net.ever == 0 and (net.share == 0).all() for net in nets.values() if net.activation == "leaky_relu")
+    assert all(
+        net.ever == 0 and (net.share == 0).all()
+        for net in nets.values()
+        if net.activation == "leaky_relu"
+    )
 
 
 def test_a_dead_unit_does_not_come_back_nor_move(nets):

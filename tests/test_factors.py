@@ -9,7 +9,19 @@ from cases import SHAPES, case, cast, error, wide
 
 import fnn
 from fnn import per_example
-from fnn.factors import REDUCERS, Outer, PerExample, Scatter, Stacked, is_factor, keep, materialise, squared_norm, sum_positions, total
+from fnn.factors import (
+    REDUCERS,
+    Outer,
+    PerExample,
+    Scatter,
+    Stacked,
+    is_factor,
+    keep,
+    materialise,
+    squared_norm,
+    sum_positions,
+    total,
+)
 
 CASES = (1, 4, 8, 10, 13, 17, 20, 22, 26, 28, 32, 35, 37, 41)  # each shape of SHAPES twice
 
@@ -42,13 +54,15 @@ def indices(*shape, seed=0):
 
 
 def test_the_cases_hold_every_shape_twice():
-    assert sorted(number // 3 % len(SHAPES) for number in CASES) == sorted(2 * list(range(len(SHAPES))))
+    assert sorted(number // 3 % len(SHAPES) for number in CASES) == sorted(
+        2 * list(range(len(SHAPES)))
+    )
 
 
 @pytest.mark.parametrize("number", CASES)
 def test_reducing_within_the_backward_pass_is_reducing_its_factors(x64, number):
     c = case(number)
-    source = fnn.factors(c.net, c.loss)
+    source = fnn.source(c.net, c.loss)
 
     @jax.jit
     def everything(params, x, t):
@@ -67,11 +81,15 @@ def test_reducing_within_the_backward_pass_is_reducing_its_factors(x64, number):
 
 def outer(*shape, features=(5, 4)):
     """A maker of factors: `(seed) -> Outer` of `[*shape, features]`."""
-    return lambda seed=0: Outer(normal(*shape, features[0], seed=seed), normal(*shape, features[1], seed=seed + 1))
+    return lambda seed=0: Outer(
+        normal(*shape, features[0], seed=seed), normal(*shape, features[1], seed=seed + 1)
+    )
 
 
 def scatter(*shape, size=5):
-    return lambda seed=0: Scatter(indices(*shape, seed=seed), normal(*shape, 4, seed=seed + 1), size)
+    return lambda seed=0: Scatter(
+        indices(*shape, seed=seed), normal(*shape, 4, seed=seed + 1), size
+    )
 
 
 FACTORS = {
@@ -106,24 +124,34 @@ def by_hand(factor):
     """The per-example gradients in NumPy's float64, example by example and position by position."""
     if isinstance(factor, Stacked):
         layers = len(jax.tree.leaves(factor)[0])
-        return np.stack([by_hand(jax.tree.map(lambda a, i=i: a[i], factor.factor)) for i in range(layers)], 1)
+        return np.stack(
+            [by_hand(jax.tree.map(lambda a, i=i: a[i], factor.factor)) for i in range(layers)], 1
+        )
     if isinstance(factor, PerExample):
         return np.asarray(factor.gradient, np.float64)
     if isinstance(factor, Outer):
         a, dz = np.asarray(factor.a, np.float64), np.asarray(factor.dz, np.float64)
         if a.ndim == 1:
             return np.outer(a, dz)[None]
-        pairs = [(x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])) for x, y in zip(a, dz, strict=True)]
+        pairs = [
+            (x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]))
+            for x, y in zip(a, dz, strict=True)
+        ]
         return np.stack([sum(np.outer(u, v) for u, v in zip(x, y, strict=True)) for x, y in pairs])
     out = np.zeros((len(factor.index), factor.size, factor.dy.shape[-1]))
-    for i, (rows, dy) in enumerate(zip(np.asarray(factor.index), np.asarray(factor.dy, np.float64), strict=True)):
+    for i, (rows, dy) in enumerate(
+        zip(np.asarray(factor.index), np.asarray(factor.dy, np.float64), strict=True)
+    ):
         for row, g in zip(np.ravel(rows), dy.reshape(-1, dy.shape[-1]), strict=True):
             out[i, row] += g
     return out
 
 
 def some_of(batch):
-    """Weights `[batch]` of either sign, shares that add up to 1, and who is present: every third is not, nor does it count."""
+    """Weights `[batch]` of either sign, shares that add up to 1, and who is present.
+
+    Every third is not, nor does it count.
+    """
     rng, present = np.random.default_rng(9), np.arange(batch) % 3 != 1
     share = rng.uniform(0.1, 1, batch) * present
     return rng.normal(size=batch), share / share.sum(), present
@@ -154,7 +182,14 @@ def test_every_factor_answers_as_its_gradients_by_hand(x64, name):
     truth = by_hand(factor)
     found = jax.jit(lambda factor: [reducer(factor) for reducer in REDUCERS])(factor)
     for reducer, result in zip(REDUCERS, found, strict=True):
-        np.testing.assert_allclose(result, written_out(reducer, truth), rtol=1e-12, atol=1e-12, err_msg=reducer.name, strict=True)
+        np.testing.assert_allclose(
+            result,
+            written_out(reducer, truth),
+            rtol=1e-12,
+            atol=1e-12,
+            err_msg=reducer.name,
+            strict=True,
+        )
 
 
 @by_name
@@ -174,10 +209,21 @@ def test_inner_products_and_moments_are_those_of_the_gradients_by_hand(x64, name
     @jax.jit
     def ask(factor, fewer, share):
         quick, lost = factor.quick_square()
-        return {"itself": factor.inner(factor), "another": factor.inner(fewer), "moments": factor.moments(share), "quick": quick}, lost
+        return {
+            "itself": factor.inner(factor),
+            "another": factor.inner(fewer),
+            "moments": factor.moments(share),
+            "quick": quick,
+        }, lost
 
     found, lost = ask(factor, fewer, jnp.asarray(share))
-    jax.tree.map(lambda mine, true: np.testing.assert_allclose(mine, true, rtol=1e-12, atol=1e-12, strict=True), found, truth)
+    jax.tree.map(
+        lambda mine, true: np.testing.assert_allclose(
+            mine, true, rtol=1e-12, atol=1e-12, strict=True
+        ),
+        found,
+        truth,
+    )
     assert (lost > 0).all()
     assert (lost < 1e-290).all()
 
@@ -208,8 +254,20 @@ def test_weights_masks_and_rows_are_those_of_the_gradients_by_hand(x64, name):
             "rows": factor.rows(first, size).materialise(),
         }
 
-    found = ask(factor, poisoned(factor, jnp.asarray(present)), jnp.asarray(weights), jnp.asarray(present), first)
-    jax.tree.map(lambda mine, true: np.testing.assert_allclose(mine, true, rtol=1e-12, atol=1e-12, strict=True), found, truth)
+    found = ask(
+        factor,
+        poisoned(factor, jnp.asarray(present)),
+        jnp.asarray(weights),
+        jnp.asarray(present),
+        first,
+    )
+    jax.tree.map(
+        lambda mine, true: np.testing.assert_allclose(
+            mine, true, rtol=1e-12, atol=1e-12, strict=True
+        ),
+        found,
+        truth,
+    )
 
 
 @by_name
@@ -220,7 +278,14 @@ def test_a_merged_factor_is_of_the_sum_over_uses(x64, name):
     truth = sum(by_hand(use) for use in uses)
     found = jax.jit(lambda merged: [reducer(merged) for reducer in REDUCERS])(merged)
     for reducer, result in zip(REDUCERS, found, strict=True):
-        np.testing.assert_allclose(result, written_out(reducer, truth), rtol=1e-12, atol=1e-12, err_msg=reducer.name, strict=True)
+        np.testing.assert_allclose(
+            result,
+            written_out(reducer, truth),
+            rtol=1e-12,
+            atol=1e-12,
+            err_msg=reducer.name,
+            strict=True,
+        )
 
 
 @by_name
@@ -229,9 +294,14 @@ def test_stacked_factors_take_a_weight_per_layer_and_others_one_per_example(x64,
     g = by_hand(factor)
     depth = 1 if isinstance(factor, Stacked) else 0
     depth += bool(depth) and isinstance(factor.factor, Stacked)
-    weights = np.random.default_rng(5).normal(size=(*g.shape[1 : 1 + depth], len(g)))  # [layers, batch]
-    spread = np.moveaxis(weights, -1, 0).reshape(*g.shape[: 1 + depth], *(1,) * (g.ndim - 1 - depth))
-    total = jax.jit(lambda factor, weights: factor.scaled(weights).total())(factor, jnp.asarray(weights))
+    # [layers, batch]
+    weights = np.random.default_rng(5).normal(size=(*g.shape[1 : 1 + depth], len(g)))
+    spread = np.moveaxis(weights, -1, 0).reshape(
+        *g.shape[: 1 + depth], *(1,) * (g.ndim - 1 - depth)
+    )
+    total = jax.jit(lambda factor, weights: factor.scaled(weights).total())(
+        factor, jnp.asarray(weights)
+    )
     np.testing.assert_allclose(total, (g * spread).sum(0), rtol=1e-12, atol=1e-12)
 
 
@@ -242,13 +312,18 @@ def test_norms_hold_where_squares_leave_float32_and_the_quick_ones_say_so(x64, n
     arrays = sum(jnp.issubdtype(a.dtype, jnp.floating) for a in jax.tree.leaves(factor))
     ask = jax.jit(lambda factor: (factor.norm(), *factor.quick_square()))
     for size in (1e-30, 1e-24, 1e-21, 1e-17, 1e-10, 1e-3, 1e17, 1e25, 1e36):
-        scaled = jax.tree.map(lambda a, s=size ** (1 / arrays): a * s if jnp.issubdtype(a.dtype, jnp.floating) else a, factor)
+        scaled = jax.tree.map(
+            lambda a, s=size ** (1 / arrays): a * s if jnp.issubdtype(a.dtype, jnp.floating) else a,
+            factor,
+        )
         scaled = cast(scaled, jnp.float32)
         norm, square, lost = (np.asarray(a, np.float64) for a in ask(scaled))
         truth = np.sqrt((by_hand(scaled).reshape(len(norm), -1) ** 2).sum(1))
         np.testing.assert_allclose(norm, truth, rtol=2e-6, err_msg=str(size))
         trusted = (square < np.inf) & (lost <= square * np.finfo(np.float32).eps)
-        np.testing.assert_allclose(np.sqrt(square)[trusted], truth[trusted], rtol=2e-6, err_msg=str(size))
+        np.testing.assert_allclose(
+            np.sqrt(square)[trusted], truth[trusted], rtol=2e-6, err_msg=str(size)
+        )
         assert trusted.all() or not 1e-12 < size < 1e15, size  # the quick way is the usual way
         if np.isfinite(square).all():
             assert (np.abs(square - truth**2) <= lost + 4e-6 * truth**2).all(), size
@@ -272,12 +347,17 @@ def test_methods_are_told_for_every_question_and_layer(name):
 def test_factors_keep_their_dtype_and_squares_are_wide(x64, name):
     factor = FACTORS[name]()
     found = jax.jit(
-        lambda factor: {kind: [r(cast(factor, kind)) for r in REDUCERS] for kind in ("bfloat16", "float16", "float32", "float64")}
+        lambda factor: {
+            kind: [r(cast(factor, kind)) for r in REDUCERS]
+            for kind in ("bfloat16", "float16", "float32", "float64")
+        }
     )(factor)
     for dtype, results in found.items():
         wide_dtype = "float64" if dtype == "float64" else "float32"
         for reducer, result in zip(REDUCERS, results, strict=True):
-            assert result.dtype == (wide_dtype if reducer.name in ("norm", "squared_norm", "second_moment") else dtype), reducer.name
+            assert result.dtype == (
+                wide_dtype if reducer.name in ("norm", "squared_norm", "second_moment") else dtype
+            ), reducer.name
             assert not result.weak_type
 
 
@@ -285,7 +365,9 @@ def test_factors_keep_their_dtype_and_squares_are_wide(x64, name):
 @pytest.mark.parametrize("positions", [(), (2,), (9,)])
 def test_norms_of_large_short_gradients_do_not_overflow(dtype, positions):
     """600^2 is beyond float16; so is its sum."""
-    one = Outer(jnp.full((2, *positions, 8), 20.0, dtype), jnp.full((2, *positions, 4), 30.0, dtype))
+    one = Outer(
+        jnp.full((2, *positions, 8), 20.0, dtype), jnp.full((2, *positions, 4), 30.0, dtype)
+    )
     norms = squared_norm(one)
     each = 600.0 * np.prod(positions, initial=1)
     assert norms.dtype == jnp.float32
@@ -294,21 +376,39 @@ def test_norms_of_large_short_gradients_do_not_overflow(dtype, positions):
 
 def test_norms_reach_both_ends_of_float32():
     """1 / 2e38 is a subnormal number, which XLA takes for 0."""
-    np.testing.assert_allclose(PerExample(jnp.array([[2e38, 2e38], [3e-38, 4e-38], [0, 0]])).norm(), [2e38 * 2**0.5, 5e-38, 0], rtol=1e-6)
+    np.testing.assert_allclose(
+        PerExample(jnp.array([[2e38, 2e38], [3e-38, 4e-38], [0, 0]])).norm(),
+        [2e38 * 2**0.5, 5e-38, 0],
+        rtol=1e-6,
+    )
     a, dz = jnp.full((1, 3, 9), 2e38), jnp.full((1, 3, 9), 1e-3)
-    np.testing.assert_allclose(Outer(a, dz).norm(), [3 * 9 * 2e35], rtol=1e-6)  # not 6e38 on the way
-    np.testing.assert_allclose(Stacked(PerExample(jnp.full((2, 1, 1), 2e38))).norm(), [2e38 * 2**0.5], rtol=1e-6)
+    # not 6e38 on the way
+    np.testing.assert_allclose(Outer(a, dz).norm(), [3 * 9 * 2e35], rtol=1e-6)
+    np.testing.assert_allclose(
+        Stacked(PerExample(jnp.full((2, 1, 1), 2e38))).norm(), [2e38 * 2**0.5], rtol=1e-6
+    )
 
 
 def test_a_weight_is_not_rounded_to_float16():
     gradient = jnp.full((2, 3), 300.0, jnp.float16)
-    for f in (PerExample(gradient), Scatter(jnp.zeros(2, int), gradient, 2), Outer(jnp.ones((2, 1), jnp.float16), gradient)):
-        scaled = f.scaled(jnp.array([1e-6, 1e-7])).materialise().max((1, 2) if f.materialise().ndim == 3 else 1)
+    for f in (
+        PerExample(gradient),
+        Scatter(jnp.zeros(2, int), gradient, 2),
+        Outer(jnp.ones((2, 1), jnp.float16), gradient),
+    ):
+        scaled = (
+            f.scaled(jnp.array([1e-6, 1e-7]))
+            .materialise()
+            .max((1, 2) if f.materialise().ndim == 3 else 1)
+        )
         assert scaled.dtype == jnp.float16
         np.testing.assert_allclose(scaled, [3e-4, 3e-5], rtol=2e-3)
 
 
-@pytest.mark.parametrize(("batch", "inputs", "out"), [(128, 17, 16), (128, 17, 1), (128, 16, 16), (127, 17, 16), (128, 20, 17)])
+@pytest.mark.parametrize(
+    ("batch", "inputs", "out"),
+    [(128, 17, 16), (128, 17, 1), (128, 16, 16), (127, 17, 16), (128, 20, 17)],
+)
 def test_the_narrow_product_is_the_product_also_under_vmap_and_grad(x64, batch, inputs, out):
     """At and beyond the border of the branch."""
     a, dz = normal(2, batch, inputs), normal(2, batch, out, seed=1)
@@ -322,7 +422,11 @@ def test_the_narrow_product_is_the_product_also_under_vmap_and_grad(x64, batch, 
     @jax.jit
     def both(a, dz):
         return [
-            (product(a[0], dz[0]), jax.vmap(product)(a, dz), jax.grad(scalar(product), (0, 1))(a[0], dz[0]))
+            (
+                product(a[0], dz[0]),
+                jax.vmap(product)(a, dz),
+                jax.grad(scalar(product), (0, 1))(a[0], dz[0]),
+            )
             for product in (f, lambda a, dz: a.T @ dz)
         ]
 
@@ -333,7 +437,9 @@ def test_the_narrow_product_is_the_product_also_under_vmap_and_grad(x64, batch, 
 
 def test_a_gram_matrix_of_few_positions_never_forms_the_gradient(x64):
     def sizes(positions):
-        jaxpr = jax.make_jaxpr(squared_norm)(Outer(jnp.zeros((5, positions, 40)), jnp.zeros((5, positions, 30))))
+        jaxpr = jax.make_jaxpr(squared_norm)(
+            Outer(jnp.zeros((5, positions, 40)), jnp.zeros((5, positions, 30)))
+        )
         return max(np.prod(v.aval.shape) for eqn in jaxpr.eqns for v in eqn.outvars)
 
     assert sizes(3) < 5 * 40 * 30 == sizes(30)
@@ -350,7 +456,10 @@ def test_kept_factors_of_repeat_are_stacked_and_answer_as_backward_does(x64, dep
         factors, dx = net.backward(params, residuals, jnp.cos(y), keep)
         assert all(isinstance(f, Stacked) for f in jax.tree.leaves(factors, is_leaf=is_factor))
         assert isinstance(factors[0].w.factor, Outer if depth == 1 else Stacked)
-        return [((reducer.tree(factors), dx), net.backward(params, residuals, jnp.cos(y), reducer)) for reducer in REDUCERS]
+        return [
+            ((reducer.tree(factors), dx), net.backward(params, residuals, jnp.cos(y), reducer))
+            for reducer in REDUCERS
+        ]
 
     params = jax.tree.map(lambda p: p.astype(jnp.float64), net.init(jax.random.key(0)))
     for kept, at_once in both(params, normal(5, 2, 4)):
@@ -368,11 +477,20 @@ def test_sum_positions_leaves_a_batch_of_features(x64):
     np.testing.assert_array_equal(sum_positions(jnp.asarray(g)), g.sum(1))
     np.testing.assert_array_equal(sum_positions(jnp.asarray(g[0])), g[0])
     np.testing.assert_array_equal(sum_positions(jnp.asarray(g[0, 0])), g[0, :1])
-    np.testing.assert_array_equal(sum_positions(jnp.asarray(g.reshape(2, 3, 2, 2))), g.reshape(2, 6, 2).sum(1))
+    np.testing.assert_array_equal(
+        sum_positions(jnp.asarray(g.reshape(2, 3, 2, 2))), g.reshape(2, 6, 2).sum(1)
+    )
 
 
 def test_the_reducers_have_names_of_their_own():
-    assert [r.name for r in (*REDUCERS, keep)] == ["total", "materialise", "norm", "squared_norm", "second_moment", "keep"]
+    assert [r.name for r in (*REDUCERS, keep)] == [
+        "total",
+        "materialise",
+        "norm",
+        "squared_norm",
+        "second_moment",
+        "keep",
+    ]
     assert total in REDUCERS
     assert materialise in REDUCERS
 
@@ -380,4 +498,6 @@ def test_the_reducers_have_names_of_their_own():
 def test_second_moment_does_not_underflow_in_float16():
     small = jnp.full((4, 3), 1e-4, jnp.float16)
     for factor in (Outer(jnp.ones((4, 2), jnp.float16), small), PerExample(small)):
-        np.testing.assert_allclose(factor.second_moment(), 4e-8 * np.ones_like(factor.second_moment()), rtol=1e-2)
+        np.testing.assert_allclose(
+            factor.second_moment(), 4e-8 * np.ones_like(factor.second_moment()), rtol=1e-2
+        )

@@ -36,16 +36,33 @@ def norm(params, state, x, targets, weights):
 
 def train(mesh=None, plan=None, batches=None, folder=None, epochs=2, rule=RULE, optimizer=ADAM):
     checkpoint = None if folder is None else Checkpointer(folder, keep=100, wait=True)
-    return fnn.fit(rule, optimizer, PARAMS, data() if batches is None else batches, epochs=epochs, batch_size=10, key=KEY,
-                   validation=data(7), record=norm, record_every=3, checkpoint=checkpoint, mesh=mesh, plan=plan)  # fmt: skip
+    return fnn.fit(
+        rule,
+        optimizer,
+        PARAMS,
+        data() if batches is None else batches,
+        epochs=epochs,
+        batch_size=10,
+        key=KEY,
+        validation=data(7),
+        record=norm,
+        record_every=3,
+        checkpoint=checkpoint,
+        mesh=mesh,
+        plan=plan,
+    )
 
 
 @pytest.mark.parametrize("make", PLANS, ids=lambda plan: plan.__name__)
 @pytest.mark.parametrize("shape", [(8, 1), (4, 2), (1, 8)], ids=str)
 def test_fit_on_a_mesh_is_fit(make, shape):
-    """One epoch of five batches of 10, which 8 and 4 devices do not divide; the last has 5 examples."""
+    """One epoch of five batches of 10, which 8 and 4 devices do not divide.
+
+    The last has 5 examples.
+    """
     mesh = make_mesh(data=shape[0], model=shape[1])
-    plan, optimizer = make(mesh, PARAMS), optax.sgd(0.1, momentum=0.9)  # Adam's division magnifies rounding where gradients are near 0
+    # Adam's division magnifies rounding where gradients are near 0
+    plan, optimizer = make(mesh, PARAMS), optax.sgd(0.1, momentum=0.9)
     for batches in (None, [tuple(part[i : i + 10] for part in data()) for i in range(0, 45, 10)]):
         expected, history = train(batches=batches, epochs=1, optimizer=optimizer)
         params, found = train(mesh, plan, batches, epochs=1, optimizer=optimizer)
@@ -69,10 +86,14 @@ def test_a_checkpoint_goes_on_on_the_same_mesh_bit_for_bit(tmp_path, make):
 def test_a_checkpoint_goes_on_elsewhere_to_rounding(tmp_path):
     """An epoch on 8 devices, and the next on 2, on 1, and on 8 by another plan."""
     mesh, optimizer = make_mesh(data=4, model=2), optax.sgd(0.1, momentum=0.9)
-    train(mesh, tensor_parallel(mesh, PARAMS), folder=tmp_path / "run", epochs=1, optimizer=optimizer)
+    train(
+        mesh, tensor_parallel(mesh, PARAMS), folder=tmp_path / "run", epochs=1, optimizer=optimizer
+    )
     expected, history = train(optimizer=optimizer)
     two = make_mesh(data=2, model=1)
-    for i, (there, plan) in enumerate([(None, None), (two, fully_sharded(two, PARAMS)), (mesh, replicated(mesh, PARAMS))]):
+    for i, (there, plan) in enumerate(
+        [(None, None), (two, fully_sharded(two, PARAMS)), (mesh, replicated(mesh, PARAMS))]
+    ):
         shutil.copytree(tmp_path / "run", tmp_path / str(i))
         params, found = train(there, plan, folder=tmp_path / str(i), optimizer=optimizer)
         assert error(wide(params), wide(expected)) < 1e-6
@@ -106,5 +127,7 @@ def test_a_loss_that_explodes_on_a_mesh_hands_back_the_last_finite_params():
 
 
 def test_a_plan_without_a_mesh_is_an_error():
-    with pytest.raises(ValueError, match="`plan` says where params lie on a mesh, but `mesh` is None"):
+    with pytest.raises(
+        ValueError, match="`plan` says where params lie on a mesh, but `mesh` is None"
+    ):
         train(plan=replicated(make_mesh(), PARAMS))

@@ -8,7 +8,7 @@ from cases import SHAPES, TOLERANCE, Case, case, cast, default_jit, error, wide
 
 import fnn
 from fnn import losses
-from fnn.activations import ACTIVATIONS
+from fnn.nets.activations import ACTIVATIONS
 
 NETS = range(200)
 KINKED = {
@@ -28,7 +28,10 @@ KINKED = {
 
 
 def both(c: Case):
-    """One function for manual and automatic `(value, grads)`; the automatic one writes its mean out."""
+    """One function for manual and automatic `(value, grads)`.
+
+    The automatic one writes its mean out.
+    """
 
     def mean(params, x, targets, weights=None):
         values = c.loss.value(c.net.apply(params, x), targets)
@@ -39,34 +42,57 @@ def both(c: Case):
 
 
 def batch_of(c: Case):
-    return (c.params, c.x, c.targets) if c.weights is None else (c.params, c.x, c.targets, c.weights)
+    return (
+        (c.params, c.x, c.targets) if c.weights is None else (c.params, c.x, c.targets, c.weights)
+    )
 
 
 def test_the_random_nets_cover_every_activation_loss_and_combinator(x64):
-    cases = [(n % len(ACTIVATIONS), n // 2 % len(losses.LOSSES), n // 3 % len(SHAPES)) for n in NETS]
-    assert [len({c[i] for c in cases}) for i in range(3)] == [len(ACTIVATIONS), len(losses.LOSSES), len(SHAPES)]
+    cases = [
+        (n % len(ACTIVATIONS), n // 2 % len(losses.LOSSES), n // 3 % len(SHAPES)) for n in NETS
+    ]
+    assert [len({c[i] for c in cases}) for i in range(3)] == [
+        len(ACTIVATIONS),
+        len(losses.LOSSES),
+        len(SHAPES),
+    ]
 
 
 @pytest.mark.parametrize("number", NETS)
 def test_manual_gradient_is_jax_grad_in_every_dtype(x64, number):
     c = case(number)
-    compile_ = jax.jit if number % 30 else default_jit  # every 30th net as JAX compiles by default, each of another shape
-    found = compile_(lambda *batch: {dtype: both(c)(*cast(batch, dtype)) for dtype in TOLERANCE})(*batch_of(c))
-    truth = wide(found["float64"][1][1])  # the numbers of a case are the same in every dtype, so this is the truth for all
+    # every 30th net as JAX compiles by default, each of another shape
+    compile_ = jax.jit if number % 30 else default_jit
+    found = compile_(lambda *batch: {dtype: both(c)(*cast(batch, dtype)) for dtype in TOLERANCE})(
+        *batch_of(c)
+    )
+    # the numbers of a case are the same in every dtype, so this is the truth for all
+    truth = wide(found["float64"][1][1])
     for dtype, ((value, grads), (automatic_value, automatic)) in found.items():
         assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {jnp.dtype(dtype)}
         assert not any(leaf.weak_type for leaf in jax.tree.leaves((value, grads)))
         assert value.dtype == automatic_value.dtype == dtype
         exact = wide(found["float64"][1][0])
         apart = error(wide(value), wide(automatic_value))
-        assert apart <= TOLERANCE[dtype] or error(wide(value), exact) <= 2 * error(wide(automatic_value), exact), (c.name, apart)
+        assert apart <= TOLERANCE[dtype] or error(wide(value), exact) <= 2 * error(
+            wide(automatic_value), exact
+        ), (c.name, apart)
         ours, theirs = wide(grads), wide(automatic)
-        if error(ours, theirs) > TOLERANCE[dtype]:  # then jax.grad itself is far from the truth, and ours at most twice as far
+        # then jax.grad itself is far from the truth, and ours at most twice as far
+        if error(ours, theirs) > TOLERANCE[dtype]:
             assert dtype != "float64", (c.name, error(ours, theirs))
-            assert error(ours, truth) <= 2 * error(theirs, truth), (c.name, dtype, error(ours, theirs))
+            assert error(ours, truth) <= 2 * error(theirs, truth), (
+                c.name,
+                dtype,
+                error(ours, theirs),
+            )
     size = np.linalg.norm(np.concatenate([leaf.ravel() for leaf in truth]))
-    for ours, theirs in zip(wide(found["float64"][0][1]), truth, strict=True):  # leaf by leaf; a leaf that cancels to rounding is 0
-        assert error([ours], [theirs]) <= 1e-12 or np.linalg.norm(ours - theirs) <= 1e-14 * size, (c.name, error([ours], [theirs]))
+    # leaf by leaf; a leaf that cancels to rounding is 0
+    for ours, theirs in zip(wide(found["float64"][0][1]), truth, strict=True):
+        assert error([ours], [theirs]) <= 1e-12 or np.linalg.norm(ours - theirs) <= 1e-14 * size, (
+            c.name,
+            error([ours], [theirs]),
+        )
 
 
 @pytest.mark.parametrize("number", range(1, 200, 24))
@@ -78,11 +104,16 @@ def test_manual_gradient_under_vmap_over_nets_is_the_gradient_of_each(x64, numbe
     @jax.jit
     def check(several):
         together = jax.vmap(lambda p: f(p, c.x, c.targets)[1])(several)
-        return together, [f(jax.tree.map(lambda leaf, i=i: leaf[i], several), c.x, c.targets)[1] for i in range(3)]
+        return together, [
+            f(jax.tree.map(lambda leaf, i=i: leaf[i], several), c.x, c.targets)[1] for i in range(3)
+        ]
 
     together, apart = check(several)
     for i, one in enumerate(apart):
-        assert error([leaf[i] for leaf in wide(together)], wide(one)) <= 1e-12 or np.linalg.norm(wide(one)[0]) < 1e-12, c.name
+        assert (
+            error([leaf[i] for leaf in wide(together)], wide(one)) <= 1e-12
+            or np.linalg.norm(wide(one)[0]) < 1e-12
+        ), c.name
 
 
 @pytest.mark.parametrize("number", [3, 40, 77, 114])
@@ -103,7 +134,10 @@ def test_manual_gradient_without_jit_and_without_x64(number):
 
 
 SMOOTH = [
-    n for n in range(400) if ACTIVATIONS[n % len(ACTIVATIONS)].name not in KINKED and losses.LOSSES[n // 2 % 10].name != "hinge_loss"
+    n
+    for n in range(400)
+    if ACTIVATIONS[n % len(ACTIVATIONS)].name not in KINKED
+    and losses.LOSSES[n // 2 % 10].name != "hinge_loss"
 ][:50]
 
 
@@ -120,14 +154,24 @@ def test_manual_gradient_is_the_central_difference(x64, number):
         grads = fnn.value_and_grad(c.net, c.loss)(params, *rest)[1]
 
         def numeric(t):
-            ahead, back = (jax.tree.map(lambda p, d, h=h: p + h * d, params, t) for h in (1e-6, -1e-6))
+            ahead, back = (
+                jax.tree.map(lambda p, d, h=h: p + h * d, params, t) for h in (1e-6, -1e-6)
+            )
             return (f(ahead, *rest) - f(back, *rest)) / 2e-6
 
-        dots = jax.tree.map(lambda g, t: (g[None] * t).sum(tuple(range(1, t.ndim))), grads, directions)
-        return sum(jax.tree.leaves(dots)), jax.vmap(numeric)(directions), jnp.sqrt(sum((g**2).sum() for g in jax.tree.leaves(grads)))
+        dots = jax.tree.map(
+            lambda g, t: (g[None] * t).sum(tuple(range(1, t.ndim))), grads, directions
+        )
+        return (
+            sum(jax.tree.leaves(dots)),
+            jax.vmap(numeric)(directions),
+            jnp.sqrt(sum((g**2).sum() for g in jax.tree.leaves(grads))),
+        )
 
     along, numeric, size = slopes(directions, *batch_of(c))
-    np.testing.assert_allclose(along, numeric, rtol=1e-6, atol=1e-7 * max(float(size), 1e-2), err_msg=c.name)
+    np.testing.assert_allclose(
+        along, numeric, rtol=1e-6, atol=1e-7 * max(float(size), 1e-2), err_msg=c.name
+    )
 
 
 def test_one_compilation_for_a_hundred_calls():
@@ -148,9 +192,15 @@ def test_weights_are_a_weighted_mean_and_zero_is_padding(x64):
     f = jax.jit(fnn.value_and_grad(c.net, c.loss))
     each = [f(c.params, c.x[i : i + 1], c.targets[i : i + 1]) for i in range(len(c.x))]
     value, grads = f(c.params, c.x, c.targets, weights)
-    mean = jax.tree.map(lambda *g: sum(w * gi for w, gi in zip(weights, g, strict=True)) / weights.sum(), *each)
+    mean = jax.tree.map(
+        lambda *g: sum(w * gi for w, gi in zip(weights, g, strict=True)) / weights.sum(), *each
+    )
     assert error(wide((value, grads)), wide(mean)) <= 1e-12
-    padded = jnp.concatenate([c.x, c.x[:1] + 5]), jnp.concatenate([c.targets, c.targets[:1]]), jnp.append(weights, 0.0)
+    padded = (
+        jnp.concatenate([c.x, c.x[:1] + 5]),
+        jnp.concatenate([c.targets, c.targets[:1]]),
+        jnp.append(weights, 0.0),
+    )
     assert error(wide(f(c.params, *padded)), wide((value, grads))) <= 1e-12
     nothing = f(c.params, c.x, c.targets, jnp.zeros(len(c.x)))
     assert all((leaf == 0).all() for leaf in wide(nothing))
@@ -177,4 +227,6 @@ def test_the_manual_vjp_of_an_embedding(x64):
     net = fnn.serial(fnn.embedding(5, 3), fnn.dense(3, 2))
     params, x = net.init(jax.random.key(0)), jnp.array([[1, 4], [4, 0]])
     ours = jax.grad(lambda p: (fnn.with_manual_vjp(net)(p, x) ** 2).sum())(params)
-    assert error(wide(ours), wide(jax.grad(lambda p: (net.apply(p, x) ** 2).sum())(params))) <= 1e-12
+    assert (
+        error(wide(ours), wide(jax.grad(lambda p: (net.apply(p, x) ** 2).sum())(params))) <= 1e-12
+    )

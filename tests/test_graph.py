@@ -1,4 +1,7 @@
-"""The computational graph: its sweeps against JAX, gate by gate and on generated expressions; what it prints and draws."""
+"""The computational graph: its sweeps against JAX, gate by gate and on generated expressions.
+
+What it prints and draws.
+"""
 
 import itertools
 import re
@@ -13,7 +16,8 @@ from jax import lax
 
 import fnn
 from fnn import graph
-from fnn.graph import GATES, drawing
+from fnn.graph import GATES
+from fnn.graph import draw as drawing
 
 
 def close(ours, truth):
@@ -25,7 +29,9 @@ def close(ours, truth):
             assert a.dtype == b.dtype
         else:
             assert a.dtype == b.dtype
-            np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12 * float(np.abs(b).max(initial=0)))
+            np.testing.assert_allclose(
+                a, b, rtol=1e-12, atol=1e-12 * float(np.abs(b).max(initial=0))
+            )
 
 
 def agrees(f, *args):
@@ -38,7 +44,11 @@ def agrees(f, *args):
     tangents = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=jnp.shape(a))), args)
 
     def for_jax(a, t):
-        return t if jnp.issubdtype(jnp.result_type(a), jnp.floating) else np.zeros(jnp.shape(a), jax.dtypes.float0)
+        return (
+            t
+            if jnp.issubdtype(jnp.result_type(a), jnp.floating)
+            else np.zeros(jnp.shape(a), jax.dtypes.float0)
+        )
 
     close(g.jvp(*tangents), jax.jvp(f, args, jax.tree.map(for_jax, args, tangents))[1])
     return g
@@ -49,12 +59,27 @@ def agrees(f, *args):
 A, B = np.random.default_rng(0).uniform(0.3, 0.9, (2, 3, 4))
 ONE = "ceil round exp exp2 log log1p expm1 sin cos tan sinh cosh tanh atan logistic erf sqrt rsqrt abs neg sign floor square"
 ON = {
-    **{name: (getattr(lax, name), (A - (0.5 if name in ("abs", "neg", "sign", "floor", "ceil", "round") else 0),)) for name in ONE.split()},
-    **{name: (getattr(lax, name), (A, B)) for name in ("add", "sub", "mul", "div", "max", "min", "pow")},
+    **{
+        name: (
+            getattr(lax, name),
+            (A - (0.5 if name in ("abs", "neg", "sign", "floor", "ceil", "round") else 0),),
+        )
+        for name in ONE.split()
+    },
+    **{
+        name: (getattr(lax, name), (A, B))
+        for name in ("add", "sub", "mul", "div", "max", "min", "pow")
+    },
     "add_any": (lambda a, b: jax.vjp(lambda x: (x, x), a)[1]((a, b))[0], (A, B)),
-    "integer_pow": (lambda a: lax.integer_pow(a, -3) + lax.integer_pow(a, 3) + lax.integer_pow(a, 1), (A,)),
+    "integer_pow": (
+        lambda a: lax.integer_pow(a, -3) + lax.integer_pow(a, 3) + lax.integer_pow(a, 1),
+        (A,),
+    ),
     "select_n": (lambda a, b: lax.select_n(jnp.asarray(A > 0.5), a, b), (A, B)),
-    "dot_general": (lambda a, b: lax.dot_general(a, b, (((0,), (1,)), ((2,), (0,)))), (np.stack([A] * 5, 1), np.stack([B.T] * 6, 2))),
+    "dot_general": (
+        lambda a, b: lax.dot_general(a, b, (((0,), (1,)), ((2,), (0,)))),
+        (np.stack([A] * 5, 1), np.stack([B.T] * 6, 2)),
+    ),
     "reduce_sum": (lambda a: a.sum(0), (A,)),
     "reduce_max": (lambda a: a.max(1), (np.round(A, 1),)),  # with ties
     "reduce_min": (lambda a: a.min((0, 1)), (np.round(A, 1),)),
@@ -65,7 +90,10 @@ ON = {
     "concatenate": (lambda a, b: jnp.concatenate([a, b, a], 1), (A, B)),
     "slice": (lambda a: lax.slice(a, (0, 1), (3, 4), (2, 2)), (A,)),
     "rev": (lambda a: a[::-1], (A,)),
-    "convert_element_type": (lambda a: a.astype(jnp.float32).astype(jnp.float64), (A.astype(np.float32).astype(float),)),
+    "convert_element_type": (
+        lambda a: a.astype(jnp.float32).astype(jnp.float64),
+        (A.astype(np.float32).astype(float),),
+    ),
     "copy": (lambda a: lax.copy_p.bind(a), (A,)),
     "stop_gradient": (lambda a: lax.stop_gradient(a) * a, (A,)),
 }
@@ -74,14 +102,17 @@ ON = {
 @pytest.mark.parametrize("name", GATES)
 def test_every_gate_has_the_derivative_of_jax(x64, name):
     f, args = ON[name]
-    weights = jnp.cos(jnp.arange(np.size(f(*args))).reshape(np.shape(f(*args))))  # no two entries weigh the same
+    # no two entries weigh the same
+    weights = jnp.cos(jnp.arange(np.size(f(*args))).reshape(np.shape(f(*args))))
     g = agrees(lambda *args: (f(*args) * weights).sum(), *map(jnp.asarray, args))
     used = {node.primitive for node in g.nodes}
     assert name in used or name == "squeeze"  # which JAX writes as a reshape where it can
     assert not g.untabled
 
 
-@pytest.mark.parametrize(("f", "x", "y"), [(jnp.maximum, 2.0, 2.0), (jnp.minimum, 2.0, 2.0), (jnp.hypot, 3.0, 4.0)])
+@pytest.mark.parametrize(
+    ("f", "x", "y"), [(jnp.maximum, 2.0, 2.0), (jnp.minimum, 2.0, 2.0), (jnp.hypot, 3.0, 4.0)]
+)
 def test_a_tie_shares_equally(x64, f, x, y):
     agrees(f, x, y)
 
@@ -97,14 +128,19 @@ BINARY_GATES = [lax.add, lax.sub, lax.mul, lax.div, lax.max, lax.min, lax.pow]
 @pytest.mark.parametrize("shapes", [((3, 2), (1, 2)), ((3, 1), (1, 2)), ((1, 1), (3, 2))], ids=str)
 def test_an_axis_of_size_one_that_meets_more_gets_the_sum(x64, f, shapes):
     """JAX's primitives stretch such axes themselves."""
-    a, b = (jnp.asarray(np.random.default_rng(i).uniform(1, 2, shape)) for i, shape in enumerate(shapes))
+    a, b = (
+        jnp.asarray(np.random.default_rng(i).uniform(1, 2, shape)) for i, shape in enumerate(shapes)
+    )
     weights = jnp.cos(jnp.arange(6.0)).reshape(3, 2)
     agrees(lambda a, b: (f(a, b) * weights).sum(), a, b)
 
 
 def test_an_outer_product_sliced_and_stretched(x64):
     agrees(lambda a: (jnp.outer(a, a)[:, :1] * jnp.ones((4, 4))).sum(), jnp.arange(1.0, 5.0))
-    agrees(lambda x: (x.reshape(2, 1) * x.reshape(1, 2) * jnp.array([[1.0, 2], [3, 4]])).sum(), jnp.array([1.0, 2.0]))
+    agrees(
+        lambda x: (x.reshape(2, 1) * x.reshape(1, 2) * jnp.array([[1.0, 2], [3, 4]])).sum(),
+        jnp.array([1.0, 2.0]),
+    )
 
 
 @pytest.mark.parametrize("power", [0, 1, 2, 3])
@@ -115,16 +151,44 @@ def test_a_whole_power_at_zero(x64, power):
 
 # Generated expressions
 
-UNARY = [jnp.sin, jnp.cos, jnp.tanh, jnp.exp, jnp.abs, jnp.square, jax.nn.sigmoid, jax.nn.softplus, jax.nn.gelu, jax.nn.relu]
-UNARY += [lambda a: jnp.log(1.5 + a * a), lambda a: jnp.sqrt(1 + a * a), lambda a: 1 / (2 + jnp.cos(a)), lambda a: a**3, lambda a: -a]
+UNARY = [
+    jnp.sin,
+    jnp.cos,
+    jnp.tanh,
+    jnp.exp,
+    jnp.abs,
+    jnp.square,
+    jax.nn.sigmoid,
+    jax.nn.softplus,
+    jax.nn.gelu,
+    jax.nn.relu,
+]
+UNARY += [
+    lambda a: jnp.log(1.5 + a * a),
+    lambda a: jnp.sqrt(1 + a * a),
+    lambda a: 1 / (2 + jnp.cos(a)),
+    lambda a: a**3,
+    lambda a: -a,
+]
 UNARY += [
     lambda a: jnp.log1p(jnp.abs(a)),
     lambda a: jnp.expm1(jnp.tanh(a)),
     lambda a: jnp.where(a > 0, a, 0.1 * a),
     lambda a: lax.rsqrt(2 + a * a),
 ]
-ARRAY = [jax.nn.softmax, jnp.flip, lambda a: a - a.max(), lambda a: jnp.concatenate([a[1:], a[:1]]), lambda a: a * jax.nn.logsumexp(a)]
-ARRAY += [lambda a: jnp.outer(a, a).sum(1), lambda a: jnp.sort(a), jnp.cumsum, lambda a: a.reshape(2, 2).T.reshape(4)]
+ARRAY = [
+    jax.nn.softmax,
+    jnp.flip,
+    lambda a: a - a.max(),
+    lambda a: jnp.concatenate([a[1:], a[:1]]),
+    lambda a: a * jax.nn.logsumexp(a),
+]
+ARRAY += [
+    lambda a: jnp.outer(a, a).sum(1),
+    lambda a: jnp.sort(a),
+    jnp.cumsum,
+    lambda a: a.reshape(2, 2).T.reshape(4),
+]
 BINARY = [
     jnp.add,
     jnp.subtract,
@@ -137,11 +201,18 @@ BINARY = [
 
 
 def expression(number):
-    """A function of two or three scalars or arrays `[4]` that reuses what it has computed, and a point."""
+    """A function of two or three scalars or arrays `[4]` that reuses what it has computed, and a
+    point."""
     rng = np.random.default_rng(number)
     count, array = int(rng.integers(2, 4)), bool(number % 2)
     steps = [
-        (rng.integers(3 if array else 2), rng.integers(1000), rng.integers(1000), rng.integers(1000)) for _ in range(rng.integers(3, 13))
+        (
+            rng.integers(3 if array else 2),
+            rng.integers(1000),
+            rng.integers(1000),
+            rng.integers(1000),
+        )
+        for _ in range(rng.integers(3, 13))
     ]
 
     def f(*xs):
@@ -196,9 +267,18 @@ def test_the_examples_of_lecture_002(x64):
     g = agrees(lambda x, w0, w1: 1 + jnp.exp(w0 + w1 * x), 0.5, 1.0, -2.0)
     assert float(g.value) == 2
     assert [float(d) for d in g.gradients()] == [-2, 1, 0.5]
-    g = agrees(lambda w0, w1, w2, x0, x1: 1 / (1 + jnp.exp(-(w0 * x0 + w1 * x1 + w2))), 2.0, -3.0, -3.0, -1.0, -2.0)
+    g = agrees(
+        lambda w0, w1, w2, x0, x1: 1 / (1 + jnp.exp(-(w0 * x0 + w1 * x1 + w2))),
+        2.0,
+        -3.0,
+        -3.0,
+        -1.0,
+        -2.0,
+    )
     np.testing.assert_allclose(g.value, 0.731059, atol=5e-7)
-    np.testing.assert_allclose(g.gradients(), (-0.1966, -0.3932, 0.1966, 0.3932, -0.5898), atol=1e-4)
+    np.testing.assert_allclose(
+        g.gradients(), (-0.1966, -0.3932, 0.1966, 0.3932, -0.5898), atol=1e-4
+    )
 
 
 def test_the_words_of_the_gates():
@@ -206,18 +286,26 @@ def test_the_words_of_the_gates():
     assert "∂b = ∂z₂ · c + ∂z₁ = 4 + 0 = 4   copy adds" in printed
     assert "∂a = ∂z₁ = 0   add distributes" in printed
     assert "∂c = ∂z₂ · b = 2   mul swaps the multipliers" in printed
-    assert "∂z₂ = ∂z₃ · [z₂ is larger] = 1   max routes to the larger; a tie shares equally" in printed
+    assert (
+        "∂z₂ = ∂z₃ · [z₂ is larger] = 1   max routes to the larger; a tie shares equally" in printed
+    )
 
 
 def test_the_chain_rule_and_the_total_derivative(x64):
     """df(g(x))/dx = f'(g(x)) g'(x); and d/dt f(g_1(t), g_2(t)) = sum_i D_i f dg_i/dt."""
     x, t = 0.7, 0.4
-    np.testing.assert_allclose(agrees(lambda x: jnp.sin(jnp.exp(x)), x).gradients()[0], np.cos(np.exp(x)) * np.exp(x), rtol=1e-14)
+    np.testing.assert_allclose(
+        agrees(lambda x: jnp.sin(jnp.exp(x)), x).gradients()[0],
+        np.cos(np.exp(x)) * np.exp(x),
+        rtol=1e-14,
+    )
     f = graph.trace(lambda a, b: a * a * b, np.cos(t), np.sin(t))
     partial, inner = f.gradients(), (-np.sin(t), np.cos(t))
     total = partial[0] * inner[0] + partial[1] * inner[1]
     np.testing.assert_allclose(total, f.jvp(*inner), rtol=1e-14)
-    np.testing.assert_allclose(total, agrees(lambda t: jnp.cos(t) ** 2 * jnp.sin(t), t).gradients()[0], rtol=1e-14)
+    np.testing.assert_allclose(
+        total, agrees(lambda t: jnp.cos(t) ** 2 * jnp.sin(t), t).gradients()[0], rtol=1e-14
+    )
 
 
 def test_x_squared_at_three_by_four_ways(x64):
@@ -233,7 +321,8 @@ def test_four_ways_side_by_side(x64):
     for way in (d.symbolic, d.forward, d.reverse):
         np.testing.assert_allclose(way, (4.583853163452858, 2), rtol=1e-14)
     np.testing.assert_allclose(d.numeric, d.reverse, rtol=1e-9)
-    assert d.errors.argmin() not in (0, len(d.errors) - 1)  # too long a step truncates, too short a one rounds
+    # too long a step truncates, too short a one rounds
+    assert d.errors.argmin() not in (0, len(d.errors) - 1)
     assert "symbolic" in str(d)
     d = graph.derivatives(lambda x: (x * x).sum(), jnp.array([3.0, -1.0]))
     assert d.symbolic is None
@@ -257,7 +346,8 @@ def test_a_training_step_is_traced_unchanged(x64):
     g = graph.trace(step, params, x, t)
     close(g.value, step(params, x, t))
     agrees(lambda params, x, t: step(params, x, t)[0], params, x, t)
-    _, pull = jax.vjp(lambda params, x: step(params, x, t), params, x)  # the gradient of the gradient
+    # the gradient of the gradient
+    _, pull = jax.vjp(lambda params, x: step(params, x, t), params, x)
     cotangent = (jnp.ones(()), jax.tree.map(jnp.ones_like, params))
     close(g.gradients(cotangent)[:2], pull(cotangent))
     assert "no sweep backward: `f` returns a tree of 5 arrays" in str(g)
@@ -265,7 +355,16 @@ def test_a_training_step_is_traced_unchanged(x64):
 
 
 @pytest.mark.parametrize(
-    "f", [jax.nn.gelu, jax.nn.softmax, jax.nn.logsumexp, jax.nn.relu, jax.nn.log_softmax, jax.nn.silu, jnp.linalg.norm]
+    "f",
+    [
+        jax.nn.gelu,
+        jax.nn.softmax,
+        jax.nn.logsumexp,
+        jax.nn.relu,
+        jax.nn.log_softmax,
+        jax.nn.silu,
+        jnp.linalg.norm,
+    ],
 )
 def test_functions_of_jax_are_opened_up(x64, f):
     agrees(lambda x: (f(x) * jnp.arange(1.0, 4)).sum(), jnp.array([0.3, -1.0, 2.0]))
@@ -275,13 +374,23 @@ def test_functions_of_jax_are_opened_up(x64, f):
     "f",
     [
         lambda x: (jnp.abs(jnp.fft.rfft(x)) ** 2).sum(),  # complex numbers on the way
-        lambda x: jnp.linalg.det(jnp.outer(x, x) + jnp.eye(3)) + jnp.linalg.inv(jnp.diag(x) + 0.1).sum(),
+        lambda x: (
+            jnp.linalg.det(jnp.outer(x, x) + jnp.eye(3)) + jnp.linalg.inv(jnp.diag(x) + 0.1).sum()
+        ),
         lambda x: x.at[1].set(x[0] ** 2)[1] + x[::2].sum() + jnp.cumsum(x)[1] + jnp.prod(x),
         lambda x: jax.checkpoint(lambda a: jnp.sin(jnp.exp(a)))(x).sum(),
         lambda x: lax.cond(x[0] > 0, lambda a: (a**2).sum(), lambda a: a.sum(), x),
         lambda x: lax.fori_loop(0, 3, lambda i, c: jnp.sin(c) * x.sum(), x[0]),
-        lambda x: (jax.grad(lambda a: (a**3).sum())(x) * x).sum() + jax.vmap(lambda a: jnp.sin(a) * x.sum())(x).sum(),
-        lambda x: jnp.convolve(x, x).sum() + jnp.einsum("i,j,ij->", x, x, jnp.outer(x, x)) + jnp.std(x) + jnp.arctan2(x[0], x[1]),
+        lambda x: (
+            (jax.grad(lambda a: (a**3).sum())(x) * x).sum()
+            + jax.vmap(lambda a: jnp.sin(a) * x.sum())(x).sum()
+        ),
+        lambda x: (
+            jnp.convolve(x, x).sum()
+            + jnp.einsum("i,j,ij->", x, x, jnp.outer(x, x))
+            + jnp.std(x)
+            + jnp.arctan2(x[0], x[1])
+        ),
     ],
 )
 def test_whatever_jax_differentiates(x64, f):
@@ -308,7 +417,8 @@ def test_a_derivative_of_its_own_is_kept_where_it_differs(x64):
     g = graph.trace(lambda x: 3 * straight_through(x), 0.4)
     assert float(g.gradients()[0]) == 3
     assert [node.label for node in g.untabled] == ["straight_through"]
-    assert float(graph.trace(jax.nn.relu, 0.0).gradients()[0]) == 0  # as jax.nn.relu; a bare max would share
+    # as jax.nn.relu; a bare max would share
+    assert float(graph.trace(jax.nn.relu, 0.0).gradients()[0]) == 0
     assert not graph.trace(jax.nn.relu, 1.0).untabled
     net = fnn.mlp((3, 2), "relu")
 
@@ -325,7 +435,9 @@ def test_keys_and_prints_do_not_disturb(x64):
         return (x * jax.random.normal(key, (3,))).sum()
 
     g = graph.trace(f, jnp.arange(3.0), jax.random.key(0))
-    np.testing.assert_allclose(g.gradients()[0], jax.random.normal(jax.random.key(0), (3,)), rtol=1e-12)
+    np.testing.assert_allclose(
+        g.gradients()[0], jax.random.normal(jax.random.key(0), (3,)), rtol=1e-12
+    )
     assert g.gradients()[1].dtype == jax.dtypes.float0
 
 
@@ -357,13 +469,27 @@ def custom(f, backward, name="own"):
 
 
 OWN = {
-    "clips the gradient": (lambda x: 5 * custom(lambda x: x * 1, lambda x, g: (jnp.clip(g, -1, 1),))(x).sum(), np.array([0.4, 2.0])),
-    "turns it round": (lambda x: (jnp.arange(5.0) * custom(lambda x: x * 1, lambda x, g: (g[::-1],))(x)).sum(), np.ones(5)),
+    "clips the gradient": (
+        lambda x: 5 * custom(lambda x: x * 1, lambda x, g: (jnp.clip(g, -1, 1),))(x).sum(),
+        np.array([0.4, 2.0]),
+    ),
+    "turns it round": (
+        lambda x: (jnp.arange(5.0) * custom(lambda x: x * 1, lambda x, g: (g[::-1],))(x)).sum(),
+        np.ones(5),
+    ),
     "triples it in bfloat16": (custom(lambda x: x * 1, lambda x, g: (3 * g,)), jnp.bfloat16(2)),
     "has a gate's name": (lambda x: 3 * custom(jnp.floor, lambda x, g: (g,), "floor")(x), 0.4),
-    "has a gate's name with parameters": (lambda x: 3 * custom(jnp.floor, lambda x, g: (g,), "integer_pow")(x), 0.4),
+    "has a gate's name with parameters": (
+        lambda x: 3 * custom(jnp.floor, lambda x, g: (g,), "integer_pow")(x),
+        0.4,
+    ),
     "is implicit": (
-        custom(lambda a: lax.while_loop(lambda c: abs(c * c - a) > 1e-9, lambda c: 0.5 * (c + a / c), a), lambda a, g: (g / 2 / a**0.5,)),
+        custom(
+            lambda a: lax.while_loop(
+                lambda c: abs(c * c - a) > 1e-9, lambda c: 0.5 * (c + a / c), a
+            ),
+            lambda a, g: (g / 2 / a**0.5,),
+        ),
         2.0,
     ),
 }
@@ -373,7 +499,9 @@ OWN = {
 def test_a_derivative_of_its_own_counts(x64, name):
     f, x = OWN[name]
     g = graph.trace(f, x)
-    np.testing.assert_allclose(np.asarray(g.gradients()[0], float), np.asarray(jax.grad(f)(x), float), rtol=1e-12)
+    np.testing.assert_allclose(
+        np.asarray(g.gradients()[0], float), np.asarray(jax.grad(f)(x), float), rtol=1e-12
+    )
     assert "is not among the gates" in str(g)
 
 
@@ -395,7 +523,9 @@ NOT_WANTED = [  # 0 x inf, and what need not be differentiated
 @pytest.mark.parametrize(("f", "x"), NOT_WANTED)
 def test_what_is_not_wanted_is_not_computed(x64, f, x):
     g = agrees(f, jnp.asarray(x))
-    assert len({node.name for node in g.nodes if node.primitive != "constant"}) == sum(n.primitive != "constant" for n in g.nodes)
+    assert len({node.name for node in g.nodes if node.primitive != "constant"}) == sum(
+        n.primitive != "constant" for n in g.nodes
+    )
 
 
 @jax.custom_jvp
@@ -411,7 +541,13 @@ def _safe_root_jvp(primals, tangents):
 
 
 @pytest.mark.parametrize(
-    ("f", "x"), [(safe_root, 0.0), (jax.nn.log1mexp, 0.0), (jax.scipy.special.log_ndtr, np.inf), (jax.scipy.special.exp1, 1.0)]
+    ("f", "x"),
+    [
+        (safe_root, 0.0),
+        (jax.nn.log1mexp, 0.0),
+        (jax.scipy.special.log_ndtr, np.inf),
+        (jax.scipy.special.exp1, 1.0),
+    ],
 )
 def test_a_derivative_of_its_own_is_kept_where_the_inside_has_none(x64, f, x):
     np.testing.assert_allclose(graph.trace(f, x).gradients()[0], jax.grad(f)(x), rtol=1e-12)
@@ -419,7 +555,9 @@ def test_a_derivative_of_its_own_is_kept_where_the_inside_has_none(x64, f, x):
 
 def test_a_kink_is_seen_in_short_dtypes():
     x = jnp.array([0.0, 2.0, 1.0], jnp.bfloat16)
-    np.testing.assert_array_equal(graph.trace(lambda x: jax.nn.relu(x).sum(), x).gradients()[0].astype(jnp.float32), [0, 1, 1])
+    np.testing.assert_array_equal(
+        graph.trace(lambda x: jax.nn.relu(x).sum(), x).gradients()[0].astype(jnp.float32), [0, 1, 1]
+    )
 
 
 first_of_two = jax.custom_vjp(lambda x, y: 2 * x)
@@ -429,7 +567,11 @@ first_of_two.defvjp(lambda x, y: (2 * x, None), lambda _, g: (2 * g, None))
 UNUSED = {
     "custom_vjp": (lambda x: first_of_two(x[0], jnp.sqrt(x[1] - 1)),),
     "scan": (lambda x: lax.scan(lambda c, a: (c * a[0], a[1]), 1.0, (x, jnp.sqrt(x - 1)))[0],),
-    "carry": (lambda x: lax.scan(lambda c, a: ((c[0] * a, c[1] * 2), None), (1.0, jnp.sqrt(x[0] - 1)), x)[0][0],),
+    "carry": (
+        lambda x: lax.scan(lambda c, a: ((c[0] * a, c[1] * 2), None), (1.0, jnp.sqrt(x[0] - 1)), x)[
+            0
+        ][0],
+    ),
     "sort": (lambda x: lax.sort((x, jnp.sqrt(x - 1)), num_keys=1)[0].sum(),),
 }
 
@@ -444,27 +586,39 @@ def test_no_zero_meets_an_infinity(x64, name):
 
 def test_a_complex_result_takes_a_complex_cotangent():
     x, c = jnp.array([1.0, 2.0]), jnp.array([1 + 2j, 3.0], jnp.complex64)
-    np.testing.assert_allclose(graph.trace(jnp.fft.fft, x).gradients(c)[0], jax.vjp(jnp.fft.fft, x)[1](c)[0])
+    np.testing.assert_allclose(
+        graph.trace(jnp.fft.fft, x).gradients(c)[0], jax.vjp(jnp.fft.fft, x)[1](c)[0]
+    )
 
 
 def test_what_is_printed_is_what_is_computed():
-    """Sums over what was stretched, products that are no matrix product, choices, whole numbers, negative powers."""
+    """Sums over what was stretched, products that are no matrix product, choices, whole numbers,
+    negative powers."""
     printed = str(graph.trace(lambda a, s: (a * s).sum(), jnp.array([1.0, 2, 3]), 2.0))
     assert "∂s = sum of ∂z₁ · a = 6" in printed
-    printed = str(graph.trace(lambda x, w: jnp.einsum("ij,kj->ik", x, w).sum(), jnp.ones((2, 3)), jnp.ones((2, 3))))
+    printed = str(
+        graph.trace(
+            lambda x, w: jnp.einsum("ij,kj->ik", x, w).sum(), jnp.ones((2, 3)), jnp.ones((2, 3))
+        )
+    )
     assert "z₁ = einsum(ij,kj->ik: x, w)" in printed
     assert "∂w = einsum(ik,ij->kj: ∂z₁, x)" in printed
     printed = str(graph.trace(lambda x: jnp.where(x > 0, x**-3, x.astype(int).astype(float)), 2.7))
     assert "z₅ = where(z₁, z₂, z₄)" in printed
     assert "z₃ = int32(x) = 2" in printed
     assert "∂x = ∂z₂ · (-3) · x^(-4) = -0.0564503" in printed
-    assert "z₁ = transpose(x, (1, 2, 0))" in str(graph.trace(lambda x: x.transpose(1, 2, 0).sum(), jnp.ones((2, 3, 4))))
+    assert "z₁ = transpose(x, (1, 2, 0))" in str(
+        graph.trace(lambda x: x.transpose(1, 2, 0).sum(), jnp.ones((2, 3, 4)))
+    )
     assert "  3   the result" in str(graph.trace(lambda x: 3.0, 1.0))
 
 
 def test_keys_can_be_printed_and_drawn(tmp_path):
     key = jax.random.key(0)
-    for g in (graph.trace(lambda x: x * jax.random.normal(key), 2.0), graph.trace(lambda x, key: x * jax.random.normal(key), 2.0, key)):
+    for g in (
+        graph.trace(lambda x: x * jax.random.normal(key), 2.0),
+        graph.trace(lambda x, key: x * jax.random.normal(key), 2.0, key),
+    ):
         assert "key" in str(g)
         assert g.to_dot()
     assert graph.trace(lambda: jnp.float32(3)).draw(tmp_path / "constant.png").exists()
@@ -476,7 +630,11 @@ def test_symbolic_derivatives_where_there_are_any(x64):
     assert graph.derivatives(lambda x: jnp.floor(x) * x, 2.5).symbolic is None
     assert np.isnan(graph.derivatives(jnp.sqrt, 0.0).symbolic).all()
     np.testing.assert_allclose(graph.derivatives(lambda x: jnp.sum(x) ** 2, 3.0).symbolic, [6])
-    d = graph.derivatives(lambda x, y: jnp.tanh(jnp.sin(x * y) + jnp.exp(x) / (1 + y**2)) * jnp.log(1 + x * x), 0.3, 0.7)
+    d = graph.derivatives(
+        lambda x, y: jnp.tanh(jnp.sin(x * y) + jnp.exp(x) / (1 + y**2)) * jnp.log(1 + x * x),
+        0.3,
+        0.7,
+    )
     np.testing.assert_allclose(d.symbolic, d.reverse, rtol=1e-12)
 
 
@@ -507,7 +665,10 @@ def test_a_while_loop_goes_forward_only(x64):
 
     g = graph.trace(f, 2.0)
     assert float(g.jvp(1.0)) == float(jax.jvp(f, (2.0,), (1.0,))[1])
-    with pytest.raises(ValueError, match=r"`while` .* cannot be differentiated backward; perhaps `jvp` goes forward"):
+    with pytest.raises(
+        ValueError,
+        match=r"`while` .* cannot be differentiated backward; perhaps `jvp` goes forward",
+    ):
         g.gradients()
     assert "no sweep backward: `while`" in str(g)
 
@@ -536,40 +697,138 @@ def branch(x):
 
 BAD = [
     (lambda: graph.trace(3, 1.0), TypeError, "`f` must be a function"),
-    (lambda: graph.trace(branch, 1.0), TypeError, r"Python `if` or `while`.*Write `jnp.where` or `jax.lax.cond`"),
-    (lambda: graph.trace(lambda x: jnp.asarray(np.sin(x)), 1.0), TypeError, r"hands a traced value to NumPy. Use `jax.numpy`"),
+    (
+        lambda: graph.trace(branch, 1.0),
+        TypeError,
+        r"Python `if` or `while`.*Write `jnp.where` or `jax.lax.cond`",
+    ),
+    (
+        lambda: graph.trace(lambda x: jnp.asarray(np.sin(x)), 1.0),
+        TypeError,
+        r"hands a traced value to NumPy. Use `jax.numpy`",
+    ),
     (lambda: graph.trace(lambda x: float(x) * 2, 1.0), TypeError, "as a Python number"),
-    (lambda: graph.trace(lambda x: x, "a"), TypeError, r"`x` must be a number or an array, got 'a' \(str\)"),
-    (lambda: graph.trace(lambda x: x, {"w": [None, True]}), TypeError, r"`x\['w'\]\[1\]` must be a number or an array, got True"),
+    (
+        lambda: graph.trace(lambda x: x, "a"),
+        TypeError,
+        r"`x` must be a number or an array, got 'a' \(str\)",
+    ),
+    (
+        lambda: graph.trace(lambda x: x, {"w": [None, True]}),
+        TypeError,
+        r"`x\['w'\]\[1\]` must be a number or an array, got True",
+    ),
     (lambda: graph.trace(lambda x, y: x, 1.0), TypeError, "`f` does not take 1 arguments"),
     (lambda: graph.trace(lambda x: None, 1.0), TypeError, "`f` returns no array"),
     (lambda: graph.trace(jnp.abs, np.ones(2) * 1j), TypeError, "`x` is complex"),
-    (lambda: graph.trace(lambda x1, x2: x1 * x2 + jnp.sin(x1), 2, 5), TypeError, r"`x₁` holds whole numbers \(int32\).*Pass floats"),
-    (lambda: graph.trace(lambda x: jnp.sqrt(x).sum(), jnp.arange(3)), TypeError, "`x` holds whole numbers"),
+    (
+        lambda: graph.trace(lambda x1, x2: x1 * x2 + jnp.sin(x1), 2, 5),
+        TypeError,
+        r"`x₁` holds whole numbers \(int32\).*Pass floats",
+    ),
+    (
+        lambda: graph.trace(lambda x: jnp.sqrt(x).sum(), jnp.arange(3)),
+        TypeError,
+        "`x` holds whole numbers",
+    ),
     (lambda: graph.trace(lambda x: x * x, 3).gradients(), TypeError, r"returns int32.*Pass floats"),
-    (lambda: graph.trace(lambda x: jnp.fft.fft(x)[0], jnp.ones(2)).gradients(), TypeError, "returns complex64, which has no gradient"),
-    (lambda: graph.trace(lambda x: (x, x), 1.0).gradients(), TypeError, "returns a tree of 2 arrays, and not one number. Pass `cotangent`"),
-    (lambda: graph.trace(jnp.cos, jnp.ones(3)).gradients(), TypeError, r"an array of shape \(3,\), and not one number. Pass `cotangent`"),
-    (lambda: graph.trace(jnp.cos, jnp.ones(3)).gradients(jnp.ones(2)), ValueError, r"`cotangent` has shape \(2,\) .* expected \(3,\)"),
-    (lambda: graph.trace(lambda x: x * 2, jnp.ones(3)).gradients((1.0,)), TypeError, r"must be a tree like the result, \*; got \(\*,\)"),
-    (lambda: graph.trace(lambda x: x * 2, jnp.ones(3)).jvp(1.0), ValueError, r"`tangents` has shape \(\) for x, expected \(3,\)"),
-    (lambda: graph.trace(lambda x: x * 2, 1.0).jvp(), TypeError, "`tangents` must be one per argument"),
-    (lambda: graph.trace(lambda x: x * 2, 1.0).draw("graph.gif"), ValueError, r"`path` must end in .svg, .png or .pdf, got 'graph.gif'"),
+    (
+        lambda: graph.trace(lambda x: jnp.fft.fft(x)[0], jnp.ones(2)).gradients(),
+        TypeError,
+        "returns complex64, which has no gradient",
+    ),
+    (
+        lambda: graph.trace(lambda x: (x, x), 1.0).gradients(),
+        TypeError,
+        "returns a tree of 2 arrays, and not one number. Pass `cotangent`",
+    ),
+    (
+        lambda: graph.trace(jnp.cos, jnp.ones(3)).gradients(),
+        TypeError,
+        r"an array of shape \(3,\), and not one number. Pass `cotangent`",
+    ),
+    (
+        lambda: graph.trace(jnp.cos, jnp.ones(3)).gradients(jnp.ones(2)),
+        ValueError,
+        r"`cotangent` has shape \(2,\) .* expected \(3,\)",
+    ),
+    (
+        lambda: graph.trace(lambda x: x * 2, jnp.ones(3)).gradients((1.0,)),
+        TypeError,
+        r"must be a tree like the result, \*; got \(\*,\)",
+    ),
+    (
+        lambda: graph.trace(lambda x: x * 2, jnp.ones(3)).jvp(1.0),
+        ValueError,
+        r"`tangents` has shape \(\) for x, expected \(3,\)",
+    ),
+    (
+        lambda: graph.trace(lambda x: x * 2, 1.0).jvp(),
+        TypeError,
+        "`tangents` must be one per argument",
+    ),
+    (
+        lambda: graph.trace(lambda x: x * 2, 1.0).draw("graph.gif"),
+        ValueError,
+        r"`path` must end in .svg, .png or .pdf, got 'graph.gif'",
+    ),
     (lambda: graph.derivatives(lambda x: x * 2, jnp.ones(3)), TypeError, "not one number"),
-    (lambda: graph.derivatives(lambda n: jnp.ones(3)[n] * 2.0, 1), TypeError, "hold no floating-point number"),
-    (lambda: graph.trace(lambda x, n: sum(x for _ in range(n)), 2.0, 3), TypeError, r"close over what is fixed, `lambda x: f\(x, 3\)`"),
-    (lambda: graph.trace(lambda x: x[x > 0].sum(), jnp.ones(3)), TypeError, "close over what is fixed"),
-    (lambda: graph.trace(lambda x: x, np.array(["a"])), TypeError, "`x` must hold numbers, got <U1"),
-    (lambda: graph.trace(lambda x: x, np.array(["2020-01-01"], "M8[D]")), TypeError, "`x` must hold numbers, got datetime64"),
-    (lambda: graph.trace(backward_only, 2.0).jvp(1.0), TypeError, r"`own` \(z₁\) cannot be differentiated forward; perhaps `gradients`"),
-    (lambda: graph.trace(lambda x, n: x, 1.0, 2**40), ValueError, "`n` is 1099511627776, more than JAX's whole numbers hold"),
-    (lambda: graph.trace(lambda x: x * 2, 1.0).gradients(1j), TypeError, "`cotangent` for z₁ is complex, expected float32"),
-    (lambda: graph.trace(lambda x: x * 2, 1.0).gradients("a"), TypeError, "`cotangent` must hold numbers"),
-    (lambda: graph.trace(lambda x, train: x, 1.0, True), TypeError, "`train` must be a number or an array, got True .* Close over it"),
-]  # fmt: skip
+    (
+        lambda: graph.derivatives(lambda n: jnp.ones(3)[n] * 2.0, 1),
+        TypeError,
+        "hold no floating-point number",
+    ),
+    (
+        lambda: graph.trace(lambda x, n: sum(x for _ in range(n)), 2.0, 3),
+        TypeError,
+        r"close over what is fixed, `lambda x: f\(x, 3\)`",
+    ),
+    (
+        lambda: graph.trace(lambda x: x[x > 0].sum(), jnp.ones(3)),
+        TypeError,
+        "close over what is fixed",
+    ),
+    (
+        lambda: graph.trace(lambda x: x, np.array(["a"])),
+        TypeError,
+        "`x` must hold numbers, got <U1",
+    ),
+    (
+        lambda: graph.trace(lambda x: x, np.array(["2020-01-01"], "M8[D]")),
+        TypeError,
+        "`x` must hold numbers, got datetime64",
+    ),
+    (
+        lambda: graph.trace(backward_only, 2.0).jvp(1.0),
+        TypeError,
+        r"`own` \(z₁\) cannot be differentiated forward; perhaps `gradients`",
+    ),
+    (
+        lambda: graph.trace(lambda x, n: x, 1.0, 2**40),
+        ValueError,
+        "`n` is 1099511627776, more than JAX's whole numbers hold",
+    ),
+    (
+        lambda: graph.trace(lambda x: x * 2, 1.0).gradients(1j),
+        TypeError,
+        "`cotangent` for z₁ is complex, expected float32",
+    ),
+    (
+        lambda: graph.trace(lambda x: x * 2, 1.0).gradients("a"),
+        TypeError,
+        "`cotangent` must hold numbers",
+    ),
+    (
+        lambda: graph.trace(lambda x, train: x, 1.0, True),
+        TypeError,
+        "`train` must be a number or an array, got True .* Close over it",
+    ),
+]
 
 
-@pytest.mark.parametrize(("call", "kind", "message"), BAD, ids=[message[:30] for *_, message in BAD])
+@pytest.mark.parametrize(
+    ("call", "kind", "message"), BAD, ids=[message[:30] for *_, message in BAD]
+)
 def test_bad_input_is_a_clear_error(call, kind, message):
     with pytest.raises(kind, match=re.compile(message, re.DOTALL)):
         call()
@@ -597,7 +856,9 @@ def test_dot_has_value_and_gradient_on_every_edge():
 def test_a_picture_is_drawn_without_graphviz(tmp_path, monkeypatch, suffix):
     monkeypatch.setattr(shutil, "which", lambda program: None)
     net, loss, params, x, t = net_case()
-    file = graph.trace(fnn.value_and_grad(net, loss), params, x, t).draw(tmp_path / f"step.{suffix}")
+    file = graph.trace(fnn.value_and_grad(net, loss), params, x, t).draw(
+        tmp_path / f"step.{suffix}"
+    )
     assert file.stat().st_size > 5000
 
 
@@ -608,7 +869,10 @@ def test_a_picture_is_drawn_by_graphviz(tmp_path):
 
 def test_nodes_do_not_stand_on_one_another():
     net, loss, params, x, t = net_case()
-    for g in (graph.trace(fnn.value_and_grad(net, loss), params, x, t), graph.trace(circuit, 1.0, 2.0, 3.0)):
+    for g in (
+        graph.trace(fnn.value_and_grad(net, loss), params, x, t),
+        graph.trace(circuit, 1.0, 2.0, 3.0),
+    ):
         nodes, edges = drawing.shown(g), drawing.edges(g)
         at, ways = drawing.layout(nodes, edges)
         places = {*at.values(), *(place for way in ways for place in way[1:-1])}

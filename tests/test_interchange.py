@@ -1,4 +1,5 @@
-"""Interchange: nets of other libraries and exported programs give the outputs of the net, and no array is lost, turned or misplaced."""
+"""Interchange: nets of other libraries and exported programs give the outputs of the net, and no
+array is lost, turned or misplaced."""
 
 import contextlib
 import subprocess
@@ -14,7 +15,6 @@ import pytest
 from cases import error, wide
 
 import fnn
-from fnn.activations import ACTIVATIONS
 from fnn.interchange import (
     export,
     from_equinox,
@@ -26,7 +26,8 @@ from fnn.interchange import (
     to_flax,
     to_torch_state_dict,
 )
-from fnn.layers import Dense, Embedding, Norm
+from fnn.nets.activations import ACTIVATIONS
+from fnn.nets.layers import Dense, Embedding, Norm
 
 nn = pytest.importorskip("flax.linen")
 nnx = pytest.importorskip("flax.nnx")
@@ -51,7 +52,10 @@ def shapes_of(net):
 def drawn(net, seed=0, dtype=np.float32):
     """Params that are all different: no bias is 0 and no scale 1."""
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) / np.sqrt(leaf.shape[0]), dtype), shapes_of(net))
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) / np.sqrt(leaf.shape[0]), dtype),
+        shapes_of(net),
+    )
 
 
 def rows(batch, features, dtype=np.float32):
@@ -62,13 +66,16 @@ def same(a, b):
     """Whether two trees are the same bit for bit."""
     leaves = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     return jax.tree.structure(a) == jax.tree.structure(b) and all(
-        (u.dtype, u.shape) == (v.dtype, v.shape) and np.asarray(u).tobytes() == np.asarray(v).tobytes() for u, v in leaves
+        (u.dtype, u.shape) == (v.dtype, v.shape)
+        and np.asarray(u).tobytes() == np.asarray(v).tobytes()
+        for u, v in leaves
     )
 
 
 def close(ours, theirs, bound=1e-6):
     assert ours.shape == theirs.shape
-    assert len(ours) == 1 or np.ptp(wide(theirs)[0], axis=0).max() > 0  # all units dead: nothing would be seen
+    # all units dead: nothing would be seen
+    assert len(ours) == 1 or np.ptp(wide(theirs)[0], axis=0).max() > 0
     assert error(wide(ours), wide(theirs)) <= bound
 
 
@@ -99,7 +106,9 @@ FORMATS = {
 # Round trips
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float16, jnp.bfloat16], ids=lambda d: np.dtype(d).name)
+@pytest.mark.parametrize(
+    "dtype", [np.float32, np.float16, jnp.bfloat16], ids=lambda d: np.dtype(d).name
+)
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("name", FAMILY)
 def test_what_goes_out_comes_back_bit_for_bit(name, form, dtype):
@@ -111,7 +120,10 @@ def test_what_goes_out_comes_back_bit_for_bit(name, form, dtype):
 
 @hypothesis.settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @hypothesis.given(
-    st.lists(st.integers(1, 4), min_size=2, max_size=14), st.booleans(), st.sampled_from(sorted(FORMATS)), st.integers(0, 2**32 - 1)
+    st.lists(st.integers(1, 4), min_size=2, max_size=14),
+    st.booleans(),
+    st.sampled_from(sorted(FORMATS)),
+    st.integers(0, 2**32 - 1),
 )
 def test_nets_of_any_size_go_out_and_come_back(sizes, bias, form, seed):
     net = fnn.mlp(sizes, bias_init=jax.nn.initializers.zeros if bias else None)
@@ -129,20 +141,33 @@ def test_names_that_are_given_go_both_ways():
 
 
 def test_trees_of_any_kind_have_flat_names():
-    tree = {"a": (jnp.zeros(2), [jnp.ones(3, jnp.int32)]), "b": {"c": KEY}, "net": drawn(fnn.repeat(fnn.dense(3, 3), 2)), "none": ()}
+    tree = {
+        "a": (jnp.zeros(2), [jnp.ones(3, jnp.int32)]),
+        "b": {"c": KEY},
+        "net": drawn(fnn.repeat(fnn.dense(3, 3), 2)),
+        "none": (),
+    }
     flat = to_flat(tree)
     assert list(flat) == ["a.0", "a.1.0", "b.c", "net.w", "net.b"]
     back = from_flat(dict(reversed(flat.items())), tree)
     assert jax.tree.structure(back) == jax.tree.structure(tree)
     assert all(a is b for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(tree), strict=True))
-    assert same(jax.jit(lambda flat: from_flat(flat, drawn(DEEP)))(to_flat(drawn(DEEP))), drawn(DEEP))
+    assert same(
+        jax.jit(lambda flat: from_flat(flat, drawn(DEEP)))(to_flat(drawn(DEEP))), drawn(DEEP)
+    )
 
 
 def test_what_comes_in_has_the_dtypes_of_like_and_shares_no_memory():
-    state_dict = {"weight": np.ones((2, 3)), "bias": np.frombuffer(bytearray(4096 + 64), np.float32)}
+    state_dict = {
+        "weight": np.ones((2, 3)),
+        "bias": np.frombuffer(bytearray(4096 + 64), np.float32),
+    }
     aligned = -state_dict["bias"].ctypes.data % 64 // 4  # what JAX would use as it is
     state_dict["bias"] = state_dict["bias"][aligned : aligned + 2]
-    for back, given in ((load_torch_state_dict, state_dict), (from_flat, {"w": np.ones((3, 2), np.float32), "b": state_dict["bias"]})):
+    for back, given in (
+        (load_torch_state_dict, state_dict),
+        (from_flat, {"w": np.ones((3, 2), np.float32), "b": state_dict["bias"]}),
+    ):
         params = back(given, shapes_of(fnn.dense(3, 2)))
         state_dict["bias"][:] = 5
         assert isinstance(params.b, jax.Array)
@@ -171,7 +196,9 @@ def torch_forward(state_dict, names, x):
     return x
 
 
-@pytest.mark.parametrize("sizes", [(3, 2), (1, 1), (1, 1, 1), (5, 4, 4, 3), (7, 1, 6), (6,) * 13], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [(3, 2), (1, 1), (1, 1, 1), (5, 4, 4, 3), (7, 1, 6), (6,) * 13], ids=str
+)
 def test_pytorch_computes_the_same_both_ways(x64, sizes):
     net, x = fnn.mlp(sizes, "tanh"), rows(6, sizes[0], np.float64)
     params = drawn(net, dtype=np.float64)
@@ -181,10 +208,14 @@ def test_pytorch_computes_the_same_both_ways(x64, sizes):
     close(net.apply(params, x), torch_forward(state_dict, names, x), 1e-12)
     rng = np.random.default_rng(2)
     theirs = {name: rng.normal(size=a.shape) for name, a in state_dict.items()}
-    close(net.apply(load_torch_state_dict(theirs, params), x), torch_forward(theirs, names, x), 1e-12)
+    close(
+        net.apply(load_torch_state_dict(theirs, params), x), torch_forward(theirs, names, x), 1e-12
+    )
 
 
-@pytest.mark.parametrize("dtype", [np.float16, np.float32, jnp.bfloat16], ids=lambda d: np.dtype(d).name)
+@pytest.mark.parametrize(
+    "dtype", [np.float16, np.float32, jnp.bfloat16], ids=lambda d: np.dtype(d).name
+)
 def test_pytorch_gets_arrays_that_it_takes(dtype):
     for name, a in to_torch_state_dict(drawn(EVERYTHING, dtype=dtype)).items():
         assert a.flags.c_contiguous, name
@@ -210,7 +241,10 @@ def test_modules_are_numbered_as_in_a_sequential_of_every_layer():
 
 
 class Tensor:
-    """As much of a PyTorch tensor as is asked for; it cannot become an array before it is detached, on the CPU, and no bfloat16."""
+    """As much of a PyTorch tensor as is asked for.
+
+    It cannot become an array before it is detached, on the CPU, and no bfloat16.
+    """
 
     def __init__(self, array, dtype="torch.float32", done=()):
         self.array, self.dtype, self.done = array, dtype, done
@@ -273,11 +307,14 @@ MODELS = [
 ]
 
 
-@pytest.mark.parametrize(("model", "net", "x"), MODELS, ids=["mlp", "one unit", "no bias", "deep", "everything", "dense"])
+@pytest.mark.parametrize(
+    ("model", "net", "x"), MODELS, ids=["mlp", "one unit", "no bias", "deep", "everything", "dense"]
+)
 def test_linen_computes_the_same_both_ways(model, net, x):
     with as_users_run():
         variables = jax.jit(model.init)(jax.random.key(3), x)
-    theirs = jax.tree.map(lambda a: a + 0.1 * jax.random.normal(KEY, a.shape), variables)  # no bias is 0
+    # no bias is 0
+    theirs = jax.tree.map(lambda a: a + 0.1 * jax.random.normal(KEY, a.shape), variables)
     forward = jax.jit(model.apply)
     params = from_flax(theirs, shapes_of(net))
     with as_users_run():
@@ -291,7 +328,11 @@ def test_linen_computes_the_same_both_ways(model, net, x):
 
 
 def test_a_linen_sequential_numbers_its_layers():
-    model, net, x = nn.Sequential([nn.Dense(4), nn.relu, nn.Dense(2)]), fnn.mlp((3, 4, 2)), rows(5, 3)
+    model, net, x = (
+        nn.Sequential([nn.Dense(4), nn.relu, nn.Dense(2)]),
+        fnn.mlp((3, 4, 2)),
+        rows(5, 3),
+    )
     params, names = drawn(net), ("layers_0", "layers_2")
     with as_users_run():
         close(net.apply(params, x), model.apply(to_flax(params, names), x))
@@ -312,7 +353,11 @@ class Nnx(nnx.Module):
 
 
 def test_nnx_computes_the_same_both_ways():
-    net = fnn.serial(fnn.dense(3, 4), fnn.layer_norm(4), *[fnn.serial(fnn.dense(4, 4), fnn.activations.tanh)] * 11)
+    net = fnn.serial(
+        fnn.dense(3, 4),
+        fnn.layer_norm(4),
+        *[fnn.serial(fnn.dense(4, 4), fnn.activations.tanh)] * 11,
+    )
     names = ("first", "norm", *(f"layers.{i}" for i in range(11)))
     x = rows(5, 3)
     with as_users_run():
@@ -346,17 +391,25 @@ def eqx_sequential(key):
 
 
 SEQUENTIAL = fnn.serial(
-    fnn.embedding(7, 4), fnn.layer_norm(4), fnn.dense(4, 4), fnn.activations.tanh, fnn.rms_norm(4), fnn.dense(4, 3, bias_init=None)
+    fnn.embedding(7, 4),
+    fnn.layer_norm(4),
+    fnn.dense(4, 4),
+    fnn.activations.tanh,
+    fnn.rms_norm(4),
+    fnn.dense(4, 3, bias_init=None),
 )
 EQUINOX = {
     "mlp": (lambda key: eqx.nn.MLP(3, 2, 5, 2, key=key), fnn.mlp((3, 5, 5, 2)), rows(6, 3)),
     "one unit": (lambda key: eqx.nn.MLP(1, 1, 1, 0, key=key), fnn.mlp((1, 1)), rows(6, 1)),
-    "no bias": (lambda key: eqx.nn.MLP(3, 2, 4, 1, use_bias=False, use_final_bias=False, key=key),
-                fnn.mlp((3, 4, 2), bias_init=None), rows(6, 3)),
+    "no bias": (
+        lambda key: eqx.nn.MLP(3, 2, 4, 1, use_bias=False, use_final_bias=False, key=key),
+        fnn.mlp((3, 4, 2), bias_init=None),
+        rows(6, 3),
+    ),
     "deep": (lambda key: eqx.nn.MLP(3, 6, 6, 11, key=key), DEEP, rows(6, 3)),
     "sequential": (eqx_sequential, SEQUENTIAL, LABELS[:, 0]),
     "linear": (lambda key: eqx.nn.Linear(3, 2, key=key), fnn.dense(3, 2), rows(6, 3)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", EQUINOX)
@@ -370,7 +423,11 @@ def test_equinox_computes_the_same_both_ways(name):
         changed = to_equinox(params, model)
         close(net.apply(params, x), forward(changed, x))
     assert jax.tree.structure(changed) == jax.tree.structure(model)
-    assert all(a is b for a, b in zip(jax.tree.leaves(changed), jax.tree.leaves(model), strict=True) if not eqx.is_array(b))
+    assert all(
+        a is b
+        for a, b in zip(jax.tree.leaves(changed), jax.tree.leaves(model), strict=True)
+        if not eqx.is_array(b)
+    )
     assert same(from_equinox(changed, params), params)
 
 
@@ -389,7 +446,10 @@ def test_names_put_an_equinox_model_in_order():
     model = Backwards(*(eqx.nn.Linear(3, 3, key=key) for key in jax.random.split(KEY)))
     names = ("first", "last")
     close(net.apply(from_equinox(model, shapes_of(net), names), x), jax.vmap(model)(x))
-    assert error(wide(net.apply(from_equinox(model, shapes_of(net)), x)), wide(jax.vmap(model)(x))) > 0.1
+    assert (
+        error(wide(net.apply(from_equinox(model, shapes_of(net)), x)), wide(jax.vmap(model)(x)))
+        > 0.1
+    )
     params = drawn(net)
     close(net.apply(params, x), jax.vmap(to_equinox(params, model, names))(x))
 
@@ -408,7 +468,9 @@ def check_program(net, x, blob=None):
         close(call(to_flat(params), some), apply(params, some))
 
 
-@pytest.mark.parametrize("activation", [*ACTIVATIONS, fnn.activations.softmax], ids=lambda a: a.name)
+@pytest.mark.parametrize(
+    "activation", [*ACTIVATIONS, fnn.activations.softmax], ids=lambda a: a.name
+)
 def test_one_program_serves_every_batch_size_for_every_activation(activation):
     check_program(fnn.serial(fnn.dense(3, 4), activation), rows(11, 3))
 
@@ -416,7 +478,10 @@ def test_one_program_serves_every_batch_size_for_every_activation(activation):
 PROGRAMS = {
     "everything": (EVERYTHING, LABELS),
     "everything, one label": (EVERYTHING, LABELS[:, 0]),
-    "repeat": (fnn.serial(fnn.repeat(fnn.residual(fnn.serial(fnn.dense(3, 3), relu)), 4), fnn.dense(3, 2)), rows(11, 3)),
+    "repeat": (
+        fnn.serial(fnn.repeat(fnn.residual(fnn.serial(fnn.dense(3, 3), relu)), 4), fnn.dense(3, 2)),
+        rows(11, 3),
+    ),
     "positions": (fnn.mlp((3, 4, 2)), rows(20, 3).reshape(10, 2, 3)),
     "dense": (fnn.dense(1, 1), rows(11, 1)),
 }
@@ -430,7 +495,9 @@ def test_one_program_serves_every_batch_size_for_every_layer(name):
 def test_a_program_in_float64_has_the_outputs_of_the_net(x64):
     net, x = fnn.mlp((3, 4, 2), "gelu"), rows(7, 3, np.float64)
     params = drawn(net, dtype=np.float64)
-    y = export(net, params, jax.ShapeDtypeStruct((1, 3), np.float64), platforms=("cpu",)).call(to_flat(params), x)
+    y = export(net, params, jax.ShapeDtypeStruct((1, 3), np.float64), platforms=("cpu",)).call(
+        to_flat(params), x
+    )
     assert y.dtype == np.float64
     close(y, net.apply(params, x), 1e-12)
 
@@ -484,13 +551,21 @@ def without(tree, name):
 
 
 BAD = [
-    (lambda: to_flat((1.0,)), TypeError, "`params.0` must be an array, got float. Convert it: `jnp.asarray(params.0)`."),
+    (
+        lambda: to_flat((1.0,)),
+        TypeError,
+        "`params.0` must be an array, got float. Convert it: `jnp.asarray(params.0)`.",
+    ),
     (
         lambda: to_flat({"a.b": X, "a": {"b": X}}),
         ValueError,
         "`params` has two leaves of the name 'a.b'. A key of a dict with a dot in it? Rename it.",
     ),
-    (lambda: from_flat([1], PARAMS), TypeError, "`flat` must be a dict of names and arrays, got list."),
+    (
+        lambda: from_flat([1], PARAMS),
+        TypeError,
+        "`flat` must be a dict of names and arrays, got list.",
+    ),
     (
         lambda: from_flat(without(FLAT, "0.0.w") | {"x": X, "1.b": X[0]}, PARAMS),
         ValueError,
@@ -522,7 +597,11 @@ BAD = [
         ValueError,
         f"`params.1.w` is float32[2, 3, 3], expected 2 axes. {STACKED}",
     ),
-    (lambda: to_flax(drawn(fnn.repeat(fnn.rms_norm(3), 2))), ValueError, f"`params.scale` is float32[2, 3], expected 1 axis. {STACKED}"),
+    (
+        lambda: to_flax(drawn(fnn.repeat(fnn.rms_norm(3), 2))),
+        ValueError,
+        f"`params.scale` is float32[2, 3], expected 1 axis. {STACKED}",
+    ),
     (
         lambda: to_flax((PARAMS, {"table": X})),
         ValueError,
@@ -538,13 +617,21 @@ BAD = [
         TypeError,
         "`params.w` must hold floating-point numbers, got int64. Convert it: `params.w.astype(jnp.float32)`.",
     ),
-    (lambda: to_torch_state_dict(PARAMS, "fc"), TypeError, "`names` must be a tuple of text, one for each layer, got 'fc'."),
+    (
+        lambda: to_torch_state_dict(PARAMS, "fc"),
+        TypeError,
+        "`names` must be a tuple of text, one for each layer, got 'fc'.",
+    ),
     (
         lambda: to_torch_state_dict(PARAMS, ("fc",)),
         ValueError,
         "`names` must be 2 different ones, for the layers 0.0, 1; got fc.",
     ),
-    (lambda: to_flax(PARAMS, ("fc", "fc")), ValueError, "`names` must be 2 different ones, for the layers 0.0, 1; got fc, fc."),
+    (
+        lambda: to_flax(PARAMS, ("fc", "fc")),
+        ValueError,
+        "`names` must be 2 different ones, for the layers 0.0, 1; got fc, fc.",
+    ),
     (
         lambda: load_torch_state_dict(Torch(), PARAMS),
         TypeError,
@@ -567,7 +654,9 @@ BAD = [
         f"`state_dict` does not fit: left over: 0.bias, 2.bias. {ANOTHER}",
     ),
     (
-        lambda: load_torch_state_dict(STATE | {"1.running_mean": X, "1.num_batches_tracked": np.ones((), int)}, PARAMS),
+        lambda: load_torch_state_dict(
+            STATE | {"1.running_mean": X, "1.num_batches_tracked": np.ones((), int)}, PARAMS
+        ),
         ValueError,
         "`state_dict` has what dense layers, layer_norm, rms_norm and embedding have not: 1.running_mean, 1.num_batches_tracked. "
         "A batch norm? Fold it into the layer before it.",
@@ -648,7 +737,11 @@ BAD = [
         ValueError,
         "`x` must be [batch, ...], got a single number. One example? Give it a batch axis: `x[None]`.",
     ),
-    (lambda: export(NET, PARAMS, 3), TypeError, "`x` must be an array, got int. Convert it: `jnp.asarray(x)`."),
+    (
+        lambda: export(NET, PARAMS, 3),
+        TypeError,
+        "`x` must be an array, got int. Convert it: `jnp.asarray(x)`.",
+    ),
     (
         lambda: export(NET, PARAMS, X[:, :2]),
         ValueError,

@@ -9,9 +9,9 @@ import pytest
 from cases import cast, error, wide
 
 import fnn
-from fnn.activations import gelu, identity, relu, softmax, step, tanh
 from fnn.factors import REDUCERS, keep, materialise
-from fnn.layers import Dense, Embedding, Norm
+from fnn.nets.activations import gelu, identity, relu, softmax, step, tanh
+from fnn.nets.layers import Dense, Embedding, Norm
 
 BLOCK = fnn.serial(fnn.dense(4, 4), tanh)
 LAYERS = {  # all take and give [..., 4] or [..., 3], the embedding whole numbers below 7
@@ -24,7 +24,9 @@ LAYERS = {  # all take and give [..., 4] or [..., 3], the embedding whole number
     "softmax": softmax,
     "serial": fnn.serial(fnn.dense(4, 5), tanh, fnn.dense(5, 3)),
     "serial of nothing": fnn.serial(),
-    "serial in serial": fnn.serial(fnn.dense(4, 5), fnn.serial(tanh, fnn.serial(fnn.dense(5, 3), identity))),
+    "serial in serial": fnn.serial(
+        fnn.dense(4, 5), fnn.serial(tanh, fnn.serial(fnn.dense(5, 3), identity))
+    ),
     "residual": fnn.residual(BLOCK),
     "residual in residual": fnn.residual(fnn.serial(fnn.residual(BLOCK), fnn.rms_norm(4))),
     "repeat": fnn.repeat(BLOCK, 3),
@@ -33,7 +35,9 @@ LAYERS = {  # all take and give [..., 4] or [..., 3], the embedding whole number
     "repeat of no parameters": fnn.repeat(tanh, 2),
     "iterate": fnn.iterate(BLOCK, 3),
     "iterate once": fnn.iterate(BLOCK, 1),
-    "iterate of residual and norm": fnn.iterate(fnn.residual(fnn.serial(fnn.rms_norm(4), fnn.dense(4, 4))), 2),
+    "iterate of residual and norm": fnn.iterate(
+        fnn.residual(fnn.serial(fnn.rms_norm(4), fnn.dense(4, 4))), 2
+    ),
     "iterate in repeat": fnn.repeat(fnn.iterate(fnn.residual(BLOCK), 2), 3),
     "repeat in iterate": fnn.iterate(fnn.repeat(fnn.residual(BLOCK), 2), 3),
     "iterate in iterate": fnn.iterate(fnn.iterate(fnn.residual(BLOCK), 2), 2),
@@ -47,12 +51,19 @@ by_layer = pytest.mark.parametrize("name", LAYERS)
 def params_of(layer, seed=0):
     """Random numbers for every parameter, biases and scales too."""
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape)), jax.eval_shape(layer.init, jax.random.key(0)))
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(rng.normal(size=leaf.shape)),
+        jax.eval_shape(layer.init, jax.random.key(0)),
+    )
 
 
 def x_for(name, leading=(6,)):
     rng = np.random.default_rng(1)
-    return jnp.asarray(rng.integers(0, 7, leading)) if name == "embedding" else jnp.asarray(rng.normal(size=(*leading, 4)))
+    return (
+        jnp.asarray(rng.integers(0, 7, leading))
+        if name == "embedding"
+        else jnp.asarray(rng.normal(size=(*leading, 4)))
+    )
 
 
 def shapes_of(tree):
@@ -107,9 +118,14 @@ def test_check_layer_passes(x64, name):
     assert report.passed, report
 
 
-@pytest.mark.parametrize("name", ["dense", "dense without a bias", "layer_norm", "rms_norm", "embedding"])
+@pytest.mark.parametrize(
+    "name", ["dense", "dense without a bias", "layer_norm", "rms_norm", "embedding"]
+)
 def test_local_gradients_come_from_residuals_alone(x64, name):
-    """The contract of `Layer`: other params in `backward` change what is passed down, never the layer's own gradient."""
+    """The contract of `Layer`.
+
+    Other params in `backward` change what is passed down, never the layer's own gradient.
+    """
     layer = LAYERS[name]
 
     @jax.jit
@@ -123,7 +139,11 @@ def test_local_gradients_come_from_residuals_alone(x64, name):
     assert name == "embedding" or not np.allclose(dx, other_dx)
 
 
-@pytest.mark.parametrize("inner", [fnn.dense(4, 4), fnn.residual(fnn.dense(4, 4)), fnn.repeat(fnn.dense(4, 4), 1)], ids=repr)
+@pytest.mark.parametrize(
+    "inner",
+    [fnn.dense(4, 4), fnn.residual(fnn.dense(4, 4)), fnn.repeat(fnn.dense(4, 4), 1)],
+    ids=repr,
+)
 def test_other_params_in_backward_change_what_a_net_passes_down_and_not_its_last_layer(x64, inner):
     net = fnn.serial(inner, tanh, inner)
 
@@ -156,7 +176,9 @@ def test_the_dtype_is_kept_and_nothing_is_weakly_typed(x64, name):
     for dtype, tree in found.items():
         assert {leaf.dtype for leaf in jax.tree.leaves(tree)} == {jnp.dtype(dtype)}
         assert not any(leaf.weak_type for leaf in jax.tree.leaves(tree))
-        assert error(wide(tree), wide(found["float64"])) <= {"bfloat16": 0.1, "float16": 0.02}.get(dtype, 1e-5)
+        assert error(wide(tree), wide(found["float64"])) <= {"bfloat16": 0.1, "float16": 0.02}.get(
+            dtype, 1e-5
+        )
 
 
 # Combinators
@@ -179,7 +201,10 @@ def put_together(reducer, layers):
 
 
 @pytest.mark.parametrize("shape", [(6, 4), (6, 3, 4), (1, 4)])
-@pytest.mark.parametrize(("inner", "n"), [(BLOCK, 3), (BLOCK, 1), (fnn.residual(fnn.serial(fnn.layer_norm(4), fnn.dense(4, 4))), 2)])
+@pytest.mark.parametrize(
+    ("inner", "n"),
+    [(BLOCK, 3), (BLOCK, 1), (fnn.residual(fnn.serial(fnn.layer_norm(4), fnn.dense(4, 4))), 2)],
+)
 def test_repeat_is_the_serial_written_out_under_every_reducer(x64, inner, n, shape):
     once, twice = fnn.repeat(inner, n), fnn.repeat(fnn.repeat(inner, n), 2)
     flat = fnn.serial(*[inner] * n)
@@ -199,14 +224,21 @@ def test_repeat_is_the_serial_written_out_under_every_reducer(x64, inner, n, sha
 
     shallow, deep = both(params_of(once), params_of(twice), x)
     for (repeated, unrolled), depth in ((shallow, 1), (deep, 2)):
-        for reduce, (y, grads, dx), (flat_y, flat_grads, flat_dx) in zip(REDUCERS, repeated, unrolled, strict=True):
+        for reduce, (y, grads, dx), (flat_y, flat_grads, flat_dx) in zip(
+            REDUCERS, repeated, unrolled, strict=True
+        ):
             np.testing.assert_allclose(y, flat_y, rtol=1e-12, atol=1e-12)
             np.testing.assert_allclose(dx, flat_dx, rtol=1e-12, atol=1e-12)
-            halves = [[jax.tree.leaves(layer) for layer in half] for half in (flat_grads if depth == 2 else [flat_grads])]
+            halves = [
+                [jax.tree.leaves(layer) for layer in half]
+                for half in (flat_grads if depth == 2 else [flat_grads])
+            ]
             for i, leaf in enumerate(jax.tree.leaves(grads)):
                 expected = [put_together(reduce, [layer[i] for layer in half]) for half in halves]
                 expected = put_together(reduce, expected) if depth == 2 else expected[0]
-                np.testing.assert_allclose(leaf, expected, rtol=1e-12, atol=1e-12, err_msg=reduce.name, strict=True)
+                np.testing.assert_allclose(
+                    leaf, expected, rtol=1e-12, atol=1e-12, err_msg=reduce.name, strict=True
+                )
 
 
 ITERATED = {
@@ -222,16 +254,24 @@ ITERATED = {
 @pytest.mark.parametrize("shape", [(6, 4), (6, 3, 4), (1, 4), (4,)])
 @pytest.mark.parametrize("name", ITERATED)
 def test_iterate_is_the_serial_of_copies_and_its_gradient_their_sum(x64, name, shape):
-    """Every reducer's result is that of the per-example gradients summed over the copies, cross terms included."""
+    """Every reducer's result is that of the per-example gradients summed over the copies, cross
+    terms included."""
     inner, n = ITERATED[name]
     tied, flat = fnn.iterate(inner, n), fnn.serial(*[inner] * n)
     x = jnp.asarray(np.random.default_rng(2).normal(size=shape))
 
     @jax.jit
     def both(params, x):
-        (y, residuals), (flat_y, flat_residuals) = tied.forward(params, x), flat.forward((params,) * n, x)
-        per_copy, flat_dx = flat.backward((params,) * n, flat_residuals, jnp.cos(flat_y), materialise)
-        results = [tied.backward(params, residuals, jnp.cos(y), reduce) for reduce in (*REDUCERS, keep)]
+        (y, residuals), (flat_y, flat_residuals) = (
+            tied.forward(params, x),
+            flat.forward((params,) * n, x),
+        )
+        per_copy, flat_dx = flat.backward(
+            (params,) * n, flat_residuals, jnp.cos(flat_y), materialise
+        )
+        results = [
+            tied.backward(params, residuals, jnp.cos(y), reduce) for reduce in (*REDUCERS, keep)
+        ]
         results[-1] = materialise.tree(results[-1][0]), results[-1][1]  # what is kept, written out
         return y, results, flat_y, jax.tree.map(lambda *copies: sum(copies), *per_copy), flat_dx
 
@@ -240,15 +280,26 @@ def test_iterate_is_the_serial_of_copies_and_its_gradient_their_sum(x64, name, s
     for reduce, (grads, dx) in zip((*REDUCERS, materialise), results, strict=True):
         np.testing.assert_allclose(dx, flat_dx, rtol=1e-12, atol=1e-12)
         for ours, g in zip(jax.tree.leaves(grads), jax.tree.leaves(gradients), strict=True):
-            np.testing.assert_allclose(ours, summed_up(reduce, np.asarray(g)), rtol=1e-12, atol=1e-12, err_msg=reduce.name, strict=True)
+            np.testing.assert_allclose(
+                ours,
+                summed_up(reduce, np.asarray(g)),
+                rtol=1e-12,
+                atol=1e-12,
+                err_msg=reduce.name,
+                strict=True,
+            )
 
 
 def summed_up(reducer, g):
     """A reducer's result from the per-example gradients `[batch, ...]`."""
     squares = (g**2).reshape(len(g), -1).sum(1)
-    return {"total": g.sum(0), "materialise": g, "norm": np.sqrt(squares), "squared_norm": squares, "second_moment": (g**2).sum(0)}[
-        reducer.name
-    ]
+    return {
+        "total": g.sum(0),
+        "materialise": g,
+        "norm": np.sqrt(squares),
+        "squared_norm": squares,
+        "second_moment": (g**2).sum(0),
+    }[reducer.name]
 
 
 def test_iterate_keeps_one_sum_for_a_total_and_uses_as_positions_for_factors():
@@ -259,16 +310,23 @@ def test_iterate_keeps_one_sum_for_a_total_and_uses_as_positions_for_factors():
     factors = net.backward(params, residuals, x, keep)[0]
     assert factors.w.a.shape == factors.w.dz.shape == (5, 3, 2, 4)
     assert factors.b.gradient.shape == (5, 4)
-    outputs = [v.aval.shape for eqn in jax.make_jaxpr(net.backward)(params, residuals, x).eqns for v in eqn.outvars]
+    outputs = [
+        v.aval.shape
+        for eqn in jax.make_jaxpr(net.backward)(params, residuals, x).eqns
+        for v in eqn.outvars
+    ]
     assert (3, 4, 4) not in outputs
 
 
 @pytest.mark.parametrize("combinator", [fnn.repeat, fnn.iterate])
-@pytest.mark.parametrize("inner", [fnn.dense(4, 3), fnn.serial(fnn.dense(4, 8), tanh, fnn.dense(8, 3))], ids=repr)
+@pytest.mark.parametrize(
+    "inner", [fnn.dense(4, 3), fnn.serial(fnn.dense(4, 8), tanh, fnn.dense(8, 3))], ids=repr
+)
 def test_what_repeats_must_keep_the_shape(combinator, inner):
     net = combinator(inner, 2)
     with pytest.raises(
-        ValueError, match=rf"^{combinator.__name__}\({re.escape(inner.name)}, 2\): .* must keep the shape, but maps \(6, 4\) .* to \(6, 3\)"
+        ValueError,
+        match=rf"^{combinator.__name__}\({re.escape(inner.name)}, 2\): .* must keep the shape, but maps \(6, 4\) .* to \(6, 3\)",
     ):
         net.apply(net.init(jax.random.key(0)), jnp.ones((6, 4)))
 
@@ -277,7 +335,9 @@ def test_what_repeats_must_keep_the_shape(combinator, inner):
 def test_iterate_takes_a_whole_number_of_uses(n):
     with pytest.raises((TypeError, ValueError), match="`n` must be a whole number"):
         fnn.iterate(BLOCK, n)
-    with pytest.raises(TypeError, match=r"`layer` must be a Layer, got 'tanh'. .*fnn.activations.get"):
+    with pytest.raises(
+        TypeError, match=r"`layer` must be a Layer, got 'tanh'. .*fnn.activations.get"
+    ):
         fnn.iterate("tanh", 3)
 
 
@@ -287,18 +347,26 @@ def test_a_hundred_layers_lower_to_the_program_of_twenty(combinator, reduce):
     """Of twenty and not of four, whose uses in `iterate` are few enough for the Gram identity."""
 
     def size(n):
-        net = fnn.serial(fnn.dense(4, 8), combinator(fnn.residual(fnn.serial(fnn.dense(8, 8), gelu)), n), fnn.dense(8, 2))
+        net = fnn.serial(
+            fnn.dense(4, 8),
+            combinator(fnn.residual(fnn.serial(fnn.dense(8, 8), gelu)), n),
+            fnn.dense(8, 2),
+        )
         params = jax.eval_shape(net.init, jax.random.key(0))
         batch = jax.ShapeDtypeStruct((5, 4), jnp.float32), jax.ShapeDtypeStruct((5, 2), jnp.float32)
-        source = fnn.factors(net, fnn.losses.l2_loss)
-        return len(jax.jit(lambda *batch: source(*batch, reduce=reduce)).lower(params, *batch).as_text())
+        source = fnn.source(net, fnn.losses.l2_loss)
+        return len(
+            jax.jit(lambda *batch: source(*batch, reduce=reduce)).lower(params, *batch).as_text()
+        )
 
     assert abs(size(100) / size(20) - 1) <= 0.05
 
 
 def test_residual_adds_its_input(x64):
     x, params = x_for("residual"), params_of(BLOCK)
-    np.testing.assert_allclose(fnn.residual(BLOCK).apply(params, x), x + BLOCK.apply(params, x), rtol=1e-12)
+    np.testing.assert_allclose(
+        fnn.residual(BLOCK).apply(params, x), x + BLOCK.apply(params, x), rtol=1e-12
+    )
 
 
 def test_serial_of_nothing_is_the_identity(x64):
@@ -334,10 +402,16 @@ def test_a_nested_serial_is_the_flat_one(x64):
 
 def test_dense_is_a_product_and_a_bias(x64):
     x, params = x_for("dense"), params_of(LAYERS["dense"])
-    np.testing.assert_allclose(LAYERS["dense"].apply(params, x), np.asarray(x) @ np.asarray(params.w) + np.asarray(params.b), rtol=1e-12)
+    np.testing.assert_allclose(
+        LAYERS["dense"].apply(params, x),
+        np.asarray(x) @ np.asarray(params.w) + np.asarray(params.b),
+        rtol=1e-12,
+    )
     assert params_of(LAYERS["dense without a bias"]).b is None
     np.testing.assert_allclose(
-        LAYERS["dense without a bias"].apply(Dense(params.w, None), x), np.asarray(x) @ np.asarray(params.w), rtol=1e-12
+        LAYERS["dense without a bias"].apply(Dense(params.w, None), x),
+        np.asarray(x) @ np.asarray(params.w),
+        rtol=1e-12,
     )
 
 
@@ -345,10 +419,22 @@ def test_dense_is_a_product_and_a_bias(x64):
 def test_init_depends_on_its_key_alone(name):
     layer = LAYERS[name]
     init = jax.jit(layer.init)
-    first, again, other = init(jax.random.key(3)), layer.init(jax.random.key(3)), init(jax.random.key(4))
+    first, again, other = (
+        init(jax.random.key(3)),
+        layer.init(jax.random.key(3)),
+        init(jax.random.key(4)),
+    )
     jax.tree.map(np.testing.assert_array_equal, first, again)
-    weights = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(first) if jax.tree_util.keystr(path).endswith(".w")]
-    others = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(other) if jax.tree_util.keystr(path).endswith(".w")]
+    weights = [
+        leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(first)
+        if jax.tree_util.keystr(path).endswith(".w")
+    ]
+    others = [
+        leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(other)
+        if jax.tree_util.keystr(path).endswith(".w")
+    ]
     assert not any(np.array_equal(a, b) for a, b in zip(weights, others, strict=True))
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(first))
 
@@ -375,7 +461,10 @@ def test_norms_start_at_scale_one_and_bias_zero():
         assert not bias or not params.bias.any()
 
 
-@pytest.mark.parametrize(("norm", "width", "number"), [("layer_norm", 4, 7.0), ("layer_norm", 1, 3.0), ("rms_norm", 4, 0.0)])
+@pytest.mark.parametrize(
+    ("norm", "width", "number"),
+    [("layer_norm", 4, 7.0), ("layer_norm", 1, 3.0), ("rms_norm", 4, 0.0)],
+)
 def test_norms_of_rows_without_spread_are_finite_with_a_finite_gradient(norm, width, number):
     layer = getattr(fnn, norm)(width)
     x = jnp.full((2, width), number)
@@ -388,12 +477,22 @@ def test_norms_of_rows_without_spread_are_finite_with_a_finite_gradient(norm, wi
 
 
 def test_norms_are_their_formulas(x64):
-    x, scale, bias = np.random.default_rng(6).normal(size=(3, 2, 4)), np.arange(1.0, 5), np.arange(4.0)
+    x, scale, bias = (
+        np.random.default_rng(6).normal(size=(3, 2, 4)),
+        np.arange(1.0, 5),
+        np.arange(4.0),
+    )
     centred = x - x.mean(-1, keepdims=True)
-    y = fnn.layer_norm(4, epsilon=0.1).apply(Norm(jnp.asarray(scale), jnp.asarray(bias)), jnp.asarray(x))
-    np.testing.assert_allclose(y, centred / np.sqrt(x.var(-1, keepdims=True) + 0.1) * scale + bias, rtol=1e-12, atol=1e-14)
+    y = fnn.layer_norm(4, epsilon=0.1).apply(
+        Norm(jnp.asarray(scale), jnp.asarray(bias)), jnp.asarray(x)
+    )
+    np.testing.assert_allclose(
+        y, centred / np.sqrt(x.var(-1, keepdims=True) + 0.1) * scale + bias, rtol=1e-12, atol=1e-14
+    )
     y = fnn.rms_norm(4, epsilon=0.1).apply(Norm(jnp.asarray(scale), None), jnp.asarray(x))
-    np.testing.assert_allclose(y, x / np.sqrt((x**2).mean(-1, keepdims=True) + 0.1) * scale, rtol=1e-12)
+    np.testing.assert_allclose(
+        y, x / np.sqrt((x**2).mean(-1, keepdims=True) + 0.1) * scale, rtol=1e-12
+    )
 
 
 def test_an_index_out_of_range_gives_a_row_of_nan():
@@ -420,7 +519,11 @@ def test_mlp_is_blocks_and_a_linear_last_layer(x64):
     (first, _), last = params
     x = np.asarray(x_for("mlp"))
     hidden = np.maximum(x @ np.asarray(first.w) + np.asarray(first.b), 0)
-    np.testing.assert_allclose(net.apply(params, jnp.asarray(x)), hidden @ np.asarray(last.w) + np.asarray(last.b), rtol=1e-12)
+    np.testing.assert_allclose(
+        net.apply(params, jnp.asarray(x)),
+        hidden @ np.asarray(last.w) + np.asarray(last.b),
+        rtol=1e-12,
+    )
     assert net.layers[0].layers[1] is relu
     assert jax.tree.structure(params_of(fnn.mlp((4, 3)))) == jax.tree.structure((Dense(0, 0),))
     assert params_of(fnn.mlp((4, 5, 3), bias_init=None))[1].b is None
@@ -434,7 +537,9 @@ def test_the_smallest_nets_have_the_right_gradient(x64, sizes):
     @jax.jit
     def both(params, x, t):
         loss = fnn.losses.l2_loss
-        return fnn.value_and_grad(net, loss)(params, x, t), jax.value_and_grad(fnn.mean_loss(net, loss))(params, x, t)
+        return fnn.value_and_grad(net, loss)(params, x, t), jax.value_and_grad(
+            fnn.mean_loss(net, loss)
+        )(params, x, t)
 
     manual, automatic = both(params, x, t)
     assert error(wide(manual), wide(automatic)) <= 1e-12
@@ -442,14 +547,20 @@ def test_the_smallest_nets_have_the_right_gradient(x64, sizes):
 
 @pytest.mark.parametrize("activation", ["relu", "tanh", "softplus", "gelu"])
 def test_zero_weights_everywhere_have_the_right_finite_gradient(x64, activation):
-    inner = fnn.residual(fnn.serial(fnn.layer_norm(5), fnn.dense(5, 5), fnn.activations.get(activation)))
-    net = fnn.serial(fnn.mlp((4, 5, 5), activation), fnn.repeat(inner, 2), fnn.rms_norm(5), fnn.dense(5, 3))
+    inner = fnn.residual(
+        fnn.serial(fnn.layer_norm(5), fnn.dense(5, 5), fnn.activations.get(activation))
+    )
+    net = fnn.serial(
+        fnn.mlp((4, 5, 5), activation), fnn.repeat(inner, 2), fnn.rms_norm(5), fnn.dense(5, 3)
+    )
     zeros = jax.tree.map(jnp.zeros_like, params_of(net))
 
     @jax.jit
     def both(params, x):
         loss, t = fnn.losses.softmax_cross_entropy_with_integer_labels, jnp.arange(6) % 3
-        return fnn.value_and_grad(net, loss)(params, x, t), jax.value_and_grad(fnn.mean_loss(net, loss))(params, x, t)
+        return fnn.value_and_grad(net, loss)(params, x, t), jax.value_and_grad(
+            fnn.mean_loss(net, loss)
+        )(params, x, t)
 
     manual, automatic = both(zeros, x_for("mlp"))
     assert all(np.isfinite(leaf).all() for leaf in wide(manual))
@@ -459,8 +570,16 @@ def test_zero_weights_everywhere_have_the_right_finite_gradient(x64, activation)
 
 
 def test_summary_counts_every_parameter_once_and_shows_every_layer():
-    net = fnn.serial(fnn.embedding(7, 4), fnn.repeat(fnn.residual(BLOCK), 3), fnn.layer_norm(4), fnn.dense(4, 2, bias_init=None), step)
-    lines = [line.rsplit(None, 1) for line in fnn.summary(net, (5, 3), dtype=jnp.int32).splitlines()[1:]]
+    net = fnn.serial(
+        fnn.embedding(7, 4),
+        fnn.repeat(fnn.residual(BLOCK), 3),
+        fnn.layer_norm(4),
+        fnn.dense(4, 2, bias_init=None),
+        step,
+    )
+    lines = [
+        line.rsplit(None, 1) for line in fnn.summary(net, (5, 3), dtype=jnp.int32).splitlines()[1:]
+    ]
     counts = {line.strip().split("  ")[0]: int(count.replace(",", "")) for line, count in lines}
     assert counts == {
         "serial": 4 * 4 + 4,  # the innermost block; the whole net has the same name
@@ -484,7 +603,11 @@ def test_summary_counts_every_parameter_once_and_shows_every_layer():
     [
         fnn.mlp((4, 5, 3, 2), "identity"),
         fnn.mlp((4, 5, 2), "identity", bias_init=None),
-        fnn.serial(fnn.dense(4, 4), fnn.repeat(fnn.serial(fnn.dense(4, 4), identity), 3), fnn.dense(4, 2, bias_init=None)),
+        fnn.serial(
+            fnn.dense(4, 4),
+            fnn.repeat(fnn.serial(fnn.dense(4, 4), identity), 3),
+            fnn.dense(4, 2, bias_init=None),
+        ),
         fnn.dense(4, 2),
     ],
     ids=["mlp", "without biases", "repeat", "one layer"],
@@ -493,7 +616,9 @@ def test_a_linear_net_collapses_to_one_dense_layer(x64, net):
     params, x = params_of(net), x_for("mlp")
     one = fnn.collapse(params)
     assert (one.w.shape, one.b.shape) == ((4, 2), (2,))
-    np.testing.assert_allclose(fnn.dense(4, 2).apply(one, x), net.apply(params, x), rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(
+        fnn.dense(4, 2).apply(one, x), net.apply(params, x), rtol=1e-12, atol=1e-12
+    )
 
 
 def test_a_nested_repeat_of_dense_layers_collapses_in_order(x64):
@@ -505,12 +630,17 @@ def test_a_nested_repeat_of_dense_layers_collapses_in_order(x64):
 
 def test_collapse_refuses_stacked_layers_whose_order_params_do_not_tell(x64):
     block = fnn.serial(fnn.dense(3, 3), fnn.dense(3, 3))
-    for net in (fnn.repeat(block, 2), fnn.serial(fnn.repeat(fnn.dense(3, 3), 2), fnn.repeat(fnn.dense(3, 3), 2))):
+    for net in (
+        fnn.repeat(block, 2),
+        fnn.serial(fnn.repeat(fnn.dense(3, 3), 2), fnn.repeat(fnn.dense(3, 3), 2)),
+    ):
         with pytest.raises(ValueError, match="do not tell their order"):
             fnn.collapse(net.init(jax.random.key(0)))
     apart = fnn.serial(fnn.repeat(fnn.dense(3, 3), 2), fnn.repeat(fnn.dense(3, 3), 4))
     params, x = apart.init(jax.random.key(0)), jnp.arange(6.0).reshape(2, 3)
-    np.testing.assert_allclose(fnn.dense(3, 3).apply(fnn.collapse(params), x), apart.apply(params, x), rtol=1e-12)
+    np.testing.assert_allclose(
+        fnn.dense(3, 3).apply(fnn.collapse(params), x), apart.apply(params, x), rtol=1e-12
+    )
 
 
 @pytest.mark.parametrize("dtype", [jnp.int8, jnp.int32])

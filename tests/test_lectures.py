@@ -1,8 +1,10 @@
-"""The formulas and figures of the lectures (LECTURES.md), written out literally and held against `fnn` in float64.
+"""The formulas and figures of the lectures (LECTURES.md), written out literally and held against
+`fnn` in float64.
 
-On the lectures' side stand NumPy and Python loops, with samples as columns, W (out, in) and b (n, 1) where the document has
-them so; `fnn` has samples as rows and `w` [in, out]. Sections in the order of the sheet. Documents: 000 feed-forward nets,
-001 back propagation, 002 lecture 7, 003 deep learning I, 004 deep nets.
+On the lectures' side stand NumPy and Python loops, with samples as columns, W (out, in) and b (n,
+1) where the document has them so; `fnn` has samples as rows and `w` [in, out]. Sections in the
+order of the sheet. Documents: 000 feed-forward nets, 001 back propagation, 002 lecture 7, 003 deep
+learning I, 004 deep nets.
 """
 
 import itertools
@@ -19,11 +21,17 @@ from jax.nn import initializers
 
 import fnn
 from experiments._data import load
-from experiments.computation_graph import exponential, logistic, neuron, polynomial, product_plus_sine
+from experiments.computation_graph import (
+    exponential,
+    logistic,
+    neuron,
+    polynomial,
+    product_plus_sine,
+)
 from fnn import losses, steps
-from fnn.activations import identity, leaky_relu, relu, sigmoid, softmax, softplus, step, tanh
 from fnn.graph import trace
-from fnn.layers import Dense
+from fnn.nets.activations import identity, leaky_relu, relu, sigmoid, softmax, softplus, step, tanh
+from fnn.nets.layers import Dense
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -58,7 +66,9 @@ def same_layer(got, W, b):
 def random_net(rng, *sizes):
     """W^l (n_l, n_{l-1}) and b^l (n_l, 1), counted from 1 as in 004; the entries 0 are empty."""
     pairs = list(itertools.pairwise(sizes))
-    return [None] + [rng.normal(size=(n, k)) for k, n in pairs], [None] + [rng.normal(size=(n, 1)) for _, n in pairs]
+    return [None] + [rng.normal(size=(n, k)) for k, n in pairs], [None] + [
+        rng.normal(size=(n, 1)) for _, n in pairs
+    ]
 
 
 def s(x):
@@ -67,11 +77,16 @@ def s(x):
 
 
 def descend(net, loss, params, x, y, *, rate, count):
-    """`count` full-batch steps of gradient descent in one compiled scan: the parameters after them, and the losses before each."""
+    """`count` full-batch steps of gradient descent in one compiled scan.
+
+    The parameters after them, and the losses before each.
+    """
     rule, optimizer = fnn.rules.backprop(net, loss), optax.sgd(rate)
     one_step = steps.step(rule, optimizer)
     state = steps.init(rule, optimizer, params, fnn.key(0))
-    state, values = jax.jit(lambda state: lax.scan(lambda state, _: one_step(state, x, y), state, length=count))(state)
+    state, values = jax.jit(
+        lambda state: lax.scan(lambda state, _: one_step(state, x, y), state, length=count)
+    )(state)
     return state.params, values
 
 
@@ -83,7 +98,10 @@ def gradient(net, loss, params, x, y):
 
 
 def test_columns_of_the_lectures_are_rows_here():
-    """001, 003, 004: Z = W A + b; Delta^l = (W^{l+1})^T Delta^{l+1} (.) s'(Z^l); dW = Delta A^T / m, db = mean over columns."""
+    """001, 003, 004: Z = W A + b; Delta^l = (W^{l+1})^T Delta^{l+1} (.) s'(Z^l).
+
+    DW = Delta A^T / m, db = mean over columns.
+    """
     rng = np.random.default_rng(0)
     m, (_, W1, W2), (_, b1, b2) = 6, *random_net(rng, 3, 4, 2)
     A0, T = rng.normal(size=(3, m)), rng.normal(size=(2, m))
@@ -110,7 +128,8 @@ def test_columns_of_the_lectures_are_rows_here():
 
 
 def test_weights_and_biases_have_the_shapes_of_the_lecture():
-    """004 eqs 11-13: Dim(x) = (n_features, n_items), Dim(W^l) = (n_l, n_{l-1}), Dim(b^l) = (n_l, 1)."""
+    """004 eqs 11-13: Dim(x) = (n_features, n_items), Dim(W^l) = (n_l, n_{l-1}), Dim(b^l) = (n_l,
+    1)."""
     n = (5, 4, 3, 2)
     net = fnn.mlp(n)
     params = jax.eval_shape(net.init, jax.eval_shape(jax.random.key, 0))
@@ -118,7 +137,9 @@ def test_weights_and_biases_have_the_shapes_of_the_lecture():
         p = params[layer - 1] if layer == len(n) - 1 else params[layer - 1][0]
         assert p.w.shape[::-1] == (n[layer], n[layer - 1])
         assert p.b.shape == (n[layer],)
-    assert jax.eval_shape(net.apply, params, jax.ShapeDtypeStruct((7, 5), jnp.float64)).shape[::-1] == (2, 7)
+    assert jax.eval_shape(net.apply, params, jax.ShapeDtypeStruct((7, 5), jnp.float64)).shape[
+        ::-1
+    ] == (2, 7)
 
 
 @pytest.mark.parametrize(
@@ -131,12 +152,16 @@ def test_weights_and_biases_have_the_shapes_of_the_lecture():
     ],
     ids=["x", "W1", "W2", "b2"],
 )
-def test_a_shape_that_breaks_the_rules_names_the_layer_what_it_expected_and_what_came(x, w1, w2, b2, came, expected):
+def test_a_shape_that_breaks_the_rules_names_the_layer_what_it_expected_and_what_came(
+    x, w1, w2, b2, came, expected
+):
     """004 eqs 11-13."""
     net = fnn.serial(fnn.dense(3, 4), sigmoid, fnn.dense(4, 2))
     params = Dense(np.zeros(w1), np.zeros(4)), (), Dense(np.zeros(w2), np.zeros(b2))
     with pytest.raises(ValueError, match=f"{re.escape(came)}, expected .*{re.escape(expected)}"):
-        jax.eval_shape(fnn.value_and_grad(net, losses.l2_loss), params, np.zeros(x), np.zeros((x[0], 2)))
+        jax.eval_shape(
+            fnn.value_and_grad(net, losses.l2_loss), params, np.zeros(x), np.zeros((x[0], 2))
+        )
 
 
 # ---------------------------------------------------------------- One neuron, activations
@@ -145,19 +170,32 @@ def test_a_shape_that_breaks_the_rules_names_the_layer_what_it_expected_and_what
 def test_one_neuron_is_a_function_of_weight_times_input_plus_bias():
     """000: out = f(w input + b)."""
     w, b = 1.7, -0.4
-    by_hand = {"step": lambda z: 1.0 if z >= 0 else -1.0, "sigmoid": lambda z: 1 / (1 + math.exp(-z)), "relu": lambda z: max(z, 0.0)}
+    by_hand = {
+        "step": lambda z: 1.0 if z >= 0 else -1.0,
+        "sigmoid": lambda z: 1 / (1 + math.exp(-z)),
+        "relu": lambda z: max(z, 0.0),
+    }
     for name, f in by_hand.items():
         neuron = fnn.serial(fnn.dense(1, 1), fnn.activations.get(name))
         for x in (-2.0, 0.1, 3.0):
-            same(neuron.apply((Dense(np.array([[w]]), np.array([b])), ()), np.array([[x]])), [[f(w * x + b)]])
+            same(
+                neuron.apply((Dense(np.array([[w]]), np.array([b])), ()), np.array([[x]])),
+                [[f(w * x + b)]],
+            )
 
 
 def test_three_inputs_reach_one_neuron_and_four_inputs_three_as_written_out():
-    """000: z = sum w_i input_i + b; OUT = F(W^T INPUT + B), here W (in, out), as a system of three equations."""
+    """000: z = sum w_i input_i + b.
+
+    OUT = F(W^T INPUT + B), here W (in, out), as a system of three equations.
+    """
     rng = np.random.default_rng(1)
     (w1, w2, w3), b, (i1, i2, i3) = rng.normal(size=3), 0.3, rng.normal(size=3)
     one = fnn.serial(fnn.dense(3, 1), sigmoid)
-    same(one.apply((Dense(np.array([[w1], [w2], [w3]]), np.array([b])), ()), np.array([i1, i2, i3])), [s(w1 * i1 + w2 * i2 + w3 * i3 + b)])
+    same(
+        one.apply((Dense(np.array([[w1], [w2], [w3]]), np.array([b])), ()), np.array([i1, i2, i3])),
+        [s(w1 * i1 + w2 * i2 + w3 * i3 + b)],
+    )
     W, B, (i1, i2, i3, i4) = rng.normal(size=(4, 3)), rng.normal(size=3), rng.normal(size=4)
     out1 = s(W[0, 0] * i1 + W[1, 0] * i2 + W[2, 0] * i3 + W[3, 0] * i4 + B[0])
     out2 = s(W[0, 1] * i1 + W[1, 1] * i2 + W[2, 1] * i3 + W[3, 1] * i4 + B[1])
@@ -174,7 +212,8 @@ def test_threshold_is_one_at_zero_and_flat_everywhere():
 
 
 def test_backprop_learns_nothing_through_a_threshold():
-    """000: a step of gradient descent leaves the weights below a threshold as they are, and moves those above it."""
+    """000: a step of gradient descent leaves the weights below a threshold as they are, and moves
+    those above it."""
     net = fnn.serial(fnn.dense(2, 3), step, fnn.dense(3, 1))
     params = net.init(fnn.key(0))
     x, y = jnp.array([[0.5, -1.0], [2.0, 1.0]]), jnp.array([[4.0], [-2.0]])
@@ -186,7 +225,10 @@ def test_backprop_learns_nothing_through_a_threshold():
 
 
 def test_sigmoid_has_the_figures_of_the_lectures():
-    """000-003: s(x) = 1/(1+e^-x); s' = s(1-s) = e^-x/(1+e^-x)^2 (003 prints their product, which is not s')."""
+    """000-003: s(x) = 1/(1+e^-x).
+
+    S' = s(1-s) = e^-x/(1+e^-x)^2 (003 prints their product, which is not s').
+    """
     assert value(sigmoid, [5.0, 10.0]).round(6).tolist() == [0.993307, 0.999955]
     assert [f"{d:.2e}" for d in slope(sigmoid, [5.0, 10.0])] == ["6.65e-03", "4.54e-05"]
     assert slope(sigmoid, [0.0]) == 0.25
@@ -194,7 +236,8 @@ def test_sigmoid_has_the_figures_of_the_lectures():
     np.testing.assert_allclose(value(sigmoid, x), s(x), rtol=1e-12)
     np.testing.assert_allclose(slope(sigmoid, x), s(x) * (1 - s(x)), rtol=1e-12)
     np.testing.assert_allclose(slope(sigmoid, x), np.exp(-x) / (1 + np.exp(-x)) ** 2, rtol=1e-12)
-    assert s(0) * (1 - s(0)) * np.exp(-0.0) / (1 + np.exp(-0.0)) ** 2 == 0.0625  # the product as printed, at 0
+    # the product as printed, at 0
+    assert s(0) * (1 - s(0)) * np.exp(-0.0) / (1 + np.exp(-0.0)) ** 2 == 0.0625
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -215,18 +258,24 @@ def test_log_odds_and_sigmoid_are_inverse():
 
 
 def test_one_neuron_finds_the_coefficients_of_logistic_regression():
-    """000, 002: dense + sigmoid + cross-entropy is scikit-learn's LogisticRegression without a penalty. Newton on fnn's gradient."""
+    """000, 002: dense + sigmoid + cross-entropy is scikit-learn's LogisticRegression without a
+    penalty. Newton on fnn's gradient."""
     linear_model = pytest.importorskip("sklearn.linear_model")
     rng = np.random.default_rng(2)
     x = rng.normal(size=(60, 3))
     y = (rng.random(60) < s(x @ np.array([1.0, -2.0, 0.5]) + 0.3)).astype(np.float64)
-    theirs = linear_model.LogisticRegression(C=np.inf, solver="newton-cholesky", tol=1e-12).fit(x, y)
+    theirs = linear_model.LogisticRegression(C=np.inf, solver="newton-cholesky", tol=1e-12).fit(
+        x, y
+    )
     function = jax.jit(fnn.value_and_grad(fnn.dense(3, 1), losses.sigmoid_binary_cross_entropy))
     v, ones = np.zeros(4), np.c_[x, np.ones(60)]
     for _ in range(12):
         _, g = function(Dense(v[:3, None], v[3:]), x, y[:, None])
         p = s(ones @ v)
-        v = v - np.linalg.solve(ones.T @ (ones * (p * (1 - p))[:, None]) / 60, np.r_[np.asarray(g.w)[:, 0], np.asarray(g.b)])
+        v = v - np.linalg.solve(
+            ones.T @ (ones * (p * (1 - p))[:, None]) / 60,
+            np.r_[np.asarray(g.w)[:, 0], np.asarray(g.b)],
+        )
     assert np.abs(np.asarray(g.w)).max() < 1e-12  # fnn's gradient is zero there
     same(v, np.r_[theirs.coef_[0], theirs.intercept_], 1e-6)
 
@@ -246,10 +295,16 @@ def test_relu_is_the_maximum_with_zero_and_flat_at_zero():
 
 
 def test_a_dead_relu_stays_dead():
-    """000, 002: all pre-activations below 0 give a zero gradient for ever; after 50 steps not a bit has changed."""
+    """000, 002: all pre-activations below 0 give a zero gradient for ever.
+
+    After 50 steps not a bit has changed.
+    """
     net = fnn.mlp((2, 2, 1))
     x, y = jnp.array([[0.5, -1.0], [2.0, 1.0], [1.0, 1.0]]), jnp.array([[4.0], [-2.0], [1.0]])
-    params = (Dense(jnp.array([[1.0, 0.5], [-1.0, 1.0]]), jnp.array([-9.0, 1.0])), ()), Dense(jnp.array([[1.0], [0.3]]), jnp.array([0.1]))
+    params = (
+        (Dense(jnp.array([[1.0, 0.5], [-1.0, 1.0]]), jnp.array([-9.0, 1.0])), ()),
+        Dense(jnp.array([[1.0], [0.3]]), jnp.array([0.1])),
+    )
     after, _ = descend(net, losses.l2_loss, params, x, y, rate=0.05, count=50)
     (before_w, before_b), (w, b) = params[0][0], after[0][0]
     assert np.array_equal(w[:, 0], before_w[:, 0])
@@ -261,7 +316,10 @@ def test_a_dead_relu_stays_dead():
 
 @pytest.mark.parametrize("alpha", [-0.5, 0.0, 0.01, 1.0, 2.0])
 def test_leaky_relu_has_two_cases_and_is_a_maximum_up_to_slope_one(alpha):
-    """003: max(alpha x, x), stated for 0 <= alpha <= 1; above 1 the maximum takes the wrong case on both sides of 0."""
+    """003: max(alpha x, x), stated for 0 <= alpha <= 1.
+
+    Above 1 the maximum takes the wrong case on both sides of 0.
+    """
     x, layer = np.linspace(-3, 3, 25), leaky_relu(negative_slope=alpha)
     np.testing.assert_allclose(value(layer, x), [v if v >= 0 else alpha * v for v in x], rtol=1e-12)
     np.testing.assert_array_equal(slope(layer, x), [1 if v >= 0 else alpha for v in x])
@@ -269,7 +327,10 @@ def test_leaky_relu_has_two_cases_and_is_a_maximum_up_to_slope_one(alpha):
 
 
 def test_softplus_is_nearly_a_sum_of_shifted_sigmoids():
-    """000: ln(1+e^x) is about sum_{i>=1} s(x + 1/2 - i), worst at 0; the lecture's sum from i = 0 tends to ln(1+e^{x+1})."""
+    """000: ln(1+e^x) is about sum_{i>=1} s(x + 1/2 - i), worst at 0.
+
+    The lecture's sum from i = 0 tends to ln(1+e^{x+1}).
+    """
     x = np.linspace(-6, 6, 97)
     from_one = sum(s(x + 0.5 - i) for i in range(1, 60))
     from_zero = sum(s(x + 0.5 - i) for i in range(60))
@@ -290,7 +351,12 @@ def test_softmax_is_the_posterior_of_gaussian_classes():
     sigma = np.array([0.5, 1.0, 2.0])
     z, posterior = np.empty((5, 3)), np.empty((5, 3))
     for i in range(5):
-        joint = [math.exp(-((x[i] - mu[k]) ** 2).sum() / 2 / sigma[k] ** 2) / (2 * math.pi * sigma[k] ** 2) * prior[k] for k in range(3)]
+        joint = [
+            math.exp(-((x[i] - mu[k]) ** 2).sum() / 2 / sigma[k] ** 2)
+            / (2 * math.pi * sigma[k] ** 2)
+            * prior[k]
+            for k in range(3)
+        ]
         for k in range(3):
             z[i, k] = math.log(joint[k])
             posterior[i, k] = joint[k] / sum(joint)
@@ -305,11 +371,16 @@ def test_softmax_is_stable(dtype):
     z = np.array([[1e4, -1e4, 1e4], [-1e4, -1e4, -1e4]], dtype)
     np.testing.assert_allclose(value(softmax, z), [[0.5, 0, 0.5], [1 / 3] * 3], rtol=1e-6)
     dy = jnp.array([[1, 2, 3]] * 2, dtype)
-    np.testing.assert_allclose(softmax.backward((), jnp.asarray(value(softmax, z)), dy)[1], [[-0.5, 0, 0.5], [-1 / 3, 0, 1 / 3]], atol=1e-6)
+    np.testing.assert_allclose(
+        softmax.backward((), jnp.asarray(value(softmax, z)), dy)[1],
+        [[-0.5, 0, 0.5], [-1 / 3, 0, 1 / 3]],
+        atol=1e-6,
+    )
 
 
 def test_sigmoid_layers_lose_the_gradient_and_relu_layers_keep_it():
-    """002, 003: saturation, measured by the gradient's norm in the first layer against the last hidden one."""
+    """002, 003: saturation, measured by the gradient's norm in the first layer against the last
+    hidden one."""
     x, y = jax.random.normal(fnn.key(0), (64, 16)), jax.random.normal(fnn.key(1), (64, 1))
     shrink = {}
     for name in ("sigmoid", "relu"):
@@ -322,7 +393,10 @@ def test_sigmoid_layers_lose_the_gradient_and_relu_layers_keep_it():
 
 
 def test_sigmoid_is_not_zero_centred_and_tanh_is():
-    """002, 003: mean activation 1/2 against 0 on inputs symmetric about 0; so all of a next unit's weights move in one direction."""
+    """002, 003: mean activation 1/2 against 0 on inputs symmetric about 0.
+
+    So all of a next unit's weights move in one direction.
+    """
     x = np.asarray(jax.random.normal(fnn.key(0), (32, 8)))
     z = np.concatenate([x, -x]) @ np.asarray(jax.random.normal(fnn.key(1), (8, 16)))
     assert abs(value(sigmoid, z).mean() - 0.5) < 1e-12
@@ -347,7 +421,9 @@ def test_too_long_a_step_kills_relu_units_and_no_leaky_ones():
         function = jax.jit(fnn.value_and_grad(net, losses.l2_loss))
         for when, params in (("before", start), ("after", after)):
             g = function(params, x, y)[1][0][0]
-            dead[activation.name, when] = float(((np.asarray(g.w) == 0).all(0) & (np.asarray(g.b) == 0)).mean())
+            dead[activation.name, when] = float(
+                ((np.asarray(g.w) == 0).all(0) & (np.asarray(g.b) == 0)).mean()
+            )
     assert dead["relu", "before"] == 0
     assert dead["relu", "after"] >= 0.1
     assert dead["leaky_relu", "after"] == 0
@@ -358,16 +434,23 @@ def test_too_long_a_step_kills_relu_units_and_no_leaky_ones():
 
 def test_regression_loss_is_half_the_squared_error_and_gives_the_root_mean_square():
     """000 (prints sqrt(Y^2 - T^2), wrong), 001: 1/2 sum (y-t)^2; RMSE = sqrt mean (y-t)^2."""
-    y, t = np.array([[1.0, 3.0], [2.0, -1.0], [0.5, 0.0]]), np.array([[0.0, 1.0], [2.0, 1.0], [0.0, 0.0]])
+    y, t = (
+        np.array([[1.0, 3.0], [2.0, -1.0], [0.5, 0.0]]),
+        np.array([[0.0, 1.0], [2.0, 1.0], [0.0, 0.0]]),
+    )
     per_example = losses.l2_loss.value(y, t)
     assert np.asarray(per_example).tolist() == [2.5, 2.0, 0.125]
     assert np.asarray(losses.l2_loss.grad(y, t)).tolist() == (y - t).tolist()
     same(math.sqrt(2 * np.asarray(per_example).sum() / y.size), math.sqrt(((y - t) ** 2).mean()))
-    assert losses.l2_loss.value(np.array([[-3.0]]), np.array([[3.0]])) == 18  # where the printed form gives 0
+    # where the printed form gives 0
+    assert losses.l2_loss.value(np.array([[-3.0]]), np.array([[3.0]])) == 18
 
 
 def test_cross_entropy_is_entropy_plus_divergence():
-    """000: H(p, q) = H(p) + KL(p||q) = -sum p log q; 1.0771217 for p = (.2, .5, .3), q = (.1, .6, .3)."""
+    """000: H(p, q) = H(p) + KL(p||q) = -sum p log q.
+
+    1.0771217 for p = (.2, .5, .3), q = (.1, .6, .3).
+    """
     p, q = np.array([[0.2, 0.5, 0.3]]), np.array([[0.1, 0.6, 0.3]])
     cross = float(losses.softmax_cross_entropy.value(np.log(q), p)[0])
     entropy = -sum(v * math.log(v) for v in p[0])
@@ -384,24 +467,51 @@ def test_binary_cross_entropy_is_the_printed_sum_on_probabilities_and_on_logits(
     m, z = 9, rng.normal(size=(9, 1)) * 3
     y = (rng.random((m, 1)) < 0.5).astype(np.float64)
     a = s(z)
-    J = -1 / m * sum(y[i, 0] * math.log(a[i, 0]) + (1 - y[i, 0]) * math.log(1 - a[i, 0]) for i in range(m))
+    J = (
+        -1
+        / m
+        * sum(y[i, 0] * math.log(a[i, 0]) + (1 - y[i, 0]) * math.log(1 - a[i, 0]) for i in range(m))
+    )
     same(losses.binary_cross_entropy.value(a, y).mean(), J)
     same(losses.sigmoid_binary_cross_entropy.value(z, y).mean(), J)
-    far = losses.sigmoid_binary_cross_entropy.value(np.array([[1e4], [-1e4]]), np.array([[0.0], [1.0]]))
+    far = losses.sigmoid_binary_cross_entropy.value(
+        np.array([[1e4], [-1e4]]), np.array([[0.0], [1.0]])
+    )
     assert np.asarray(far).tolist() == [1e4, 1e4]
 
 
 def test_maximum_likelihood_is_the_sample_frequency():
-    """002: the mean cross-entropy is -log likelihood / m, and its gradient vanishes where the probabilities are the frequencies."""
+    """002: the mean cross-entropy is -log likelihood / m, and its gradient vanishes where the
+    probabilities are the frequencies."""
     coin = np.array([1, 1, 1, 0, 1, 0, 0, 1, 1, 1.0])[:, None]
     die = np.array([0, 2, 2, 1, 2, 0, 2, 2, 2, 1])
     f, frequencies = coin.mean(), np.array([(die == k).mean() for k in range(3)])
     x = np.zeros((10, 1))  # nothing but the bias counts
     cases = [
-        (losses.binary_cross_entropy, coin, np.array([f]), np.log(f ** coin.sum() * (1 - f) ** (1 - coin).sum())),
-        (losses.sigmoid_binary_cross_entropy, coin, np.array([np.log(f / (1 - f))]), np.log(f ** coin.sum() * (1 - f) ** (1 - coin).sum())),
-        (losses.softmax_cross_entropy, np.eye(3)[die], np.log(frequencies), np.log(np.prod(frequencies[die]))),
-        (losses.softmax_cross_entropy_with_integer_labels, die, np.log(frequencies), np.log(np.prod(frequencies[die]))),
+        (
+            losses.binary_cross_entropy,
+            coin,
+            np.array([f]),
+            np.log(f ** coin.sum() * (1 - f) ** (1 - coin).sum()),
+        ),
+        (
+            losses.sigmoid_binary_cross_entropy,
+            coin,
+            np.array([np.log(f / (1 - f))]),
+            np.log(f ** coin.sum() * (1 - f) ** (1 - coin).sum()),
+        ),
+        (
+            losses.softmax_cross_entropy,
+            np.eye(3)[die],
+            np.log(frequencies),
+            np.log(np.prod(frequencies[die])),
+        ),
+        (
+            losses.softmax_cross_entropy_with_integer_labels,
+            die,
+            np.log(frequencies),
+            np.log(np.prod(frequencies[die])),
+        ),
     ]
     for loss, y, best, log_likelihood in cases:
         n = len(best)
@@ -416,7 +526,10 @@ def test_maximum_likelihood_is_the_sample_frequency():
 
 
 def test_empirical_risk_is_the_mean_loss():
-    """003: Q(w) = 1/l sum_i L(f(x_i, w), y_i); with weights, the same of every example counted so often."""
+    """003: Q(w) = 1/l sum_i L(f(x_i, w), y_i).
+
+    With weights, the same of every example counted so often.
+    """
     rng = np.random.default_rng(5)
     (_, W), (_, b) = random_net(rng, 3, 2)
     x, y, often = rng.normal(size=(5, 3)), rng.normal(size=(5, 2)), [2, 1, 0, 3, 1]
@@ -427,9 +540,13 @@ def test_empirical_risk_is_the_mean_loss():
     net, params = fnn.dense(3, 2), rows(W, b)
     risk = jax.jit(fnn.mean_loss(net, losses.l2_loss))
     same(risk(params, x, y), sum(L(i) for i in range(5)) / 5)
-    same(risk(params, x, y, np.array(often, np.float64)), sum(often[i] * L(i) for i in range(5)) / 7)
+    same(
+        risk(params, x, y, np.array(often, np.float64)), sum(often[i] * L(i) for i in range(5)) / 7
+    )
     function = fnn.value_and_grad(net, losses.l2_loss)
-    plain, weighted = jax.jit(lambda p, *d: (function(p, *d[:2]), function(p, *d)))(params, x, y, np.array(often, np.float64))
+    plain, weighted = jax.jit(lambda p, *d: (function(p, *d[:2]), function(p, *d)))(
+        params, x, y, np.array(often, np.float64)
+    )
     same(plain[0], sum(L(i) for i in range(5)) / 5)
     same(weighted[0], sum(often[i] * L(i) for i in range(5)) / 7)
     index = np.repeat(np.arange(5), often)
@@ -437,12 +554,19 @@ def test_empirical_risk_is_the_mean_loss():
 
 
 def test_gradient_descent_on_a_quadratic_has_its_closed_form():
-    """000, 002: x1 = x0 - eta df/dx: the error shrinks by 1 - eta curvature each step, and grows for eta > 2/curvature."""
+    """000, 002: x1 = x0 - eta df/dx.
+
+    The error shrinks by 1 - eta curvature each step, and grows for eta > 2/curvature.
+    """
     net = fnn.dense(1, 1, bias_init=None)
     x, w0, best, k = jnp.array([[1.0], [-2.0], [0.5]]), 3.0, 1.25, 12
     curvature = float((x**2).mean())  # of 1/2 mean (w x - best x)^2
     rates = np.array([0.1, 0.5, 1.9, 2.1]) / curvature
-    run = jax.vmap(lambda rate: descend(net, losses.l2_loss, Dense(jnp.array([[w0]]), None), x, best * x, rate=rate, count=k)[0].w[0, 0])
+    run = jax.vmap(
+        lambda rate: descend(
+            net, losses.l2_loss, Dense(jnp.array([[w0]]), None), x, best * x, rate=rate, count=k
+        )[0].w[0, 0]
+    )
     errors = np.asarray(run(jnp.asarray(rates))) - best
     np.testing.assert_allclose(errors, (w0 - best) * (1 - rates * curvature) ** k, rtol=1e-10)
     assert (np.abs(errors[:3]) < w0 - best).all()
@@ -459,9 +583,11 @@ def test_mean_of_per_example_gradients_is_the_batch_gradient():
     single = jax.jit(function)
     _, whole = single(params, x, y)
     each = [single(params, x[i : i + 1], y[i : i + 1])[1] for i in range(5)]
-    from_factors = jax.jit(fnn.per_example.gradients(fnn.factors(net, losses.l2_loss)))(params, x, y)
+    from_factors = jax.jit(fnn.per_example.gradients(fnn.source(net, losses.l2_loss)))(params, x, y)
     by_vmap = jax.jit(fnn.per_example.by_vmap(function))(params, x, y)[1]
-    for g, stacked, mapped, *one in zip(*map(jax.tree.leaves, (whole, from_factors, by_vmap, *each)), strict=True):
+    for g, stacked, mapped, *one in zip(
+        *map(jax.tree.leaves, (whole, from_factors, by_vmap, *each)), strict=True
+    ):
         same(sum(np.asarray(e) for e in one) / 5, g)
         same(stacked, np.stack(one))
         same(mapped, np.stack(one))
@@ -482,7 +608,8 @@ def test_float32_numbers_take_four_bytes_each():
 
 
 def test_scalar_chain():
-    """001: p = Vx + v, y = s(p), q = Uy + u, z = s(q), e = 1/2 (z-l)^2, and its derivatives one after the other."""
+    """001: p = Vx + v, y = s(p), q = Uy + u, z = s(q), e = 1/2 (z-l)^2, and its derivatives one
+    after the other."""
     V, v, U, u, x, target = 0.7, -0.2, 1.3, 0.4, 0.9, 0.25
     p = V * x + v
     y = s(p)
@@ -516,28 +643,40 @@ def test_vector_chain_has_an_outer_and_a_hadamard_product():
     _, g = gradient(net, losses.l2_loss, (rows(V, v), (), rows(U, u), ()), x.T, target.T)
     same_layer(g[0], np.outer(de_dp, x), de_dp)
     same_layer(g[2], np.outer(de_dq, y), de_dq)
-    _, kept = fnn.factors(net, losses.l2_loss)((rows(V, v), (), rows(U, u), ()), x.T, target.T)  # the two vectors, not multiplied
+    # the two vectors, not multiplied
+    _, kept = fnn.source(net, losses.l2_loss)((rows(V, v), (), rows(U, u), ()), x.T, target.T)
     same(kept[0].w.a, x.T)
     same(kept[0].w.dz, de_dp.T)
 
 
 def test_index_forms_of_the_last_and_the_hidden_layers():
-    """000, sums mended: dE/dw_ij^L = sum_k (a_jk - t_jk) a_jk (1 - a_jk) a_ik^{L-1}, k over examples; below,
-    dE/dw_ij^l = sum over examples of a_i^{l-1} a_j^l (1 - a_j^l) sum_k d_k^{l+1} w_jk^{l+1}. E is a sum: m times fnn's mean."""
+    """000, sums mended: dE/dw_ij^L = sum_k (a_jk - t_jk) a_jk (1 - a_jk) a_ik^{L-1}, k over
+    examples; below,
+    dE/dw_ij^l = sum over examples of a_i^{l-1} a_j^l (1 - a_j^l) sum_k d_k^{l+1} w_jk^{l+1}. E is a
+    sum: m times fnn's mean."""
     rng = np.random.default_rng(8)
     n, m, L = (3, 4, 3, 2), 5, 3
-    w, b = [None] + [rng.normal(size=(n[layer - 1], n[layer])) for layer in (1, 2, 3)], [None] + [rng.normal(size=k) for k in n[1:]]
+    w, b = (
+        [None] + [rng.normal(size=(n[layer - 1], n[layer])) for layer in (1, 2, 3)],
+        [None] + [rng.normal(size=k) for k in n[1:]],
+    )
     x, t = rng.normal(size=(m, 3)), rng.normal(size=(m, 2))
     a, d = np.zeros((L + 1, 4, m)), np.zeros((L + 1, 4, m))  # a[l, unit, example]
     a[0, :3] = x.T
     for layer in range(1, L + 1):
         for j in range(n[layer]):
             for k in range(m):
-                a[layer, j, k] = s(sum(w[layer][i, j] * a[layer - 1, i, k] for i in range(n[layer - 1])) + b[layer][j])
+                a[layer, j, k] = s(
+                    sum(w[layer][i, j] * a[layer - 1, i, k] for i in range(n[layer - 1]))
+                    + b[layer][j]
+                )
     dw = [None] + [np.zeros((n[layer - 1], n[layer])) for layer in range(1, L + 1)]
     for i in range(n[L - 1]):
         for j in range(n[L]):
-            dw[L][i, j] = sum((a[L, j, k] - t[k, j]) * a[L, j, k] * (1 - a[L, j, k]) * a[L - 1, i, k] for k in range(m))
+            dw[L][i, j] = sum(
+                (a[L, j, k] - t[k, j]) * a[L, j, k] * (1 - a[L, j, k]) * a[L - 1, i, k]
+                for k in range(m)
+            )
     for j in range(n[L]):
         for k in range(m):
             d[L, j, k] = (a[L, j, k] - t[k, j]) * a[L, j, k] * (1 - a[L, j, k])
@@ -547,8 +686,16 @@ def test_index_forms_of_the_last_and_the_hidden_layers():
                 above = sum(d[layer + 1, k, e] * w[layer + 1][j, k] for k in range(n[layer + 1]))
                 d[layer, j, e] = a[layer, j, e] * (1 - a[layer, j, e]) * above
                 for i in range(n[layer - 1]):
-                    dw[layer][i, j] += a[layer - 1, i, e] * a[layer, j, e] * (1 - a[layer, j, e]) * above
-    net = fnn.serial(*(part for layer in range(1, L + 1) for part in (fnn.dense(n[layer - 1], n[layer]), sigmoid)))
+                    dw[layer][i, j] += (
+                        a[layer - 1, i, e] * a[layer, j, e] * (1 - a[layer, j, e]) * above
+                    )
+    net = fnn.serial(
+        *(
+            part
+            for layer in range(1, L + 1)
+            for part in (fnn.dense(n[layer - 1], n[layer]), sigmoid)
+        )
+    )
     params = tuple(part for layer in range(1, L + 1) for part in (Dense(w[layer], b[layer]), ()))
     E, g = gradient(net, losses.l2_loss, params, x, t)
     same(m * E, sum(0.5 * (a[L, j, k] - t[k, j]) ** 2 for j in range(2) for k in range(m)))
@@ -558,7 +705,10 @@ def test_index_forms_of_the_last_and_the_hidden_layers():
 
 
 def test_shallow_net_with_samples_as_columns():
-    """004 eqs 1-10: dz2 = a2 - y; dw2 = 1/m dz2 a1^T; db = mean dz; dz1 = w2^T dz2 * s'(z1). dz is m times dJ/dz."""
+    """004 eqs 1-10: dz2 = a2 - y; dw2 = 1/m dz2 a1^T; db = mean dz.
+
+    Dz1 = w2^T dz2 * s'(z1). dz is m times dJ/dz.
+    """
     rng = np.random.default_rng(9)
     m, (_, w1, w2), (_, b1, b2) = 8, *random_net(rng, 2, 4, 1)
     x, y = rng.normal(size=(2, m)), (rng.random((1, m)) < 0.5).astype(np.float64)
@@ -572,20 +722,32 @@ def test_shallow_net_with_samples_as_columns():
     dz1 = w2.T @ dz2 * (a1 * (1 - a1))
     dw1, db1 = 1 / m * dz1 @ x.T, dz1.mean(1, keepdims=True)
     hidden, last = fnn.serial(fnn.dense(2, 4), sigmoid), fnn.dense(4, 1)
-    on_probabilities = fnn.serial(hidden, last, sigmoid), losses.binary_cross_entropy, ((rows(w1, b1), ()), rows(w2, b2), ())
-    on_logits = fnn.mlp((2, 4, 1), "sigmoid"), losses.sigmoid_binary_cross_entropy, ((rows(w1, b1), ()), rows(w2, b2))
+    on_probabilities = (
+        fnn.serial(hidden, last, sigmoid),
+        losses.binary_cross_entropy,
+        ((rows(w1, b1), ()), rows(w2, b2), ()),
+    )
+    on_logits = (
+        fnn.mlp((2, 4, 1), "sigmoid"),
+        losses.sigmoid_binary_cross_entropy,
+        ((rows(w1, b1), ()), rows(w2, b2)),
+    )
     for net, loss, params in (on_probabilities, on_logits):
         error, g = gradient(net, loss, params, x.T, y.T)
         same(error, J)
         for got, dw, db in ((g[0][0], dw1, db1), (g[1], dw2, db2)):
             same_layer(got, dw, db)
-        _, kept = jax.jit(fnn.factors(net, loss))(params, x.T, y.T)  # without the 1/m, as the lecture's dz
+        # without the 1/m, as the lecture's dz
+        _, kept = jax.jit(fnn.source(net, loss))(params, x.T, y.T)
         same(kept[1].w.dz.T, dz2)
         same(kept[0][0].w.dz.T, dz1)
 
 
 def deep_net(W, b, X, Y):
-    """004 eqs 21-28, samples as columns: Z^l = W^l A^{l-1} + b^l, ReLU for l < L, sigmoid at L; J, dW, db, dz."""
+    """004 eqs 21-28, samples as columns: Z^l = W^l A^{l-1} + b^l, ReLU for l < L, sigmoid at L.
+
+    J, dW, db, dz.
+    """
     L, m = len(W) - 1, X.shape[1]
     Z, A = [None] * (L + 1), [X] + [None] * L
     for layer in range(1, L + 1):
@@ -609,14 +771,21 @@ def deep_data(rng, *n, m):
 
 
 def test_deep_net_with_samples_as_columns():
-    """004 eqs 21-28: dW^l = 1/m dz^l a^{l-1}^T; db^l = mean dz^l; da^{l-1} = w^l^T dz^l; dz^l = da^l * s'(z^l); dz^L = a^L - y."""
+    """004 eqs 21-28: dW^l = 1/m dz^l a^{l-1}^T; db^l = mean dz^l; da^{l-1} = w^l^T dz^l.
+
+    Dz^l = da^l * s'(z^l); dz^L = a^L - y.
+    """
     W, b, params, X, Y = deep_data(np.random.default_rng(10), 3, 5, 4, 4, 1, m=9)
     J, dW, db, dz = deep_net(W, b, X, Y)
     on_logits = fnn.mlp((3, 5, 4, 4, 1)), losses.sigmoid_binary_cross_entropy, params
-    on_probabilities = fnn.serial(*on_logits[0].layers, sigmoid), losses.binary_cross_entropy, (*params, ())
+    on_probabilities = (
+        fnn.serial(*on_logits[0].layers, sigmoid),
+        losses.binary_cross_entropy,
+        (*params, ()),
+    )
     for net, loss, p in (on_logits, on_probabilities):
         error, g = gradient(net, loss, p, X.T, Y.T)
-        _, kept = jax.jit(fnn.factors(net, loss))(p, X.T, Y.T)
+        _, kept = jax.jit(fnn.source(net, loss))(p, X.T, Y.T)
         same(error, J)
         for layer in range(1, 5):
             got, factor = (g[layer - 1][0], kept[layer - 1][0]) if layer < 4 else (g[3], kept[3])
@@ -628,38 +797,54 @@ def test_deep_net_with_samples_as_columns():
 
 
 def test_the_logistic_neuron_of_one_and_of_two_inputs():
-    """002: 1/(1+e^-(w0+w1 x)) at w0 = 1, w1 = -2, x = .5 and at z = -1; the sigmoid circuit w = (2, -3, -3), x = (-1, -2)."""
+    """002: 1/(1+e^-(w0+w1 x)) at w0 = 1, w1 = -2, x = .5 and at z = -1.
+
+    The sigmoid circuit w = (2, -3, -3), x = (-1, -2).
+    """
     at_zero = trace(logistic, 0.5, 1.0, -2.0)
     assert float(at_zero.value) == 0.5
-    assert [float(d) for d in at_zero.gradients()] == [-0.5, 0.25, 0.125]  # by x, w0, w1: s'(0) = 1/4 times w1, 1, x
+    # by x, w0, w1: s'(0) = 1/4 times w1, 1, x
+    assert [float(d) for d in at_zero.gradients()] == [-0.5, 0.25, 0.125]
     below = trace(logistic, 2.0, 1.0, -1.0)
     np.testing.assert_allclose(below.value, 0.268941, atol=5e-7)
     np.testing.assert_allclose(below.gradients(), (-0.196612, 0.196612, 0.393224), atol=5e-7)
     circuit = trace(neuron, 2.0, -3.0, -3.0, -1.0, -2.0)
     np.testing.assert_allclose(circuit.value, 0.731059, atol=5e-7)
-    np.testing.assert_allclose(circuit.gradients(), (-0.1966, -0.3932, 0.1966, 0.3932, -0.5898), atol=5e-5)
+    np.testing.assert_allclose(
+        circuit.gradients(), (-0.1966, -0.3932, 0.1966, 0.3932, -0.5898), atol=5e-5
+    )
 
 
-GRAPHS = {  # a graph of the lectures; the point a; by hand: df/dt at t = 1 along the path x_i = a_i t^i, i = 1, 2, ...
+# a graph of the lectures; the point a; by hand: df/dt at t = 1 along the path x_i = a_i t^i, i = 1,
+# 2, ...
+GRAPHS = {
     "000": (product_plus_sine, (2.0, 5.0), 30 + 2 * math.cos(2)),  # 10 t^3 + sin 2t
     "003": (polynomial, (1.0, 2.0, 3.0), 42 - 8),  # 6 t^7 - 2 t^4
     "002, exponential": (exponential, (0.5, 1.0, -2.0), 2 - 4),  # 1 + e^(t^2 - t^4)
     "002, one input": (logistic, (0.5, 1.0, -2.0), (2 - 4) / 4),  # s(t^2 - t^4)
-    "002, two inputs": (neuron, (2.0, -3.0, -3.0, -1.0, -2.0), (-10 + 42 - 9) * s(1) * (1 - s(1))),  # s(-2 t^5 + 6 t^7 - 3 t^3)
+    # s(-2 t^5 + 6 t^7 - 3 t^3)
+    "002, two inputs": (neuron, (2.0, -3.0, -3.0, -1.0, -2.0), (-10 + 42 - 9) * s(1) * (1 - s(1))),
 }
 
 
 @pytest.mark.parametrize(("f", "a", "by_hand"), GRAPHS.values(), ids=GRAPHS)
 def test_chain_rule_and_total_derivative_on_the_graphs_of_the_lectures(f, a, by_hand):
-    """002, 003: df(g(x))/dx = f'(g(x)) g'(x), for one input that moves; sum D_i f dg_i/dx, for all of them."""
+    """002, 003: df(g(x))/dx = f'(g(x)) g'(x), for one input that moves.
+
+    Sum D_i f dg_i/dx, for all of them.
+    """
     path = [lambda t, a=a, i=i: a * t**i for i, a in enumerate(a, start=1)]
     inner = [float(trace(g, 1.0).gradients()[0]) for g in path]
     assert inner == [i * a for i, a in enumerate(a, start=1)]
     outer = trace(f, *a)
     for i, (partial, slope) in enumerate(zip(outer.gradients(), inner, strict=True)):
-        moved = trace(lambda t, i=i: f(*(g(t) if j == i else a[j] for j, g in enumerate(path))), 1.0)
+        moved = trace(
+            lambda t, i=i: f(*(g(t) if j == i else a[j] for j, g in enumerate(path))), 1.0
+        )
         same(moved.gradients()[0], partial * slope)
-    total = sum(float(partial) * slope for partial, slope in zip(outer.gradients(), inner, strict=True))
+    total = sum(
+        float(partial) * slope for partial, slope in zip(outer.gradients(), inner, strict=True)
+    )
     same(total, by_hand)
     same(outer.jvp(*inner), by_hand)
     same(trace(lambda t: f(*(g(t) for g in path)), 1.0).gradients()[0], by_hand)
@@ -672,7 +857,13 @@ def figures(f, *at):
 @pytest.mark.parametrize("upstream", [1.0, -3.0])
 def test_a_gate_multiplies_the_gradient_from_above_by_its_local_derivative(upstream):
     """002, general gate."""
-    for gate, x, local in ((jnp.exp, 0.0, 1), (jnp.square, 3.0, 6), (jnp.sqrt, 4.0, 0.25), (jnp.log, 2.0, 0.5), (jnp.negative, 5.0, -1)):
+    for gate, x, local in (
+        (jnp.exp, 0.0, 1),
+        (jnp.square, 3.0, 6),
+        (jnp.sqrt, 4.0, 0.25),
+        (jnp.log, 2.0, 0.5),
+        (jnp.negative, 5.0, -1),
+    ):
         same(figures(lambda x, gate=gate: upstream * gate(x), x), [upstream * local])
 
 
@@ -703,7 +894,10 @@ def test_max_routes_and_a_tie_shares_equally():
 
 @pytest.mark.parametrize("n", [(3, 4, 2), (3, 5, 4, 2)], ids=["shallow", "deep"])
 def test_a_net_is_dense_layers_one_after_the_other(n):
-    """003: z_i = s(W_i z_{i-1} + b_i), the latent representations; 004: shallow has one hidden layer, deep two or more."""
+    """003: z_i = s(W_i z_{i-1} + b_i), the latent representations.
+
+    004: shallow has one hidden layer, deep two or more.
+    """
     rng = np.random.default_rng(11)
     W, b = random_net(rng, *n)
     hidden = len(n) - 2
@@ -720,7 +914,10 @@ def test_a_net_is_dense_layers_one_after_the_other(n):
 
 
 def test_a_net_without_activations_is_one_matrix():
-    """002, 003: W_n ... W_1 x + b; with an activation it is not. So an activation must be non-linear."""
+    """002, 003: W_n ... W_1 x + b; with an activation it is not.
+
+    So an activation must be non-linear.
+    """
     rng = np.random.default_rng(12)
     W, b = random_net(rng, 3, 5, 4, 2)
     params = (rows(W[1], b[1]), ()), (rows(W[2], b[2]), ()), rows(W[3], b[3])
@@ -735,21 +932,30 @@ def test_a_net_without_activations_is_one_matrix():
 
 @pytest.mark.parametrize("depth", [1, 4, 10])
 def test_sigmoid_layers_multiply_the_gradient_by_at_most_a_quarter_each(depth):
-    """003: s' <= 1/4, so the product is at most .25^L: reached where every z is 0; not passed where weights only rotate."""
+    """003: s' <= 1/4, so the product is at most .25^L: reached where every z is 0.
+
+    Not passed where weights only rotate.
+    """
     chain = fnn.serial(*(fnn.dense(1, 1), sigmoid) * depth)
     at_zero = (Dense(jnp.array([[1.0]]), jnp.array([-0.5])), ()) * depth
     _, kept = chain.forward(at_zero, jnp.array([[0.5]]))
     assert chain.backward(at_zero, kept, jnp.array([[1.0]]))[1] == 0.25**depth
 
     def shrink(activation):
-        net = fnn.serial(*(fnn.dense(8, 8, kernel_init=initializers.orthogonal()), activation) * depth)
+        net = fnn.serial(
+            *(fnn.dense(8, 8, kernel_init=initializers.orthogonal()), activation) * depth
+        )
         params = net.init(fnn.key(0))
 
         def ratio(x, dy):
             dx = net.backward(params, net.forward(params, x)[1], dy)[1]
             return jnp.linalg.norm(dx, axis=1) / jnp.linalg.norm(dy, axis=1)
 
-        return np.asarray(jax.jit(ratio)(jax.random.normal(fnn.key(1), (20, 8)), jax.random.normal(fnn.key(2), (20, 8))))
+        return np.asarray(
+            jax.jit(ratio)(
+                jax.random.normal(fnn.key(1), (20, 8)), jax.random.normal(fnn.key(2), (20, 8))
+            )
+        )
 
     assert (shrink(sigmoid) <= 0.25**depth).all()
     np.testing.assert_allclose(shrink(identity), 1, rtol=1e-12)
@@ -761,13 +967,22 @@ def _unequal_data():
 
 
 def test_hidden_sigmoid_units_that_start_at_zero_stay_identical():
-    """004 eqs 14-20: after 2000 steps the spread between the units of a layer is exactly 0; each layer has learnt all the same."""
+    """004 eqs 14-20: after 2000 steps the spread between the units of a layer is exactly 0.
+
+    Each layer has learnt all the same.
+    """
     x, y = _unequal_data()
     net = fnn.mlp((2, 4, 4, 1), "sigmoid", kernel_init=initializers.zeros)
     ((first, _), (second, _), last), values = descend(
         net, losses.sigmoid_binary_cross_entropy, net.init(fnn.key(1)), x, y, rate=1.0, count=2000
     )
-    for leaf, axes in ((first.w, (1,)), (first.b, (0,)), (second.w, (0, 1)), (second.b, (0,)), (last.w, (0,))):
+    for leaf, axes in (
+        (first.w, (1,)),
+        (first.b, (0,)),
+        (second.w, (0, 1)),
+        (second.b, (0,)),
+        (last.w, (0,)),
+    ):
         assert (np.ptp(np.asarray(leaf), axis=axes) == 0).all()
         assert np.abs(np.asarray(leaf)).max() > 1e-6
     assert values[-1] < values[0]
@@ -777,7 +992,9 @@ def test_of_a_relu_net_that_starts_at_zero_only_the_last_bias_moves():
     """004 eqs 14-20: to logit(mean y)."""
     x, y = _unequal_data()
     net = fnn.mlp((2, 4, 4, 1), "relu", kernel_init=initializers.zeros)
-    ((first, _), (second, _), last), _ = descend(net, losses.sigmoid_binary_cross_entropy, net.init(fnn.key(1)), x, y, rate=1.0, count=2000)
+    ((first, _), (second, _), last), _ = descend(
+        net, losses.sigmoid_binary_cross_entropy, net.init(fnn.key(1)), x, y, rate=1.0, count=2000
+    )
     assert not any(np.asarray(leaf).any() for leaf in (*first, *second, last.w))
     frequency = float(y.mean())
     assert 0.1 < frequency < 0.4
@@ -802,7 +1019,10 @@ def test_four_hidden_units_classify_the_flower_and_logistic_regression_does_not(
     y = jnp.asarray(np.concatenate([data.t_train, data.t_test])[:, None], jnp.float64)
     assert x.shape == (400, 2)
     accuracy = {}
-    for name, net, count in (("hidden", fnn.mlp((2, 4, 1), "tanh"), 4000), ("logistic", fnn.dense(2, 1), 500)):
+    for name, net, count in (
+        ("hidden", fnn.mlp((2, 4, 1), "tanh"), 4000),
+        ("logistic", fnn.dense(2, 1), 500),
+    ):
         loss = losses.sigmoid_binary_cross_entropy
         params, _ = descend(net, loss, net.init(fnn.key(0)), x, y, rate=1.2, count=count)
         accuracy[name] = fnn.evaluate(fnn.rules.backprop(net, loss), params, (x, y))["accuracy"]
@@ -821,7 +1041,9 @@ def test_training_loop_of_the_lecture_is_fit():
             W[layer] = W[layer] - rate * dW[layer]
             b[layer] = b[layer] - rate * db[layer]
     rule = fnn.rules.backprop(fnn.mlp((3, 5, 4, 1)), losses.sigmoid_binary_cross_entropy)
-    fitted, history = fnn.fit(rule, optax.sgd(rate), params, (X.T, Y.T), epochs=20, batch_size=12, key=fnn.key(0))
+    fitted, history = fnn.fit(
+        rule, optax.sgd(rate), params, (X.T, Y.T), epochs=20, batch_size=12, key=fnn.key(0)
+    )
     same(history.loss, J)
     for layer in range(1, 4):
         got = fitted[layer - 1][0] if layer < 3 else fitted[2]

@@ -1,4 +1,7 @@
-"""Target propagation, PEPITA and Hebbian learning: each against its formula written out in NumPy, its identities and its edge cases."""
+"""Target propagation, PEPITA and Hebbian learning.
+
+Each against its formula written out in NumPy, its identities and its edge cases.
+"""
 
 import functools
 
@@ -11,8 +14,8 @@ from cases import cast, error, wide
 
 import fnn
 from fnn import losses
-from fnn.activations import elementwise
-from fnn.layers import Dense
+from fnn.nets.activations import elementwise
+from fnn.nets.layers import Dense
 from fnn.rules.hebbian import hebbian
 from fnn.rules.pepita import pepita
 from fnn.rules.target_propagation import target_propagation
@@ -22,8 +25,12 @@ KEY = jax.random.key(3)
 NET = fnn.mlp((4, 6, 5, 3), "tanh")
 RULES = {
     "target_propagation": target_propagation,
-    "linear target_propagation": functools.partial(target_propagation, noise_std=0.0, inverse_rate=0.3),
-    "tanh target_propagation": functools.partial(target_propagation, inverse_activation="tanh", target_rate=0.5),
+    "linear target_propagation": functools.partial(
+        target_propagation, noise_std=0.0, inverse_rate=0.3
+    ),
+    "tanh target_propagation": functools.partial(
+        target_propagation, inverse_activation="tanh", target_rate=0.5
+    ),
     "pepita": functools.partial(pepita, projection_scale=1.0),
     "hebbian none": functools.partial(hebbian, competition="none"),
     "hebbian subspace": hebbian,
@@ -35,14 +42,21 @@ one_of_each = pytest.mark.parametrize("name", ["target_propagation", "pepita", "
 
 def batch(n=7, features=4):
     rng = np.random.default_rng(0)
-    return jnp.asarray(rng.normal(size=(n, features))), jnp.asarray(rng.integers(0, 3, n), jnp.int32)
+    return jnp.asarray(rng.normal(size=(n, features))), jnp.asarray(
+        rng.integers(0, 3, n), jnp.int32
+    )
 
 
 def drawn(net, seed=1):
     """Params with biases that are not 0."""
     rng = np.random.default_rng(seed)
     shapes = jax.eval_shape(net.init, jax.eval_shape(jax.random.key, 0))
-    return jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape) / np.sqrt(s.shape[-2] if len(s.shape) > 1 else 9)), shapes)
+    return jax.tree.map(
+        lambda s: jnp.asarray(
+            rng.normal(size=s.shape) / np.sqrt(s.shape[-2] if len(s.shape) > 1 else 9)
+        ),
+        shapes,
+    )
 
 
 def state_of(rule, params, seed=5):
@@ -50,7 +64,11 @@ def state_of(rule, params, seed=5):
     rng, shapes = np.random.default_rng(seed), jax.eval_shape(rule.init, KEY, params)
 
     def leaf(s):
-        return jax.random.key(seed) if _is_key(s) else jnp.asarray(rng.normal(size=s.shape) / np.sqrt(s.shape[0]), s.dtype)
+        return (
+            jax.random.key(seed)
+            if _is_key(s)
+            else jnp.asarray(rng.normal(size=s.shape) / np.sqrt(s.shape[0]), s.dtype)
+        )
 
     return jax.tree.map(leaf, shapes)
 
@@ -72,10 +90,18 @@ def _true_step(net, loss):
 
 
 def off(ours, reference):
-    """`error` of the numbers of two trees; infinite where their keys are not the same, for keys are no numbers to be near."""
+    """`error` of the numbers of two trees.
+
+    Infinite where their keys are not the same, for keys are no numbers to be near.
+    """
     trees = [jax.tree.leaves(tree) for tree in (ours, reference)]
-    keys, numbers = ([[leaf for leaf in leaves if _is_key(leaf) == kind] for leaves in trees] for kind in (True, False))
-    same = all((jax.random.key_data(a) == jax.random.key_data(b)).all() for a, b in zip(*keys, strict=True))
+    keys, numbers = (
+        [[leaf for leaf in leaves if _is_key(leaf) == kind] for leaves in trees]
+        for kind in (True, False)
+    )
+    same = all(
+        (jax.random.key_data(a) == jax.random.key_data(b)).all() for a, b in zip(*keys, strict=True)
+    )
     return error(*map(wide, numbers)) if same else float("inf")
 
 
@@ -83,7 +109,8 @@ def _is_key(leaf):
     return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
-# The formulas, in loops over examples and layers, for `NET`: weights Ws, biases bs, shares of the examples s (they add up to 1).
+# The formulas, in loops over examples and layers, for `NET`: weights Ws, biases bs, shares of the
+# examples s (they add up to 1).
 
 
 def forward_of(Ws, bs, x):
@@ -120,7 +147,9 @@ def hebbian_formula(Ws, bs, xs, ts, s, state, competition):
             h, y = hs[layer], hs[layer + 1]
             for i in range(w.shape[0]):
                 for j in range(w.shape[1]):
-                    known = {"none": [j], "subspace": range(w.shape[1]), "sanger": range(j + 1)}[competition]
+                    known = {"none": [j], "subspace": range(w.shape[1]), "sanger": range(j + 1)}[
+                        competition
+                    ]
                     dWs[layer][i, j] -= share * y[j] * (h[i] - sum(w[i, k] * y[k] for k in known))
         e = error_of(hs[-1], t)
         dWs[-1] += share * np.outer(hs[-2], e)
@@ -129,7 +158,10 @@ def hebbian_formula(Ws, bs, xs, ts, s, state, competition):
 
 
 def target_formula(Ws, bs, xs, ts, s, state, target_rate, inverse_rate, noise_std, activation):
-    g, slope = {"identity": (lambda z: z, np.ones_like), "tanh": (np.tanh, lambda z: 1 - np.tanh(z) ** 2)}[activation]
+    g, slope = {
+        "identity": (lambda z: z, np.ones_like),
+        "tanh": (np.tanh, lambda z: 1 - np.tanh(z) ** 2),
+    }[activation]
     dWs, dbs = [np.zeros_like(w) for w in Ws], [np.zeros_like(b) for b in bs]
     ((v, c), _) = state.params[0]
     key, noise_key = jax.random.split(state.key)
@@ -158,9 +190,15 @@ def target_formula(Ws, bs, xs, ts, s, state, target_rate, inverse_rate, noise_st
 
 
 FORMULAS = {
-    "target_propagation": functools.partial(target_formula, target_rate=0.1, inverse_rate=0.1, noise_std=0.1, activation="identity"),
-    "linear target_propagation": functools.partial(target_formula, target_rate=0.1, inverse_rate=0.3, noise_std=0.0, activation="identity"),
-    "tanh target_propagation": functools.partial(target_formula, target_rate=0.5, inverse_rate=0.1, noise_std=0.1, activation="tanh"),
+    "target_propagation": functools.partial(
+        target_formula, target_rate=0.1, inverse_rate=0.1, noise_std=0.1, activation="identity"
+    ),
+    "linear target_propagation": functools.partial(
+        target_formula, target_rate=0.1, inverse_rate=0.3, noise_std=0.0, activation="identity"
+    ),
+    "tanh target_propagation": functools.partial(
+        target_formula, target_rate=0.5, inverse_rate=0.1, noise_std=0.1, activation="tanh"
+    ),
     "pepita": pepita_formula,
     "hebbian none": functools.partial(hebbian_formula, competition="none"),
     "hebbian subspace": functools.partial(hebbian_formula, competition="subspace"),
@@ -186,8 +224,12 @@ def test_a_step_is_the_formula_written_out(x64, name):
 def test_mlp_serial_and_repeat_are_one_net(x64, name):
     tanh = fnn.activations.tanh
     net = fnn.mlp((4, 5, 5, 5, 3), "tanh")
-    flat = fnn.serial(*(layer for n in (4, 5, 5) for layer in (fnn.dense(n, 5), tanh)), fnn.dense(5, 3))
-    stacked = fnn.serial(fnn.dense(4, 5), tanh, fnn.repeat(fnn.serial(fnn.dense(5, 5), tanh), 2), fnn.dense(5, 3))
+    flat = fnn.serial(
+        *(layer for n in (4, 5, 5) for layer in (fnn.dense(n, 5), tanh)), fnn.dense(5, 3)
+    )
+    stacked = fnn.serial(
+        fnn.dense(4, 5), tanh, fnn.repeat(fnn.serial(fnn.dense(5, 5), tanh), 2), fnn.dense(5, 3)
+    )
     (d1, _), (d2, _), (d3, _), d4 = params = drawn(net)
     rolled = d1, (), (jax.tree.map(lambda *a: jnp.stack(a), d2, d3), ()), d4
     (value, grads, state), _ = first_step(RULES[name](net, LOSS), params, *batch())
@@ -212,7 +254,8 @@ def test_padding_does_not_count_and_equal_weights_are_none(x64, name):
         again = step(params, state, x.at[5:].set(content), t.at[5:].set(0), present)
         assert off(again, (value, grads, after)) <= 1e-12
     short = step(params, state, x[:5], t[:5], None)
-    assert error(wide(short[:2]), wide((value, grads))) <= 1e-12  # the state's noise is another for as many rows
+    # the state's noise is another for as many rows
+    assert error(wide(short[:2]), wide((value, grads))) <= 1e-12
     expected = step(params, state, x, t, None)
     assert off(step(params, state, x, t, jnp.full(7, 3.0)), expected) <= 1e-12
     value, grads, after = step(params, state, x, t, jnp.zeros(7))
@@ -224,18 +267,25 @@ def test_padding_does_not_count_and_equal_weights_are_none(x64, name):
 
 
 @every_rule
-@pytest.mark.parametrize(("dtype", "x64"), [("float64", True), ("float32", True), ("float32", False), ("bfloat16", False)])
+@pytest.mark.parametrize(
+    ("dtype", "x64"),
+    [("float64", True), ("float32", True), ("float32", False), ("bfloat16", False)],
+)
 def test_dtypes_are_kept(name, dtype, x64):
     with jax.enable_x64(x64):
         params, (x, t) = drawn(NET), batch()
         params, x = cast((params, x), dtype)
         made = RULES[name](NET, LOSS)
         state = jax.eval_shape(made.init, KEY, params)
-        value, grads, after = jax.eval_shape(made.value_and_grad, params, state, x, t, jnp.ones(7, jnp.float32))
+        value, grads, after = jax.eval_shape(
+            made.value_and_grad, params, state, x, t, jnp.ones(7, jnp.float32)
+        )
     for leaf in jax.tree.leaves((value, grads, after, state)):
         assert _is_key(leaf) or (leaf.dtype == dtype and not leaf.weak_type)
     assert jax.tree.structure(grads) == jax.tree.structure(params)
-    assert jax.tree.map(lambda a: (a.shape, a.dtype), after) == jax.tree.map(lambda a: (a.shape, a.dtype), state)
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), after) == jax.tree.map(
+        lambda a: (a.shape, a.dtype), state
+    )
 
 
 @one_of_each
@@ -245,7 +295,11 @@ def test_float32_is_near_float64(name):
         made = RULES[name](NET, LOSS)
         state = state_of(made, params)
         exact = jax.jit(made.value_and_grad)(params, state, x, t)
-    state = state._replace(params=cast(state.params, "float32")) if name == "target_propagation" else cast(state, "float32")
+    state = (
+        state._replace(params=cast(state.params, "float32"))
+        if name == "target_propagation"
+        else cast(state, "float32")
+    )
     short = jax.jit(made.value_and_grad)(cast(params, "float32"), state, x.astype(jnp.float32), t)
     assert error(wide(short[:2]), wide(exact[:2])) < 1e-5
 
@@ -258,7 +312,10 @@ def clusters(n, features):
 
 @pytest.mark.parametrize("rule", [target_propagation, pepita, hebbian])
 def test_fit_lowers_the_loss(rule):
-    data, net = clusters(23, 4), fnn.mlp((4, 6, 5, 3), "tanh", kernel_init=jax.nn.initializers.orthogonal())
+    data, net = (
+        clusters(23, 4),
+        fnn.mlp((4, 6, 5, 3), "tanh", kernel_init=jax.nn.initializers.orthogonal()),
+    )
     made, params = rule(net, LOSS), jax.jit(net.init)(KEY)
     trained, history = fnn.fit(made, optax.sgd(0.2), params, data, epochs=20, batch_size=4, key=KEY)
     assert history.loss[-1] < 0.6 * history.loss[0]
@@ -272,7 +329,9 @@ def test_many_nets_at_once_are_the_nets_one_by_one(x64, rule):
     params = [drawn(net, seed) for seed in (1, 2)]
     together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
     states = jax.jit(jax.vmap(made.init))(keys, together)
-    many = jax.jit(jax.vmap(made.value_and_grad, in_axes=(0, 0, None, None)))(together, states, x, t)
+    many = jax.jit(jax.vmap(made.value_and_grad, in_axes=(0, 0, None, None)))(
+        together, states, x, t
+    )
     step = jax.jit(made.value_and_grad)
     for i in range(2):
         one = step(params[i], jax.tree.map(lambda a, i=i: a[i], states), x, t)
@@ -316,11 +375,14 @@ def test_what_follows_a_hidden_dense_layer_stays_and_what_follows_the_last_learn
     net = fnn.serial(fnn.dense(4, 5), fnn.layer_norm(5), fnn.activations.tanh, tail)
     params, (x, t) = drawn(net), batch()
     made = rule(net, LOSS)
-    state = jax.tree.map(jnp.zeros_like, state_of(made, params))  # PEPITA's second pass is then the first
+    # PEPITA's second pass is then the first
+    state = jax.tree.map(jnp.zeros_like, state_of(made, params))
     _, grads, _ = jax.jit(made.value_and_grad)(params, state, x, t)
     _, expected = true_step(net, LOSS, params, x, t)
     assert error(wide(grads[-1]), wide(expected[-1])) <= 1e-12
-    assert not any(leaf.any() for leaf in wide((grads[0].b if rule is hebbian else grads[0], grads[1])))
+    assert not any(
+        leaf.any() for leaf in wide((grads[0].b if rule is hebbian else grads[0], grads[1]))
+    )
 
 
 # Target propagation
@@ -329,7 +391,9 @@ def test_what_follows_a_hidden_dense_layer_stays_and_what_follows_the_last_learn
 def test_with_one_hidden_layer_target_propagation_is_backprop(x64):
     net, (x, t) = fnn.mlp((4, 6, 3), "tanh"), batch()
     params, weights = drawn(net), jnp.arange(7.0)
-    (value, grads, state), _ = first_step(target_propagation(net, LOSS, target_rate=0.3), params, x, t, weights)
+    (value, grads, state), _ = first_step(
+        target_propagation(net, LOSS, target_rate=0.3), params, x, t, weights
+    )
     assert error(wide((value, grads)), wide(true_step(net, LOSS, params, x, t, weights))) <= 1e-12
     assert state.params == ()
 
@@ -337,11 +401,14 @@ def test_with_one_hidden_layer_target_propagation_is_backprop(x64):
 @pytest.mark.parametrize("target_rate", [1e-3, 10.0])
 def test_the_target_rate_is_immaterial_for_linear_inverses(x64, target_rate):
     params, data = drawn(NET), batch()
-    (_, grads, _), _ = first_step(target_propagation(NET, LOSS, target_rate=target_rate), params, *data)
+    (_, grads, _), _ = first_step(
+        target_propagation(NET, LOSS, target_rate=target_rate), params, *data
+    )
     (_, expected, _), _ = first_step(target_propagation(NET, LOSS, target_rate=1.0), params, *data)
     assert error(wide(grads), wide(expected)) <= 1e-10
     _, true = true_step(NET, LOSS, params, *data)
-    assert error(wide(grads[1:]), wide(true[1:])) <= 1e-12  # the last hidden block's gradient is backprop's
+    # the last hidden block's gradient is backprop's
+    assert error(wide(grads[1:]), wide(true[1:])) <= 1e-12
     assert error(wide(grads[0]), wide(true[0])) > 0.1  # the first one's is not
 
 
@@ -349,7 +416,9 @@ def test_inverses_that_are_the_transposes_of_a_linear_net_make_it_backprop(x64):
     net, (x, t) = fnn.mlp((4, 6, 5, 4, 3), "identity"), batch()
     params, rule = drawn(net), target_propagation(net, LOSS)
     state = state_of(rule, params)
-    transposed = tuple((Dense(p.w.T, g.b), ()) for (p, _), (g, _) in zip(params[1:-1], state.params, strict=True))
+    transposed = tuple(
+        (Dense(p.w.T, g.b), ()) for (p, _), (g, _) in zip(params[1:-1], state.params, strict=True)
+    )
     value, grads, _ = jax.jit(rule.value_and_grad)(params, state._replace(params=transposed), x, t)
     assert error(wide((value, grads)), wide(true_step(net, LOSS, params, x, t))) <= 1e-12
 
@@ -360,24 +429,37 @@ def test_an_exact_inverse_stays_and_sends_down_the_target_itself(x64):
     w, b = params[1][0]
     inverse = np.linalg.inv(w)
     exact = Dense(jnp.asarray(inverse), jnp.asarray(-np.asarray(b) @ inverse))
-    _, grads, after = jax.jit(rule.value_and_grad)(params, state_of(rule, params)._replace(params=((exact, ()),)), x, t)
+    _, grads, after = jax.jit(rule.value_and_grad)(
+        params, state_of(rule, params)._replace(params=((exact, ()),)), x, t
+    )
     assert error(wide(after.params), wide(exact)) <= 1e-10
-    h1, e = np.asarray(net.layers[0].apply(params[0], x)), np.asarray(LOSS.grad(net.apply(params, x), t))
-    target_1 = np.linalg.solve(w.T, (h1 @ w - e @ params[2].w.T).T).T  # h_1 w + b of it is the second target, at target_rate 1
+    h1, e = (
+        np.asarray(net.layers[0].apply(params[0], x)),
+        np.asarray(LOSS.grad(net.apply(params, x), t)),
+    )
+    # h_1 w + b of it is the second target, at target_rate 1
+    target_1 = np.linalg.solve(w.T, (h1 @ w - e @ params[2].w.T).T).T
     assert error(wide(grads[0][0].b), wide((h1 - target_1).mean(0))) <= 1e-10
 
 
-@pytest.mark.parametrize(("activation", "size"), [("identity", 1.0), ("identity", 1e3), ("tanh", 1.0)])
+@pytest.mark.parametrize(
+    ("activation", "size"), [("identity", 1.0), ("identity", 1e3), ("tanh", 1.0)]
+)
 def test_inverses_learn_at_any_size_of_activity(x64, activation, size):
     net, (x, t) = fnn.mlp((4, 6, 5, 3), activation), batch()
     params = jax.tree.map(lambda p: p * size, drawn(net))
-    rule = target_propagation(net, LOSS, inverse_rate=0.9, noise_std=0.0, inverse_activation=activation)
+    rule = target_propagation(
+        net, LOSS, inverse_rate=0.9, noise_std=0.0, inverse_activation=activation
+    )
 
     def lost(state):
         h1 = net.layers[0].apply(params[0], x)
         (v, c), _ = state.params[0]
         again = net.layers[1].apply(params[1], h1) @ v + c[None]
-        return jnp.square((again if activation == "identity" else jnp.tanh(again)) - h1).sum() / jnp.square(h1).sum()
+        return (
+            jnp.square((again if activation == "identity" else jnp.tanh(again)) - h1).sum()
+            / jnp.square(h1).sum()
+        )
 
     def turn(state, _):
         return rule.value_and_grad(params, state, x, t)[2], lost(state)
@@ -390,12 +472,15 @@ def test_inverses_learn_at_any_size_of_activity(x64, activation, size):
 
 def test_inverses_begin_orthogonal_and_a_rate_of_0_leaves_them(x64):
     params, rule = drawn(NET), target_propagation(NET, LOSS, inverse_rate=0)
-    (_, _, after), before = first_step(rule, params, *batch(), state=jax.jit(rule.init)(KEY, params))
+    (_, _, after), before = first_step(
+        rule, params, *batch(), state=jax.jit(rule.init)(KEY, params)
+    )
     (g, _) = before.params[0]
     assert g.w.shape == (5, 6)
     np.testing.assert_allclose(g.w @ g.w.T, np.eye(5), atol=1e-12)
     assert error(wide(after.params), wide(before.params)) == 0
-    assert (jax.random.key_data(after.key) != jax.random.key_data(before.key)).any()  # other noise at the next step
+    # other noise at the next step
+    assert (jax.random.key_data(after.key) != jax.random.key_data(before.key)).any()
 
 
 def test_target_propagation_takes_blocks_that_are_not_dense_and_positions(x64):
@@ -426,7 +511,9 @@ def test_a_small_projection_gives_the_derivative_along_the_projected_error(x64):
     e = LOSS.grad(NET.apply(params, x), t)
     for i in range(2):
         below = fnn.serial(*NET.layers[: i + 1])
-        _, tangent = jax.jvp(lambda x, below=below, i=i: below.apply(params[: i + 1], x), (x,), (e @ f,))
+        _, tangent = jax.jvp(
+            lambda x, below=below, i=i: below.apply(params[: i + 1], x), (x,), (e @ f,)
+        )
         assert error(wide(grads[i][0].b / size), wide(-tangent.mean(0))) < 1e-5
 
 
@@ -437,7 +524,9 @@ def test_the_projection_is_uniform_within_its_limit_and_stays():
     assert f.shape == (40, 600)
     assert 0.045 < np.abs(f).max() <= 0.05  # 0.5 sqrt(6 / 600)
     assert abs(f.std() / (0.05 / np.sqrt(3)) - 1) < 0.02
-    assert (f != np.asarray(rule.init(jax.random.key(4), jax.eval_shape(net.init, KEY)))).mean() > 0.9
+    assert (
+        f != np.asarray(rule.init(jax.random.key(4), jax.eval_shape(net.init, KEY)))
+    ).mean() > 0.9
 
 
 def test_pepita_turns_the_weights_against_the_projection(x64):
@@ -462,7 +551,10 @@ def test_pepita_turns_the_weights_against_the_projection(x64):
 
 
 def spread(n=400):
-    """Centred data whose covariance is exactly diag(9, 4, 2, 1, 0.5) in a turned basis: `(x, basis)`, columns by variance."""
+    """Centred data whose covariance is exactly diag(9, 4, 2, 1, 0.5) in a turned basis.
+
+    `(x, basis)`, columns by variance.
+    """
     rng = np.random.default_rng(0)
     q, _ = np.linalg.qr(rng.normal(size=(5, 5)))
     x = rng.normal(size=(n, 5))
@@ -499,7 +591,8 @@ def test_sanger_finds_the_leading_components_in_order(x64):
 def test_subspace_finds_the_span_of_the_leading_components_and_not_each(x64):
     w, q = converged("subspace", 3)
     np.testing.assert_allclose(w.T @ w, np.eye(3), atol=1e-8)
-    np.testing.assert_allclose(np.linalg.svd(w.T @ q[:, :3])[1], 1, rtol=1e-10)  # cosines of the principal angles
+    # cosines of the principal angles
+    np.testing.assert_allclose(np.linalg.svd(w.T @ q[:, :3])[1], 1, rtol=1e-10)
     assert np.abs(w.T @ q[:, :3]).max(0).min() < 0.99
 
 
@@ -507,8 +600,13 @@ def test_subspace_finds_the_span_of_the_leading_components_and_not_each(x64):
 def test_components_are_a_fixed_point(x64, competition):
     x, q = spread()
     net = fnn.mlp((5, 2, 2), "identity")
-    params = ((Dense(jnp.asarray(q[:, :2]), jnp.zeros(2)), ()), Dense(jnp.ones((2, 2)), jnp.zeros(2)))
-    _, grads, _ = hebbian(net, losses.l2_loss, competition=competition).value_and_grad(params, (), x, jnp.zeros((len(x), 2)))
+    params = (
+        (Dense(jnp.asarray(q[:, :2]), jnp.zeros(2)), ()),
+        Dense(jnp.ones((2, 2)), jnp.zeros(2)),
+    )
+    _, grads, _ = hebbian(net, losses.l2_loss, competition=competition).value_and_grad(
+        params, (), x, jnp.zeros((len(x), 2))
+    )
     assert np.abs(grads[0][0].w).max() <= 1e-12
     assert not np.asarray(grads[0][0].b).any()
 
@@ -527,23 +625,65 @@ def test_hidden_layers_do_not_see_the_targets(x64):
 @pytest.mark.parametrize(
     ("call", "kind", "message"),
     [
-        (lambda: pepita(NET, LOSS, projection_scale=0), ValueError, "`projection_scale` must be a finite number above 0, got 0"),
-        (lambda: target_propagation(NET, LOSS, target_rate=-1), ValueError, "`target_rate` must be a finite number above 0, got -1"),
-        (lambda: target_propagation(NET, LOSS, noise_std=-0.1), ValueError, "`noise_std` must be a finite number, at least 0, got -0.1"),
-        (lambda: target_propagation(NET, LOSS, inverse_rate=np.nan), ValueError, "`inverse_rate` must be a finite number, at least 0"),
-        (lambda: target_propagation(NET, LOSS, inverse_rate="0.1"), TypeError, r"`inverse_rate` must be .*, got '0.1' \(str\)"),
-        (lambda: target_propagation(NET, LOSS, inverse_activation="rellu"), ValueError, "Did you mean 'relu'"),
-        (lambda: hebbian(NET, LOSS, competition="sangre"), ValueError, "Unknown competition 'sangre'. Did you mean 'sanger'"),
+        (
+            lambda: pepita(NET, LOSS, projection_scale=0),
+            ValueError,
+            "`projection_scale` must be a finite number above 0, got 0",
+        ),
+        (
+            lambda: target_propagation(NET, LOSS, target_rate=-1),
+            ValueError,
+            "`target_rate` must be a finite number above 0, got -1",
+        ),
+        (
+            lambda: target_propagation(NET, LOSS, noise_std=-0.1),
+            ValueError,
+            "`noise_std` must be a finite number, at least 0, got -0.1",
+        ),
+        (
+            lambda: target_propagation(NET, LOSS, inverse_rate=np.nan),
+            ValueError,
+            "`inverse_rate` must be a finite number, at least 0",
+        ),
+        (
+            lambda: target_propagation(NET, LOSS, inverse_rate="0.1"),
+            TypeError,
+            r"`inverse_rate` must be .*, got '0.1' \(str\)",
+        ),
+        (
+            lambda: target_propagation(NET, LOSS, inverse_activation="rellu"),
+            ValueError,
+            "Did you mean 'relu'",
+        ),
+        (
+            lambda: hebbian(NET, LOSS, competition="sangre"),
+            ValueError,
+            "Unknown competition 'sangre'. Did you mean 'sanger'",
+        ),
         (lambda: hebbian(NET, "mse"), TypeError, "`loss` must be a Loss"),
         (lambda: pepita("net", LOSS), TypeError, "`net` must be a Layer"),
-        (lambda: pepita(fnn.dense(4, 3), LOSS), ValueError, r"`net` of pepita must be a chain .* got dense\(4, 3\), which is one block"),
-        (lambda: target_propagation(fnn.dense(4, 3), LOSS), ValueError, "`net` of target_propagation must be a chain"),
         (
-            lambda: hebbian(fnn.serial(fnn.dense(4, 4), fnn.residual(fnn.dense(4, 4)), fnn.dense(4, 3)), LOSS),
+            lambda: pepita(fnn.dense(4, 3), LOSS),
+            ValueError,
+            r"`net` of pepita must be a chain .* got dense\(4, 3\), which is one block",
+        ),
+        (
+            lambda: target_propagation(fnn.dense(4, 3), LOSS),
+            ValueError,
+            "`net` of target_propagation must be a chain",
+        ),
+        (
+            lambda: hebbian(
+                fnn.serial(fnn.dense(4, 4), fnn.residual(fnn.dense(4, 4)), fnn.dense(4, 3)), LOSS
+            ),
             ValueError,
             r"`net` of hebbian: hidden block 1 must begin with a dense layer, got residual\(dense\(4, 4\)\)",
         ),
-        (lambda: pepita(fnn.serial(fnn.embedding(4, 5), fnn.dense(5, 3)), LOSS), ValueError, "hidden block 0 .* got embedding"),
+        (
+            lambda: pepita(fnn.serial(fnn.embedding(4, 5), fnn.dense(5, 3)), LOSS),
+            ValueError,
+            "hidden block 0 .* got embedding",
+        ),
     ],
 )
 def test_settings_and_nets_that_cannot_be_meant(call, kind, message):
@@ -555,7 +695,11 @@ def test_settings_and_nets_that_cannot_be_meant(call, kind, message):
     ("x", "kind", "message"),
     [
         (np.zeros((2, 4), np.int32), TypeError, "`x` must hold floating-point numbers, got int32"),
-        (np.zeros((2, 3, 4), np.float32), ValueError, r"pepita: `x` has shape \(2, 3, 4\), expected \[batch, features\]"),
+        (
+            np.zeros((2, 3, 4), np.float32),
+            ValueError,
+            r"pepita: `x` has shape \(2, 3, 4\), expected \[batch, features\]",
+        ),
         (np.zeros(4, np.float32), ValueError, r"`x` has shape \(4,\), .* Pass `x\[None\]`"),
         ([[0.0] * 4] * 2, TypeError, "`x` must be an array, got list"),
     ],

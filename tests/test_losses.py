@@ -11,13 +11,15 @@ from cases import cast, error, targets_for, wide
 
 import fnn
 from fnn import losses
-from fnn.losses import LOSSES
+from fnn.nets.losses import LOSSES
 
 LABELS = losses.softmax_cross_entropy_with_integer_labels
-ROWS = (LABELS, losses.softmax_cross_entropy, losses.kl_divergence)  # these reduce the last axis themselves
+# these reduce the last axis themselves
+ROWS = (LABELS, losses.softmax_cross_entropy, losses.kl_divergence)
 ON_LOGITS = (losses.sigmoid_binary_cross_entropy, losses.softmax_cross_entropy, LABELS)
 FLOATING = tuple(loss for loss in LOSSES if loss is not LABELS)
-SHAPES = ((7, 4), (3, 5, 4), (2, 3, 2, 3), (1, 3), (4, 1), (1, 1))  # batch, positions, one example, one output
+# batch, positions, one example, one output
+SHAPES = ((7, 4), (3, 5, 4), (2, 3, 2, 3), (1, 3), (4, 1), (1, 1))
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
@@ -32,7 +34,9 @@ def reference(loss, outputs, targets):
 
 def theirs(loss, outputs, targets):
     """Optax's value and the gradient of each example's own."""
-    return reference(loss, outputs, targets), jax.grad(lambda y: reference(loss, y, targets).sum())(outputs)
+    return reference(loss, outputs, targets), jax.grad(lambda y: reference(loss, y, targets).sum())(
+        outputs
+    )
 
 
 def ours(loss, outputs, targets):
@@ -58,7 +62,10 @@ def batches(loss, shapes=SHAPES):
 def test_value_and_gradient_are_optaxs(x64, loss):
     @jax.jit
     def both(data):
-        return [(ours(loss, *batch), theirs(loss, *batch), ours(loss, *cast(batch, jnp.float32))) for batch in data]
+        return [
+            (ours(loss, *batch), theirs(loss, *batch), ours(loss, *cast(batch, jnp.float32)))
+            for batch in data
+        ]
 
     data = batches(loss, SHAPES if loss in ROWS else (*SHAPES, (5,)))
     for (y, _), (manual, automatic, short) in zip(data, both(data), strict=True):
@@ -73,7 +80,9 @@ def test_value_and_gradient_are_optaxs(x64, loss):
 def test_targets_may_be_zero_or_not_sum_to_one(x64, loss):
     targets = jnp.array([[0.0, 1.0, 0.0], [0.5, 0.0, 0.5], [0.2, 0.1, 0.4], [0.0, 0.0, 0.0]])
     y = outputs_for(loss, targets.shape, np.random.default_rng(1))
-    manual, automatic = jax.jit(lambda *batch: (ours(loss, *batch), theirs(loss, *batch)))(y, targets)
+    manual, automatic = jax.jit(lambda *batch: (ours(loss, *batch), theirs(loss, *batch)))(
+        y, targets
+    )
     assert error(wide(manual[0]), wide(automatic[0])) <= 1e-12
     assert error(wide(manual[1]), wide(automatic[1])) <= 1e-12
 
@@ -81,7 +90,10 @@ def test_targets_may_be_zero_or_not_sum_to_one(x64, loss):
 def test_one_hot_rows_and_labels_are_the_same_loss(x64):
     y, labels = batches(LABELS)[1]
     one_hot = jax.nn.one_hot(labels, y.shape[-1], dtype=y.dtype)
-    assert error(wide(ours(LABELS, y, labels)), wide(ours(losses.softmax_cross_entropy, y, one_hot))) <= 1e-12
+    assert (
+        error(wide(ours(LABELS, y, labels)), wide(ours(losses.softmax_cross_entropy, y, one_hot)))
+        <= 1e-12
+    )
 
 
 def test_hinge_loss_has_gradient_zero_at_its_kink():
@@ -96,7 +108,12 @@ def test_whole_number_and_bool_targets_are_floats_exactly(x64, loss):
     y = outputs_for(loss, (6, 3), rng)
     on = rng.integers(0, 2, (6, 3)) if loss not in ROWS else np.eye(3)[rng.integers(0, 3, 6)]
     kinds = [jnp.asarray(on, kind) for kind in (jnp.int32, jnp.uint8, jnp.bool)]
-    found, truth = jax.jit(lambda y, kinds: ([ours(loss, y, t) for t in kinds], ours(loss, y, kinds[0].astype(y.dtype))))(y, kinds)
+    found, truth = jax.jit(
+        lambda y, kinds: (
+            [ours(loss, y, t) for t in kinds],
+            ours(loss, y, kinds[0].astype(y.dtype)),
+        )
+    )(y, kinds)
     for one in found:
         for got, true in zip(one, truth, strict=True):
             assert got.dtype == jnp.float64
@@ -106,7 +123,9 @@ def test_whole_number_and_bool_targets_are_floats_exactly(x64, loss):
 def test_labels_of_every_whole_number_dtype_are_the_same_labels(x64):
     y, labels = batches(LABELS)[0]
     kinds = [labels.astype(kind) for kind in (jnp.int8, jnp.uint8, jnp.int32, jnp.int64)]
-    found = jax.jit(lambda y, kinds: [(*ours(LABELS, y, t), LABELS.correct(y, t)) for t in kinds])(y, kinds)
+    found = jax.jit(lambda y, kinds: [(*ours(LABELS, y, t), LABELS.correct(y, t)) for t in kinds])(
+        y, kinds
+    )
     for one in found[1:]:
         jax.tree.map(np.testing.assert_array_equal, one, found[0])
 
@@ -114,7 +133,9 @@ def test_labels_of_every_whole_number_dtype_are_the_same_labels(x64):
 @pytest.mark.parametrize("loss", LOSSES, ids=repr)
 def test_the_dtype_is_kept_and_nothing_is_weakly_typed(x64, loss):
     y, t = batches(loss)[1]
-    found = jax.jit(lambda y, t: {dtype: ours(loss, y.astype(dtype), cast(t, dtype)) for dtype in DTYPES})(y, t)
+    found = jax.jit(
+        lambda y, t: {dtype: ours(loss, y.astype(dtype), cast(t, dtype)) for dtype in DTYPES}
+    )(y, t)
     for dtype, parts in found.items():
         for got, true in zip(parts, found["float64"], strict=True):
             assert got.dtype == dtype
@@ -122,36 +143,55 @@ def test_the_dtype_is_kept_and_nothing_is_weakly_typed(x64, loss):
             assert error(wide(got), wide(true)) <= 5e-2
 
 
-@pytest.mark.parametrize("loss", [loss for loss in LOSSES if loss.name != "binary_cross_entropy"], ids=repr)
+@pytest.mark.parametrize(
+    "loss", [loss for loss in LOSSES if loss.name != "binary_cross_entropy"], ids=repr
+)
 def test_outputs_of_ten_thousand_have_the_right_finite_value_and_gradient(x64, loss):
-    rows = np.array([[1e4, -1e4, 0.0], [-1e4, 1e4, 0.0], [1e4, 1e4, 1e4], [-1e4, -1e4, -1e4], [1e4, -1e4, -1e4]])
+    rows = np.array(
+        [[1e4, -1e4, 0.0], [-1e4, 1e4, 0.0], [1e4, 1e4, 1e4], [-1e4, -1e4, -1e4], [1e4, -1e4, -1e4]]
+    )
     t = targets_for(loss, rows.shape, np.random.default_rng(3))
     shorts = ("bfloat16", "float32")
 
     @jax.jit
     def check(y, t):
         batch = {dtype: (y.astype(dtype), cast(t, dtype)) for dtype in shorts}
-        return {dtype: (ours(loss, *batch[dtype]), theirs(loss, *cast(batch[dtype], jnp.float64))) for dtype in shorts}
+        return {
+            dtype: (ours(loss, *batch[dtype]), theirs(loss, *cast(batch[dtype], jnp.float64)))
+            for dtype in shorts
+        }
 
     for dtype, (manual, truth) in check(jnp.asarray(rows), t).items():
         for got, true in zip(manual, truth, strict=True):
             tolerance = {"bfloat16": 2e-2, "float32": 1e-5}[dtype]
-            np.testing.assert_allclose(wide(got)[0], true, rtol=tolerance, atol=tolerance, err_msg=dtype)
+            np.testing.assert_allclose(
+                wide(got)[0], true, rtol=tolerance, atol=tolerance, err_msg=dtype
+            )
 
 
 @pytest.mark.parametrize("loss", ON_LOGITS, ids=repr)
 def test_rows_of_equal_logits_have_the_loss_of_not_knowing(x64, loss):
     if loss.name == "sigmoid_binary_cross_entropy":
-        levels, t, value, grad = (0.0,), jnp.array([[1.0, 0.0, 0.5]]), 3 * np.log(2), np.array([[-0.5, 0.5, 0.0]])
+        levels, t, value, grad = (
+            (0.0,),
+            jnp.array([[1.0, 0.0, 0.5]]),
+            3 * np.log(2),
+            np.array([[-0.5, 0.5, 0.0]]),
+        )
     else:
         levels, value, grad = (0.0, 1e4, -1e4), np.log(3), np.array([[1 / 3, 1 / 3 - 1, 1 / 3]])
         t = jnp.array([1]) if loss is LABELS else jnp.array([[0.0, 1.0, 0.0]])
     found = jax.jit(
-        lambda t: {dtype: [ours(loss, jnp.full((1, 3), level, dtype), cast(t, dtype)) for level in levels] for dtype in DTYPES}
+        lambda t: {
+            dtype: [ours(loss, jnp.full((1, 3), level, dtype), cast(t, dtype)) for level in levels]
+            for dtype in DTYPES
+        }
     )(t)
     for dtype in DTYPES:
         for v, g in found[dtype]:
-            tolerance = {"bfloat16": 2e-2, "float16": 2e-3, "float32": 1e-6, "float64": 1e-12}[dtype]
+            tolerance = {"bfloat16": 2e-2, "float16": 2e-3, "float32": 1e-6, "float64": 1e-12}[
+                dtype
+            ]
             np.testing.assert_allclose(wide(v)[0], [value], rtol=tolerance)
             np.testing.assert_allclose(wide(g)[0], grad, atol=tolerance)
 
@@ -176,7 +216,10 @@ def test_huber_loss_takes_a_delta(x64):
             return optax.losses.huber_loss(y, t, delta=delta).sum(1)
 
         return [
-            (ours(losses.huber_loss(delta=d), y, t), (optaxs(y, d), jax.grad(lambda y, d=d: optaxs(y, d).sum())(y)))
+            (
+                ours(losses.huber_loss(delta=d), y, t),
+                (optaxs(y, d), jax.grad(lambda y, d=d: optaxs(y, d).sum())(y)),
+            )
             for d in (0.5, 1.0, 2.0)
         ]
 
@@ -189,11 +232,31 @@ def test_huber_loss_takes_a_delta(x64):
 
 CORRECT = {
     "hinge_loss": ([[2.0], [-0.1], [0.3]], [[1.0], [1.0], [-1.0]], [True, False, False]),
-    "sigmoid_binary_cross_entropy": ([[2.0, -1.0], [2.0, 1.0], [0.0, 0.0]], [[1.0, 0.0], [1.0, 0.0], [0.0, 0.0]], [True, False, True]),
-    "binary_cross_entropy": ([[0.7, 0.2], [0.7, 0.8], [0.4, 0.4]], [[1.0, 0.0], [1.0, 0.0], [0.0, 0.0]], [True, False, True]),
-    "softmax_cross_entropy": ([[1.0, 3.0], [1.0, 3.0], [2.0, -1.0]], [[0.1, 0.9], [1.0, 0.0], [0.6, 0.4]], [True, False, True]),
-    "softmax_cross_entropy_with_integer_labels": ([[1.0, 3.0], [1.0, 3.0], [2.0, -1.0]], [1, 0, 0], [True, False, True]),
-    "kl_divergence": ([[-2.0, -0.1], [-2.0, -0.1], [-0.3, -1.0]], [[0.1, 0.9], [1.0, 0.0], [0.6, 0.4]], [True, False, True]),
+    "sigmoid_binary_cross_entropy": (
+        [[2.0, -1.0], [2.0, 1.0], [0.0, 0.0]],
+        [[1.0, 0.0], [1.0, 0.0], [0.0, 0.0]],
+        [True, False, True],
+    ),
+    "binary_cross_entropy": (
+        [[0.7, 0.2], [0.7, 0.8], [0.4, 0.4]],
+        [[1.0, 0.0], [1.0, 0.0], [0.0, 0.0]],
+        [True, False, True],
+    ),
+    "softmax_cross_entropy": (
+        [[1.0, 3.0], [1.0, 3.0], [2.0, -1.0]],
+        [[0.1, 0.9], [1.0, 0.0], [0.6, 0.4]],
+        [True, False, True],
+    ),
+    "softmax_cross_entropy_with_integer_labels": (
+        [[1.0, 3.0], [1.0, 3.0], [2.0, -1.0]],
+        [1, 0, 0],
+        [True, False, True],
+    ),
+    "kl_divergence": (
+        [[-2.0, -0.1], [-2.0, -0.1], [-0.3, -1.0]],
+        [[0.1, 0.9], [1.0, 0.0], [0.6, 0.4]],
+        [True, False, True],
+    ),
 }
 
 
@@ -204,7 +267,8 @@ def test_an_answer_is_correct_where_all_its_outputs_are(loss):
         return
     y, t, expected = (jnp.asarray(a) for a in CORRECT[loss.name])
     np.testing.assert_array_equal(loss.correct(y, t), expected)
-    positions = loss.correct(jnp.stack([y, y[::-1]], 1), jnp.stack([t, t[::-1]], 1))  # [batch, 2, ...]
+    # [batch, 2, ...]
+    positions = loss.correct(jnp.stack([y, y[::-1]], 1), jnp.stack([t, t[::-1]], 1))
     np.testing.assert_array_equal(positions, expected & expected[::-1])
 
 
@@ -222,7 +286,9 @@ def value_and_gradients(loss):
     @jax.jit
     def both(x):
         params, t = net.init(jax.random.key(0)), x[:, :2]
-        return fnn.value_and_grad(net, loss)(params, x, t), jax.value_and_grad(fnn.mean_loss(net, loss))(params, x, t)
+        return fnn.value_and_grad(net, loss)(params, x, t), jax.value_and_grad(
+            fnn.mean_loss(net, loss)
+        )(params, x, t)
 
     return both(x)
 
@@ -247,7 +313,9 @@ def test_a_users_own_loss_of_elements_is_a_loss_like_any_other(x64):
 
 
 def test_a_bare_loss_needs_a_value_and_a_gradient_alone(x64):
-    bare = fnn.Loss("bare", lambda y, t: (power(y, t, 3)).sum(-1), functools.partial(power_gradient, p=3))
+    bare = fnn.Loss(
+        "bare", lambda y, t: (power(y, t, 3)).sum(-1), functools.partial(power_gradient, p=3)
+    )
     assert bare.check(jnp.ones((2, 1)), jnp.ones((2, 1))) is None
     manual, automatic = value_and_gradients(bare)
     assert error(wide(manual), wide(automatic)) <= 1e-12
@@ -255,7 +323,9 @@ def test_a_bare_loss_needs_a_value_and_a_gradient_alone(x64):
 
 def test_a_narrow_label_is_not_mistaken_for_a_wide_one():
     outputs = jax.nn.one_hot(jnp.array([257]), 300)
-    assert not losses.softmax_cross_entropy_with_integer_labels.correct(outputs, jnp.array([1], jnp.uint8))[0]
+    assert not losses.softmax_cross_entropy_with_integer_labels.correct(
+        outputs, jnp.array([1], jnp.uint8)
+    )[0]
 
 
 def test_a_setting_of_numpy_promotes_nothing():

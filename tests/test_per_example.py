@@ -1,4 +1,7 @@
-"""Per-example statistics: what `jax.vmap(jax.grad)` and NumPy say, over random nets; their properties; their numerics."""
+"""Per-example statistics: what `jax.vmap(jax.grad)` and NumPy say, over random nets.
+
+Their properties; their numerics.
+"""
 
 import functools
 import itertools
@@ -55,15 +58,24 @@ def gentle(norms):
 
 
 def scaled_by_layer(net, tree, scale):
-    """Every example's gradient with every layer's part scaled by `scale(its norm)`; the copies in a `repeat` are layers."""
+    """Every example's gradient with every layer's part scaled by `scale(its norm)`.
+
+    The copies in a `repeat` are layers.
+    """
     leaves = jax.tree.leaves(tree)
     if not leaves:
         return tree
     if net.name == "serial":
-        return tuple(scaled_by_layer(layer, part, scale) for layer, part in zip(net.layers, tree, strict=True))
+        return tuple(
+            scaled_by_layer(layer, part, scale)
+            for layer, part in zip(net.layers, tree, strict=True)
+        )
     if net.name.startswith("repeat("):
         parts = [jax.tree.map(lambda a, i=i: a[:, i], tree) for i in range(leaves[0].shape[1])]
-        return jax.tree.map(lambda *copies: np.stack(copies, 1), *(scaled_by_layer(net.layers[0], part, scale) for part in parts))
+        return jax.tree.map(
+            lambda *copies: np.stack(copies, 1),
+            *(scaled_by_layer(net.layers[0], part, scale) for part in parts),
+        )
     if net.layers:  # residual, iterate
         return scaled_by_layer(net.layers[0], tree, scale)
     factors = scale(np.linalg.norm(flat(tree), axis=1))
@@ -71,7 +83,8 @@ def scaled_by_layer(net, tree, scale):
 
 
 def agree(ours, truth, size=None):
-    """The two trees are the same to 1e-12 of the size of the true one, or of another where it is what rounding is relative to."""
+    """The two trees are the same to 1e-12 of the size of the true one, or of another where it is
+    what rounding is relative to."""
     ours, truth = (np.concatenate([leaf.ravel() for leaf in wide(tree)]) for tree in (ours, truth))
     assert ours.shape == truth.shape
     apart = np.linalg.norm(ours - truth)
@@ -79,7 +92,10 @@ def agree(ours, truth, size=None):
 
 
 def agree_with_noise_scale(found, g, share):
-    """Against the two estimates as McCandlish et al. write them; both are differences of what `size` is the size of."""
+    """Against the two estimates as McCandlish et al. write them.
+
+    Both are differences of what `size` is the size of.
+    """
     small, big, s = share @ (g**2).sum(1), ((share @ g) ** 2).sum(), (share**2).sum()
     if np.count_nonzero(share) < 2:
         assert np.isnan([found.trace, found.squared_gradient, found.noise_scale]).all()
@@ -91,9 +107,14 @@ def agree_with_noise_scale(found, g, share):
 
 
 def agree_with_moments(found, ratio, tree, share):
-    """The variance is a difference where the mean is large: right to 1e-12 of the second moment, and so is the ratio made of it."""
+    """The variance is a difference where the mean is large.
+
+    Right to 1e-12 of the second moment, and so is the ratio made of it.
+    """
     mean = together(tree, share)
-    variance = [np.tensordot(share, (leaf - m) ** 2, 1) for leaf, m in zip(wide(tree), mean, strict=True)]
+    variance = [
+        np.tensordot(share, (leaf - m) ** 2, 1) for leaf, m in zip(wide(tree), mean, strict=True)
+    ]
     second = together(jax.tree.map(lambda g: np.asarray(g) ** 2, tree), share)
     size = np.linalg.norm(np.concatenate([leaf.ravel() for leaf in second]))
     agree(found.mean, mean)
@@ -109,14 +130,23 @@ def agree_with_moments(found, ratio, tree, share):
 
 
 def traced_once(source, *arguments):
-    """The source at these arguments, for several statistics of one program that ask for its factors alone."""
+    """The source at these arguments, for several statistics of one program that ask for its factors
+    alone."""
     answer = source(*arguments)
     return lambda *_: answer
 
 
 def settings_of(number):
-    """What takes turns over the nets: weights, and a second way of clipping: (per_layer, scale, reduction)."""
-    second = [(True, None, "mean"), (False, gentle, "sum"), (True, gentle, "mean"), (True, None, "sum")][number % 4]
+    """What takes turns over the nets: weights, and a second way of clipping.
+
+    (per_layer, scale, reduction).
+    """
+    second = [
+        (True, None, "mean"),
+        (False, gentle, "sum"),
+        (True, gentle, "mean"),
+        (True, None, "sum"),
+    ][number % 4]
     return number % 3 != 0, second
 
 
@@ -125,9 +155,11 @@ def test_every_statistic_is_that_of_vmap_grad(x64, number):
     by_default = number % 15 == 0  # as JAX compiles by default: seven nets, each of another shape
     c = case(number, deepest=1 if by_default else 2)
     batch, rng = len(c.x), np.random.default_rng(number)
-    source, mean = fnn.factors(c.net, c.loss), fnn.mean_loss(c.net, c.loss)
+    source, mean = fnn.source(c.net, c.loss), fnn.mean_loss(c.net, c.loss)
     weighted, (per_layer, own, kind) = settings_of(number)
-    weights = rng.uniform(0.1, 2, batch) * (np.arange(batch) % 3 != 1) if weighted else np.ones(batch)
+    weights = (
+        rng.uniform(0.1, 2, batch) * (np.arange(batch) % 3 != 1) if weighted else np.ones(batch)
+    )
     signed, cut = rng.normal(size=batch), rng.permutation(batch)[: max(1, 2 * batch // 3)]
     first_kind = ("mean", "sum")[number % 2]
 
@@ -137,21 +169,29 @@ def test_every_statistic_is_that_of_vmap_grad(x64, number):
         arguments, second = (params, x, t), {"scale": own} if own else {"max_norm": bound}
         known = traced_once(source, *arguments)
         return {
-            "truth": jax.vmap(lambda x, t: jax.value_and_grad(mean)(params, x[None], t[None]))(x, t),
+            "truth": jax.vmap(lambda x, t: jax.value_and_grad(mean)(params, x[None], t[None]))(
+                x, t
+            ),
             "gradients": gradients(source)(*arguments),
             "top": top_examples(source, batch)(*arguments),  # all of `norms`, in order
             "clipped": clipped_gradient(known, bound, reduction=first_kind)(*arguments, **given),
-            "otherwise": clipped_gradient(known, per_layer=per_layer, reduction=kind, **second)(*arguments, **given),
+            "otherwise": clipped_gradient(known, per_layer=per_layer, reduction=kind, **second)(
+                *arguments, **given
+            ),
             "weighted": weighted_gradient(known)(*arguments, weights=signed),
             "moments": moments(known)(*arguments, **given),
-            "signal": signal_to_noise(known)(*arguments, **given).ratio if number % 9 == 1 else None,
+            "signal": signal_to_noise(known)(*arguments, **given).ratio
+            if number % 9 == 1
+            else None,
             "noise": noise_scale(known)(*arguments, **given) if batch > 1 else None,
             "gram": gram(known)(*arguments),
             "inner": inner_products(source)(params, (x, t), (x[cut], t[cut])),
         }
 
     bound = 0.5 if number % 5 else np.inf
-    found = everything(c.params, c.x, c.targets, jnp.asarray(weights), jnp.asarray(signed), jnp.asarray(bound))
+    found = everything(
+        c.params, c.x, c.targets, jnp.asarray(weights), jnp.asarray(signed), jnp.asarray(bound)
+    )
     values, tree = found["truth"]
     g, share = flat(tree), weights / weights.sum()
     n = np.linalg.norm(g, axis=1)
@@ -164,7 +204,9 @@ def test_every_statistic_is_that_of_vmap_grad(x64, number):
     by = {"mean": share, "sum": weights}
     agree(clipped.gradient, together(tree, by[first_kind] * clip_to(bound)(n)))
     scale = gentle if own else clip_to(bound)
-    one_by_one = scaled_by_layer(c.net, tree, scale) if per_layer else jax.tree.map(np.asarray, tree)
+    one_by_one = (
+        scaled_by_layer(c.net, tree, scale) if per_layer else jax.tree.map(np.asarray, tree)
+    )
     agree(otherwise.gradient, together(one_by_one, by[kind] * (1 if per_layer else scale(n))))
     agree(signed_sum.gradient, together(tree, signed))
     for result, w in ((clipped, weights), (otherwise, weights), (signed_sum, signed)):
@@ -180,7 +222,9 @@ def test_every_statistic_is_that_of_vmap_grad(x64, number):
     matrix = np.asarray(found["gram"])
     agree(matrix, g @ g.T)
     agree(found["inner"], g @ g[cut].T)
-    np.testing.assert_allclose(np.sqrt(matrix.diagonal()[found["top"].examples]), found["top"].norms, rtol=1e-12)
+    np.testing.assert_allclose(
+        np.sqrt(matrix.diagonal()[found["top"].examples]), found["top"].norms, rtol=1e-12
+    )
     spectrum = np.linalg.eigvalsh(matrix)
     assert spectrum[0] >= -1e-12 * spectrum[-1]
 
@@ -188,7 +232,9 @@ def test_every_statistic_is_that_of_vmap_grad(x64, number):
 def test_the_nets_cover_every_shape_activation_and_loss():
     assert len(NETS) >= 100
     assert {n // 3 % len(SHAPES) for n in NETS} == set(range(len(SHAPES)))
-    assert {n % len(fnn.activations.ACTIVATIONS) for n in NETS} == set(range(len(fnn.activations.ACTIVATIONS)))
+    assert {n % len(fnn.activations.ACTIVATIONS) for n in NETS} == set(
+        range(len(fnn.activations.ACTIVATIONS))
+    )
     assert {n // 2 % len(losses.LOSSES) for n in NETS} == set(range(len(losses.LOSSES)))
     assert sorted(n // 3 % len(SHAPES) for n in PROPERTY_NETS) == list(range(len(SHAPES)))
 
@@ -201,15 +247,20 @@ def test_properties(x64, number):
     """Of sums, clipping, order and copies: one program for a net, asked with other numbers."""
     c = case(number)
     batch, rng = len(c.x), np.random.default_rng(number)
-    source = fnn.factors(c.net, c.loss)
+    source = fnn.source(c.net, c.loss)
     ones, batch_gradient = np.ones(batch), fnn.value_and_grad(c.net, c.loss)
 
     @jax.jit
     def ask(params, x, t, weights, bound):
-        known, vmapped = traced_once(source, params, x, t), per_example.by_vmap(batch_gradient)(params, x, t)
+        known, vmapped = (
+            traced_once(source, params, x, t),
+            per_example.by_vmap(batch_gradient)(params, x, t),
+        )
         return {
             "norms": norms(source)(params, x, t),
-            "clipped": clipped_gradient(known, bound, reduction="sum")(params, x, t, weights=weights),
+            "clipped": clipped_gradient(known, bound, reduction="sum")(
+                params, x, t, weights=weights
+            ),
             "sum": weighted_gradient(known)(params, x, t, weights=weights),
             "moments": moments(known)(params, x, t, weights=weights),
             "gram": gram(known)(params, x, t),
@@ -253,14 +304,22 @@ def test_properties(x64, number):
 
     # a batch in two parts
     first = (np.arange(batch) % 2 == 0).astype(float)
-    parts = [ask(c.params, c.x, c.targets, w, bound)["clipped"].gradient for w in (first, 1 - first)]
+    parts = [
+        ask(c.params, c.x, c.targets, w, bound)["clipped"].gradient for w in (first, 1 - first)
+    ]
     whole = ask(c.params, c.x, c.targets, ones, bound)["clipped"].gradient
     agree(jax.tree.map(np.add, *parts), whole)
 
     # batches that differ by one example differ by no more than the bound
     for i in range(min(batch, 6)):
-        without = ask(c.params, c.x, c.targets, np.where(np.arange(batch) == i, 0.0, 1.0), bound)["clipped"]
-        apart = np.linalg.norm(np.concatenate([(a - b).ravel() for a, b in zip(wide(whole), wide(without.gradient), strict=True)]))
+        without = ask(c.params, c.x, c.targets, np.where(np.arange(batch) == i, 0.0, 1.0), bound)[
+            "clipped"
+        ]
+        apart = np.linalg.norm(
+            np.concatenate(
+                [(a - b).ravel() for a, b in zip(wide(whole), wide(without.gradient), strict=True)]
+            )
+        )
         assert apart <= bound * (1 + 1e-12) + 1e-14 * size
         assert apart >= min(bound, float(found["norms"][i])) * (1 - 1e-9) - 1e-14 * size
 
@@ -268,19 +327,28 @@ def test_properties(x64, number):
 NET = fnn.serial(
     fnn.dense(5, 6),
     fnn.activations.tanh,
-    fnn.repeat(fnn.residual(fnn.serial(fnn.layer_norm(6), fnn.dense(6, 6), fnn.activations.gelu)), 2),
+    fnn.repeat(
+        fnn.residual(fnn.serial(fnn.layer_norm(6), fnn.dense(6, 6), fnn.activations.gelu)), 2
+    ),
     fnn.iterate(fnn.residual(fnn.serial(fnn.dense(6, 6), fnn.activations.softplus)), 3),
     fnn.rms_norm(6),
     fnn.dense(6, 4),
 )
-SOURCE = fnn.factors(NET, losses.l2_loss)
+SOURCE = fnn.source(NET, losses.l2_loss)
 
 
 def net_case(*shape, seed=0, scale=0.7):
     """Params of `NET` and a batch `[*shape, 5]`, `[*shape, 4]`, in float64 where that is on."""
     rng = np.random.default_rng(seed)
-    params = jax.tree.map(lambda p: jnp.asarray(scale * rng.normal(size=p.shape)), jax.eval_shape(NET.init, jax.random.key(0)))
-    return params, jnp.asarray(rng.normal(size=(*shape, 5))), jnp.asarray(rng.normal(size=(*shape, 4)))
+    params = jax.tree.map(
+        lambda p: jnp.asarray(scale * rng.normal(size=p.shape)),
+        jax.eval_shape(NET.init, jax.random.key(0)),
+    )
+    return (
+        params,
+        jnp.asarray(rng.normal(size=(*shape, 5))),
+        jnp.asarray(rng.normal(size=(*shape, 4))),
+    )
 
 
 def robust(source, bound=0.7):
@@ -290,7 +358,9 @@ def robust(source, bound=0.7):
         known, given = traced_once(source, params, x, t), {"weights": weights}
         return {
             "clipped": clipped_gradient(known, bound)(params, x, t, **given),
-            "per layer": clipped_gradient(known, bound, per_layer=True, reduction="sum")(params, x, t, **given),
+            "per layer": clipped_gradient(known, bound, per_layer=True, reduction="sum")(
+                params, x, t, **given
+            ),
             "weighted": weighted_gradient(known)(params, x, t, **given),
             "moments": moments(known)(params, x, t, **given),
             "noise": noise_scale(known)(params, x, t, **given),
@@ -301,8 +371,13 @@ def robust(source, bound=0.7):
 
 def numbers_of(found):
     """What `robust` says of the batch as a whole, and not row by row."""
-    return {name: jax.tree.leaves(result)[: -len(jax.tree.leaves(result.reduction))] for name, result in found.items()} | {
-        name: result.gradient for name, result in found.items() if isinstance(result, per_example.Gradient)
+    return {
+        name: jax.tree.leaves(result)[: -len(jax.tree.leaves(result.reduction))]
+        for name, result in found.items()
+    } | {
+        name: result.gradient
+        for name, result in found.items()
+        if isinstance(result, per_example.Gradient)
     }
 
 
@@ -312,26 +387,43 @@ def ask_any():
         unit = clipped_gradient(SOURCE, scale=lambda n: 1 / n)
 
         def ask(*batch, weights):
-            more = {"unit": unit(*batch, weights=weights), "signal": signal_to_noise(SOURCE)(*batch, weights=weights)}
+            more = {
+                "unit": unit(*batch, weights=weights),
+                "signal": signal_to_noise(SOURCE)(*batch, weights=weights),
+            }
             return robust(SOURCE)(*batch, weights) | more
 
         return jax.jit(ask)
 
 
 @hypothesis.settings(
-    max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 @hypothesis.given(
-    weights=st.lists(st.sampled_from([0.0, 0.25, 1.0, 3.0]) | st.floats(0.125, 4.0, width=16), min_size=9, max_size=9),
-    broken=st.dictionaries(st.integers(0, 8), st.sampled_from(["x nan", "x inf", "t nan", "t -inf"]), max_size=5),
+    weights=st.lists(
+        st.sampled_from([0.0, 0.25, 1.0, 3.0]) | st.floats(0.125, 4.0, width=16),
+        min_size=9,
+        max_size=9,
+    ),
+    broken=st.dictionaries(
+        st.integers(0, 8), st.sampled_from(["x nan", "x inf", "t nan", "t -inf"]), max_size=5
+    ),
 )
 def test_any_examples_that_are_not_finite_count_nothing(ask_any, weights, broken):
-    """Whatever the weights: what stands in a broken row, or in one of weight 0, is as if it were not there."""
+    """Whatever the weights.
+
+    What stands in a broken row, or in one of weight 0, is as if it were not there.
+    """
     with jax.enable_x64(True):
         params, x, t = jax.tree.map(np.array, net_case(9))
         good, weights = np.array([i not in broken for i in range(9)]), np.asarray(weights)
         hypothesis.assume(((weights != 0) & good).sum() >= 2)
-        tidy = ask_any(params, x, t, weights=weights * good)  # the same rows, whole, but of weight 0
+        # the same rows, whole, but of weight 0
+        tidy = ask_any(params, x, t, weights=weights * good)
         x, t = x.copy(), t.copy()  # the call before may still read the others
         for row, how in broken.items():
             which, value = how.split()
@@ -345,12 +437,17 @@ def test_any_examples_that_are_not_finite_count_nothing(ask_any, weights, broken
 
 @pytest.mark.parametrize("width", [1, 2, 3, 4, 17])
 def test_a_repeat_of_few_units_over_many_examples_is_clipped(x64, width):
-    """XLA's compiler may abort over a product of 2 x 2 or 3 x 3 in a loop: see `_product` of fnn/factors/outer.py."""
+    """XLA's compiler may abort over a product of 2 x 2 or 3 x 3 in a loop.
+
+    See `_product` of fnn/factors/outer.py.
+    """
     net, rng = fnn.repeat(fnn.dense(width, width), 2), np.random.default_rng(width)
-    params, source = jax.jit(net.init)(jax.random.key(0)), fnn.factors(net, losses.l2_loss)
+    params, source = jax.jit(net.init)(jax.random.key(0)), fnn.source(net, losses.l2_loss)
     x, t = jnp.asarray(rng.normal(size=(2, 144, width)))
     found = jax.jit(clipped_gradient(source, float("inf")))(params, x.at[3, 0].set(jnp.nan), t)
-    without = jax.jit(fnn.value_and_grad(net, losses.l2_loss))(params, x, t, weights=jnp.ones(144).at[3].set(0))[1]
+    without = jax.jit(fnn.value_and_grad(net, losses.l2_loss))(
+        params, x, t, weights=jnp.ones(144).at[3].set(0)
+    )[1]
     agree(found.gradient, without)
 
 
@@ -370,16 +467,21 @@ BROKEN = {  # net, positions, what is put into row 4, and where
 
 @functools.cache
 def ask_robustly(net):
-    return jax.jit(robust(fnn.factors(net, losses.l2_loss)))
+    return jax.jit(robust(fnn.source(net, losses.l2_loss)))
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype"), [(name, "float64") for name in BROKEN] + [(name, "float32") for name in BROKEN if "over" in name]
+    ("name", "dtype"),
+    [(name, "float64") for name in BROKEN]
+    + [(name, "float32") for name in BROKEN if "over" in name],
 )
 def test_a_broken_example_leaves_the_batch_as_if_it_were_not_in_it(x64, name, dtype):
     net, positions, where, value = BROKEN[name]
     params, x, t = net_case(7, *positions)
-    params = jax.tree.map(lambda p: jnp.asarray(np.random.default_rng(1).normal(size=p.shape)), jax.eval_shape(net.init, jax.random.key(0)))
+    params = jax.tree.map(
+        lambda p: jnp.asarray(np.random.default_rng(1).normal(size=p.shape)),
+        jax.eval_shape(net.init, jax.random.key(0)),
+    )
     if net is EMBEDDING:
         x, t = jnp.asarray(np.random.default_rng(2).integers(0, 7, (7, *positions))), t[..., :3]
     params, x, t = cast((params, x, t), dtype)
@@ -394,54 +496,98 @@ def test_a_broken_example_leaves_the_batch_as_if_it_were_not_in_it(x64, name, dt
     for key, truth in numbers_of(without).items():
         for messy in (found, padded):
             assert all(np.isfinite(leaf).all() for leaf in wide(numbers_of(messy)[key]))
-            assert error(wide(numbers_of(messy)[key]), wide(truth)) <= {"float64": 1e-12, "float32": 2e-6}[dtype], key
+            assert (
+                error(wide(numbers_of(messy)[key]), wide(truth))
+                <= {"float64": 1e-12, "float32": 2e-6}[dtype]
+            ), key
         assert found[key].reduction.non_finite.tolist() == [i == 4 for i in range(7)]
         assert not padded[key].reduction.non_finite.any()
-        np.testing.assert_array_equal(found[key].reduction.weights[rest], without[key].reduction.weights)
+        np.testing.assert_array_equal(
+            found[key].reduction.weights[rest], without[key].reduction.weights
+        )
     assert not np.isfinite(found["clipped"].norms[4])
     np.testing.assert_allclose(found["clipped"].norms[rest], without["clipped"].norms, rtol=1e-6)
 
 
 def test_clipping_layer_by_layer_goes_by_the_layers_that_repeat_stacks(x64):
-    """The layers of a `repeat` are clipped like those of the same net written out as a `serial`; no layer exceeds the bound."""
-    block, n, bound = fnn.residual(fnn.serial(fnn.layer_norm(6), fnn.dense(6, 6), fnn.activations.gelu)), 3, 0.2
+    """The layers of a `repeat` are clipped like those of the same net written out as a `serial`.
+
+    No layer exceeds the bound.
+    """
+    block, n, bound = (
+        fnn.residual(fnn.serial(fnn.layer_norm(6), fnn.dense(6, 6), fnn.activations.gelu)),
+        3,
+        0.2,
+    )
     ends = fnn.dense(5, 6), fnn.dense(6, 4)
-    stacked, flat_net = fnn.serial(ends[0], fnn.repeat(block, n), ends[1]), fnn.serial(ends[0], *[block] * n, ends[1])
+    stacked, flat_net = (
+        fnn.serial(ends[0], fnn.repeat(block, n), ends[1]),
+        fnn.serial(ends[0], *[block] * n, ends[1]),
+    )
     rng = np.random.default_rng(3)
-    params = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape)), jax.eval_shape(stacked.init, jax.random.key(0)))
-    written_out = (params[0], *(jax.tree.map(lambda a, i=i: a[i], params[1]) for i in range(n)), params[2])
+    params = jax.tree.map(
+        lambda p: jnp.asarray(rng.normal(size=p.shape)),
+        jax.eval_shape(stacked.init, jax.random.key(0)),
+    )
+    written_out = (
+        params[0],
+        *(jax.tree.map(lambda a, i=i: a[i], params[1]) for i in range(n)),
+        params[2],
+    )
     batch = jnp.asarray(rng.normal(size=(1, 5))), jnp.asarray(rng.normal(size=(1, 4)))
 
     @jax.jit
     def both(params, written_out, x, t):
         return [
-            clipped_gradient(fnn.factors(net, losses.l2_loss), bound, per_layer=True)(p, x, t).gradient
+            clipped_gradient(fnn.source(net, losses.l2_loss), bound, per_layer=True)(
+                p, x, t
+            ).gradient
             for net, p in ((stacked, params), (flat_net, written_out))
         ]
 
     together, apart = both(params, written_out, *batch)
     agree((together[0], together[2]), (apart[0], apart[-1]))
     agree(together[1], jax.tree.map(lambda *copies: np.stack(copies), *apart[1:-1]))
-    sizes = [np.linalg.norm(np.concatenate([a.ravel() for a in wide(part)])) for copy in apart for part in
-             ([copy] if isinstance(copy, fnn.layers.Dense) else copy[:2])]  # fmt: skip
+    sizes = [
+        np.linalg.norm(np.concatenate([a.ravel() for a in wide(part)]))
+        for copy in apart
+        for part in ([copy] if isinstance(copy, fnn.nets.layers.Dense) else copy[:2])
+    ]
     assert len(sizes) == 2 + 2 * n
-    np.testing.assert_allclose(sizes, bound, rtol=1e-12)  # of one example: every layer is at its bound
+    # of one example: every layer is at its bound
+    np.testing.assert_allclose(sizes, bound, rtol=1e-12)
 
 
 @pytest.mark.parametrize("positions", [1, 2, 3, 4, 5, 9, 20])
 def test_positions_on_both_sides_of_the_border_between_methods(x64, positions):
-    net, loss = fnn.serial(fnn.dense(8, 6), fnn.activations.tanh, fnn.dense(6, 5)), losses.squared_error
+    net, loss = (
+        fnn.serial(fnn.dense(8, 6), fnn.activations.tanh, fnn.dense(6, 5)),
+        losses.squared_error,
+    )
     rng = np.random.default_rng(positions)
-    params = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape)), jax.eval_shape(net.init, jax.random.key(0)))
-    x, t = jnp.asarray(rng.normal(size=(4, positions, 8))), jnp.asarray(rng.normal(size=(4, positions, 5)))
-    source = fnn.factors(net, loss)
-    methods = [found["norm"].name for *_, found in per_example.explain(source, params, x, t).leaves][::2]
-    assert methods == ["Gram, <A A^T, G G^T>" if positions <= limit else "materialised" for limit in (4, 3)]
+    params = jax.tree.map(
+        lambda p: jnp.asarray(rng.normal(size=p.shape)), jax.eval_shape(net.init, jax.random.key(0))
+    )
+    x, t = (
+        jnp.asarray(rng.normal(size=(4, positions, 8))),
+        jnp.asarray(rng.normal(size=(4, positions, 5))),
+    )
+    source = fnn.source(net, loss)
+    methods = [
+        found["norm"].name for *_, found in per_example.explain(source, params, x, t).leaves
+    ][::2]
+    assert methods == [
+        "Gram, <A A^T, G G^T>" if positions <= limit else "materialised" for limit in (4, 3)
+    ]
 
     @jax.jit
     def everything(params, x, t):
         arguments = (params, x, t)
-        found = norms(source)(*arguments), gram(source)(*arguments), inner_products(source)(params, (x, t), (x[:3, :2], t[:3, :2]))
+        found = (
+            norms(source)(*arguments),
+            gram(source)(*arguments),
+            inner_products(source)(params, (x, t), (x[:3, :2], t[:3, :2])),
+        )
         tree = jax.vmap(lambda x, t: jax.grad(fnn.mean_loss(net, loss))(params, x[None], t[None]))
         return found, tree(x, t), tree(x[:3, :2], t[:3, :2])
 
@@ -470,10 +616,17 @@ def test_a_batch_of_one_example_has_no_variance_and_no_noise_scale(x64):
 
 @pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0), (1.0, 2.0, 0.5)])
 def test_the_estimates_of_noise_are_unbiased(x64, weights):
-    """Over all ways to draw three examples of four, their mean is the covariance's trace and the squared gradient, exactly."""
+    """Over all ways to draw three examples of four, their mean is the covariance's trace and the
+    squared gradient, exactly."""
     each = np.random.default_rng(0).normal(size=(4, 5)) + 1
-    estimate = jax.jit(jax.vmap(lambda g: noise_scale(rows_as_gradients)(jnp.zeros(5), g, weights=jnp.asarray(weights))))
-    found = estimate(jnp.asarray([each[list(draw)] for draw in itertools.product(range(4), repeat=3)]))
+    estimate = jax.jit(
+        jax.vmap(
+            lambda g: noise_scale(rows_as_gradients)(jnp.zeros(5), g, weights=jnp.asarray(weights))
+        )
+    )
+    found = estimate(
+        jnp.asarray([each[list(draw)] for draw in itertools.product(range(4), repeat=3)])
+    )
     np.testing.assert_allclose(found.trace.mean(), each.var(0).sum(), rtol=1e-12)
     np.testing.assert_allclose(found.squared_gradient.mean(), (each.mean(0) ** 2).sum(), rtol=1e-12)
 
@@ -492,26 +645,46 @@ def linear_model(params, x, t, scale):
     return 0.5 * (e**2).sum(1) / scale, {"w": Outer(x, e), "b": PerExample(e)}
 
 
-@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, lambda f: lambda *arguments: f(*arguments)], ids=["plain", "jitted", "lambda"])
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda f: f, jax.jit, lambda f: lambda *arguments: f(*arguments)],
+    ids=["plain", "jitted", "lambda"],
+)
 def test_a_source_is_any_function_jitted_or_not(x64, wrap):
-    w, b, x, t, scale = (jnp.asarray(np.random.default_rng(0).normal(size=shape)) for shape in ((3, 2), (2,), (5, 3), (5, 2), (5,)))
+    w, b, x, t, scale = (
+        jnp.asarray(np.random.default_rng(0).normal(size=shape))
+        for shape in ((3, 2), (2,), (5, 3), (5, 2), (5,))
+    )
     params, batch = {"w": w, "b": b}, (x, t, scale**2 + 1)
     source = wrap(linear_model)
-    tree = jax.vmap(jax.grad(lambda p, *one: linear_model(p, *(a[None] for a in one))[0][0]), (None, 0, 0, 0))(params, *batch)
+    tree = jax.vmap(
+        jax.grad(lambda p, *one: linear_model(p, *(a[None] for a in one))[0][0]), (None, 0, 0, 0)
+    )(params, *batch)
     g, share = flat(tree), np.full(5, 0.2)
     agree(gradients(source)(params, *batch), tree)
     agree(norms(source)(params, *batch), np.linalg.norm(g, axis=1))
     agree(gram(source)(params, *batch), g @ g.T)
-    agree(clipped_gradient(source, 0.5)(params, *batch).gradient, together(tree, share * clip_to(0.5)(np.linalg.norm(g, axis=1))))
-    agree_with_moments(moments(source)(params, *batch), signal_to_noise(source)(params, *batch).ratio, tree, share)
+    agree(
+        clipped_gradient(source, 0.5)(params, *batch).gradient,
+        together(tree, share * clip_to(0.5)(np.linalg.norm(g, axis=1))),
+    )
+    agree_with_moments(
+        moments(source)(params, *batch), signal_to_noise(source)(params, *batch).ratio, tree, share
+    )
     agree_with_noise_scale(noise_scale(source)(params, *batch), g, share)
-    assert int(top_examples(source, 1)(params, *batch).examples[0]) == np.linalg.norm(g, axis=1).argmax()
+    assert (
+        int(top_examples(source, 1)(params, *batch).examples[0])
+        == np.linalg.norm(g, axis=1).argmax()
+    )
 
 
 def test_a_jitted_net_source_gives_what_the_net_gives(x64):
     params, x, t = net_case(6)
     for statistic in (norms, gradients, gram, moments):
-        agree(jax.jit(statistic(jax.jit(SOURCE)))(params, x, t), jax.jit(statistic(SOURCE))(params, x, t))
+        agree(
+            jax.jit(statistic(jax.jit(SOURCE)))(params, x, t),
+            jax.jit(statistic(SOURCE))(params, x, t),
+        )
 
 
 STATISTICS = {
@@ -557,10 +730,17 @@ def test_norms_are_differentiable_backwards_and_clipped_gradients_forwards(x64):
     @jax.jit
     def both(params, direction):
         backwards = [
-            jax.grad(lambda p, f=f: f(p).sum())(params) for f in (lambda p: norms(SOURCE)(p, x, t), lambda p: jnp.sqrt(squares(p)))
+            jax.grad(lambda p, f=f: f(p).sum())(params)
+            for f in (lambda p: norms(SOURCE)(p, x, t), lambda p: jnp.sqrt(squares(p)))
         ]
-        ours = jax.jvp(lambda p: clipped_gradient(SOURCE, 3.0)(p, x, t).gradient, (params,), (direction,))
-        return backwards, (ours, jax.jvp(clipped, (params,), (direction,))), jnp.sqrt(squares(params))
+        ours = jax.jvp(
+            lambda p: clipped_gradient(SOURCE, 3.0)(p, x, t).gradient, (params,), (direction,)
+        )
+        return (
+            backwards,
+            (ours, jax.jvp(clipped, (params,), (direction,))),
+            jnp.sqrt(squares(params)),
+        )
 
     backwards, forwards, sizes = both(params, direction)
     assert (sizes < 3).any()
@@ -581,7 +761,9 @@ def moments_in_float64(g, share):
 
 def around(*shape, seed):
     """1e3 + 1e-2 normal, in float32."""
-    return jnp.asarray((1e3 + 1e-2 * np.random.default_rng(seed).normal(size=shape)).astype(np.float32))
+    return jnp.asarray(
+        (1e3 + 1e-2 * np.random.default_rng(seed).normal(size=shape)).astype(np.float32)
+    )
 
 
 SHARP = {  # the gradients are 1e3 +- 1e-2 times a number near 1
@@ -592,7 +774,9 @@ SHARP = {  # the gradients are 1e3 +- 1e-2 times a number near 1
     "stacked": lambda: Stacked(Outer(around(2, 64, 5, seed=0), jnp.ones((2, 64, 3)))),
     "outer, one position": lambda: Outer(around(64, 1, 5, seed=0), jnp.ones((64, 1, 3))),
     "scatter": lambda: Scatter(jnp.zeros(64, int), around(64, 5, seed=0), 1),
-    "scatter, positions": lambda: Scatter(jnp.tile(jnp.arange(2), (64, 1)), around(64, 2, 5, seed=0), 2),
+    "scatter, positions": lambda: Scatter(
+        jnp.tile(jnp.arange(2), (64, 1)), around(64, 2, 5, seed=0), 2
+    ),
 }
 
 
@@ -619,20 +803,29 @@ def test_the_variance_of_a_net_with_inputs_of_1e3_is_that_of_its_gradients():
     """The net's own rounding is in its factors: the truth is the variance of these in float64."""
     net = fnn.mlp((6, 8, 3), "tanh")
     rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), jnp.float32), jax.eval_shape(net.init, jax.random.key(0)))
+    params = jax.tree.map(
+        lambda p: jnp.asarray(rng.normal(size=p.shape), jnp.float32),
+        jax.eval_shape(net.init, jax.random.key(0)),
+    )
     params = jax.tree.map(lambda p: p * 1e-3, params[:1]) + params[1:]  # so that tanh is not flat
     x, t = around(64, 6, seed=1), jnp.asarray(rng.normal(size=(64, 3)) * 1e-3 + 5, jnp.float32)
-    source, share = fnn.factors(net, losses.l2_loss), np.full(64, 1 / 64)
+    source, share = fnn.source(net, losses.l2_loss), np.full(64, 1 / 64)
     found = jax.jit(lambda *batch: (moments(source)(*batch), source(*batch)[1]))(params, x, t)
     with jax.enable_x64(True):
-        each = jax.tree.map(lambda f: cast(f, jnp.float64).materialise(), found[1], is_leaf=is_factor)
+        each = jax.tree.map(
+            lambda f: cast(f, jnp.float64).materialise(), found[1], is_leaf=is_factor
+        )
     for ours, g in zip(wide(found[0].variance), wide(each), strict=True):
         _, variance = moments_in_float64(g, share)
         assert (variance > 0).all()
         np.testing.assert_allclose(ours, variance, rtol=1e-5)
 
 
-EXTREMES = {"float32": (1e25, 1e-30, 5e36), "float16": (300.0, 6e-5, 6e4), "bfloat16": (1e25, 1e-30, 5e36)}
+EXTREMES = {
+    "float32": (1e25, 1e-30, 5e36),
+    "float16": (300.0, 6e-5, 6e4),
+    "bfloat16": (1e25, 1e-30, 5e36),
+}
 
 
 @pytest.mark.parametrize("dtype", EXTREMES)
@@ -651,21 +844,34 @@ def test_norms_and_clipping_hold_where_squares_leave_the_dtype(dtype, which):
     _, gradient, found = f(x[0], x)
     np.testing.assert_allclose(found, n, rtol=2e-6)
     assert gradient.dtype == dtype
-    assert error([np.asarray(gradient).astype(np.float64)], [(g * clip_to(bound)(n)[:, None]).mean(0)]) <= rounding
-    unit = jax.jit(clipped_gradient(rows_as_gradients, scale=lambda n: 1 / n, reduction="mean"))(x[0], x).gradient
+    assert (
+        error([np.asarray(gradient).astype(np.float64)], [(g * clip_to(bound)(n)[:, None]).mean(0)])
+        <= rounding
+    )
+    unit = jax.jit(clipped_gradient(rows_as_gradients, scale=lambda n: 1 / n, reduction="mean"))(
+        x[0], x
+    ).gradient
     assert error([np.asarray(unit).astype(np.float64)], [(g / n[:, None]).mean(0)]) <= rounding
     scale = noise_scale(rows_as_gradients)(x[0], x).noise_scale
     small, big = (n**2).mean(), (g.mean(0) ** 2).sum()
-    np.testing.assert_allclose(scale, (small - big) / (big - small / 4), rtol=1e-4 if dtype == "float32" else 5e-2)
+    np.testing.assert_allclose(
+        scale, (small - big) / (big - small / 4), rtol=1e-4 if dtype == "float32" else 5e-2
+    )
 
 
-@pytest.mark.parametrize("sizes", [(1e25, 1.0, 1e-30), (1.0, 1e-12), (1.0, 1e-30), (1e-20, 1e-30), (0.0, 1.0), (0.0, 0.0)], ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [(1e25, 1.0, 1e-30), (1.0, 1e-12), (1.0, 1e-30), (1e-20, 1e-30), (0.0, 1.0), (0.0, 0.0)],
+    ids=str,
+)
 def test_norms_of_very_different_examples_in_one_batch(sizes):
     """Each to rounding of itself; where the squares underflow beside others above 1e-10, to 1e-17."""
     x = jnp.asarray(np.array(sizes)[:, None] * np.array([[0.6, -0.8]]), jnp.float32)
     within = {"rtol": 1e-6, "atol": 1e-17 if max(sizes) > 1e-10 else 0}
     np.testing.assert_allclose(norms(rows_as_gradients)(x[0], x), sizes, **within)
-    np.testing.assert_allclose(clipped_gradient(rows_as_gradients, 1.0)(x[0], x).norms, sizes, **within)
+    np.testing.assert_allclose(
+        clipped_gradient(rows_as_gradients, 1.0)(x[0], x).norms, sizes, **within
+    )
 
 
 ask_norms = jax.jit(norms(SOURCE))
@@ -675,14 +881,19 @@ ask_norms = jax.jit(norms(SOURCE))
 def test_a_net_in_a_short_dtype_has_the_statistics_of_float64(x64, dtype):
     c = net_case(9, scale=0.4)
     short = cast(c, dtype)
-    found, truth = ({"norms": ask_norms(*batch)} | ask_robustly(NET)(*batch, np.ones(9)) for batch in (short, cast(short, jnp.float64)))
+    found, truth = (
+        {"norms": ask_norms(*batch)} | ask_robustly(NET)(*batch, np.ones(9))
+        for batch in (short, cast(short, jnp.float64))
+    )
     bound = {"float16": 1e-2, "bfloat16": 6e-2}[dtype]
     assert found["norms"].dtype == jnp.float32
     assert error(wide(found["norms"]), wide(truth["norms"])) <= bound
     for name in ("clipped", "per layer", "weighted"):
         assert {leaf.dtype for leaf in jax.tree.leaves(found[name].gradient)} == {jnp.dtype(dtype)}
         assert error(wide(found[name].gradient), wide(truth[name].gradient)) <= bound
-    assert {leaf.dtype for leaf in jax.tree.leaves((found["moments"].mean, found["moments"].variance))} == {jnp.dtype("float32")}
+    assert {
+        leaf.dtype for leaf in jax.tree.leaves((found["moments"].mean, found["moments"].variance))
+    } == {jnp.dtype("float32")}
     assert error(wide(found["moments"].variance), wide(truth["moments"].variance)) <= 2 * bound
     assert found["noise"].trace.dtype == jnp.float32
     np.testing.assert_allclose(found["noise"].trace, truth["noise"].trace, rtol=2 * bound)
@@ -693,5 +904,12 @@ def test_examples_that_are_not_finite_are_the_largest_and_are_told(x64):
     found = top_examples(rows_as_gradients, 3)(x[0], x)
     assert found.examples.tolist() == [2, 3, 0]
     assert np.isnan(found.norms[0])
-    text = str(clipped_gradient(rows_as_gradients, 1.0)(x[0], x, weights=jnp.array([1.0, 0, 2, 3])).reduction)
-    assert text == "mean over 2 of 4 examples, weights sum to 4; 1 left out because the gradient is not finite, the first in row 2"
+    text = str(
+        clipped_gradient(rows_as_gradients, 1.0)(
+            x[0], x, weights=jnp.array([1.0, 0, 2, 3])
+        ).reduction
+    )
+    assert (
+        text
+        == "mean over 2 of 4 examples, weights sum to 4; 1 left out because the gradient is not finite, the first in row 2"
+    )

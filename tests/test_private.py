@@ -1,4 +1,5 @@
-"""Private SGD: no example counts for more than the clip norm, the noise is as large as promised, and epsilon is the published one."""
+"""Private SGD: no example counts for more than the clip norm, the noise is as large as promised,
+and epsilon is the published one."""
 
 import builtins
 import dataclasses
@@ -34,7 +35,9 @@ def gradient(rule, params, key, *batch):
 
 def clipped_by_definition(params, x, t, max_norm):
     """Every example's gradient by `jax.grad`, in float64, then clipped: `[batch, parameters]`."""
-    each = jax.vmap(jax.grad(lambda p, x, t: LOSS.value(NET.apply(p, x[None]), t[None])[0]), (None, 0, 0))(params, x, t)
+    each = jax.vmap(
+        jax.grad(lambda p, x, t: LOSS.value(NET.apply(p, x[None]), t[None])[0]), (None, 0, 0)
+    )(params, x, t)
     g = np.concatenate([leaf.reshape(len(x), -1) for leaf in wide(each)], 1)
     return g * np.minimum(1, max_norm / np.linalg.norm(g, axis=1, keepdims=True))
 
@@ -42,7 +45,9 @@ def clipped_by_definition(params, x, t, max_norm):
 @pytest.mark.parametrize(("accountant", "expected"), [("rdp", 2.594), ("pld", 2.380)])
 def test_epsilon_is_the_published_one(accountant, expected):
     rule = private_sgd(NET, LOSS, noise_multiplier=1.1)
-    assert rule.epsilon(60 * (60_000 // 256), 256 / 60_000, 1e-5, accountant) == pytest.approx(expected, abs=1e-3)
+    assert rule.epsilon(60 * (60_000 // 256), 256 / 60_000, 1e-5, accountant) == pytest.approx(
+        expected, abs=1e-3
+    )
 
 
 def test_epsilon_falls_with_noise_and_grows_with_steps_and_rate():
@@ -52,11 +57,14 @@ def test_epsilon_falls_with_noise_and_grows_with_steps_and_rate():
     assert epsilon(2.0, 100, 0.1) < epsilon(1.0, 100, 0.1)
     assert epsilon(2.0, 100, 0.1) < epsilon(2.0, 200, 0.1) < epsilon(2.0, 200, 1.0)
     for accountant in ("pld", "rdp"):
-        assert private_sgd(NET, LOSS, noise_multiplier=0).epsilon(1, 0.1, 1e-5, accountant) == math.inf
+        assert (
+            private_sgd(NET, LOSS, noise_multiplier=0).epsilon(1, 0.1, 1e-5, accountant) == math.inf
+        )
 
 
 def test_epsilon_of_one_whole_batch_is_that_of_the_gaussian_mechanism():
-    # Balle, Wang (2018), arXiv:1805.06530, theorem 8: delta = Phi(1/(2s) - e s) - exp(e) Phi(-1/(2s) - e s)
+    # Balle, Wang (2018), arXiv:1805.06530, theorem 8: delta = Phi(1/(2s) - e s) - exp(e)
+    # Phi(-1/(2s) - e s)
     s = 1.5
     e = private_sgd(NET, LOSS, noise_multiplier=s).epsilon(1, 1.0, 1e-5)
     delta = stats.norm.cdf(1 / (2 * s) - e * s) - math.exp(e) * stats.norm.cdf(-1 / (2 * s) - e * s)
@@ -66,28 +74,43 @@ def test_epsilon_of_one_whole_batch_is_that_of_the_gaussian_mechanism():
 
 @pytest.mark.parametrize("microbatch_size", [None, 3])
 @pytest.mark.parametrize("max_norm", [0.3, 1e30])
-def test_without_noise_it_is_the_sum_of_clipped_gradients_over_the_batch_size(x64, max_norm, microbatch_size):
+def test_without_noise_it_is_the_sum_of_clipped_gradients_over_the_batch_size(
+    x64, max_norm, microbatch_size
+):
     x, t = blobs(8)
     x, params = jnp.asarray(x, jnp.float64), cast(PARAMS, jnp.float64)
     each = clipped_by_definition(params, x, t, max_norm)
     for batch_size in (None, 5):
-        rule = private_sgd(NET, LOSS, max_norm, 0.0, batch_size=batch_size, microbatch_size=microbatch_size)
+        rule = private_sgd(
+            NET, LOSS, max_norm, 0.0, batch_size=batch_size, microbatch_size=microbatch_size
+        )
         found = flat(jax.jit(gradient, static_argnums=0)(rule, params, KEY, x, t))
         assert error([found], [each.sum(0) / (batch_size or 8)]) <= 1e-12
     if max_norm == 1e30:
         rule = private_sgd(NET, LOSS, max_norm, 0.0, microbatch_size=microbatch_size)
-        assert error([flat(gradient(rule, params, KEY, x, t))], [flat(fnn.value_and_grad(NET, LOSS)(params, x, t)[1])]) <= 1e-12
+        assert (
+            error(
+                [flat(gradient(rule, params, KEY, x, t))],
+                [flat(fnn.value_and_grad(NET, LOSS)(params, x, t)[1])],
+            )
+            <= 1e-12
+        )
 
 
 @pytest.mark.parametrize("batch_size", [None, 4])
 def test_the_noise_has_the_promised_size_in_every_coordinate(batch_size):
     draws, x, t = 20_000, jnp.ones((10, 2)), jnp.zeros(10, jnp.int32)
-    noisy, still = (private_sgd(TINY, LOSS, 0.5, noise, batch_size=batch_size) for noise in (3.0, 0.0))
+    noisy, still = (
+        private_sgd(TINY, LOSS, 0.5, noise, batch_size=batch_size) for noise in (3.0, 0.0)
+    )
     rest = gradient(still, TINY_PARAMS, KEY, x, t)
     keys = jax.random.split(jax.random.key(11), draws)
     every = jax.jit(jax.vmap(lambda key: gradient(noisy, TINY_PARAMS, key, x, t)))(keys)
-    noise = np.concatenate([(a - b[None]).reshape(draws, -1) for a, b in zip(wide(every), wide(rest), strict=True)], 1)
-    z = noise / (3.0 * 0.5 / (batch_size or 10))  # [draws, parameters]: standard normal, and independent
+    noise = np.concatenate(
+        [(a - b[None]).reshape(draws, -1) for a, b in zip(wide(every), wide(rest), strict=True)], 1
+    )
+    # [draws, parameters]: standard normal, and independent
+    z = noise / (3.0 * 0.5 / (batch_size or 10))
     assert z.shape[1] == 6
     limit = stats.norm.isf(1e-6)  # for 6 + 6 + 15 statistics: by chance about once in 20,000 seeds
     assert (np.abs(z.mean(0)) * draws**0.5 < limit).all()
@@ -124,7 +147,9 @@ def test_neighbouring_batches_differ_by_at_most_the_clip_norm(x64, dtype):
             w[i] = 0
             without = flat(total(jnp.asarray(w, dtype)))
             w[i] = rng.uniform(0.1, 9)  # any weight above 0 counts as 1
-            greatest = max(greatest, float(np.linalg.norm(flat(total(jnp.asarray(w, dtype))) - without)))
+            greatest = max(
+                greatest, float(np.linalg.norm(flat(total(jnp.asarray(w, dtype))) - without))
+            )
     rounding = 32 * float(jnp.finfo(dtype).eps)  # relative; sums are of some 10 vectors of norm 0.7
     assert 0.7 * (1 - rounding) <= greatest <= 0.7 * (1 + rounding)
 
@@ -133,7 +158,9 @@ def test_neighbouring_batches_differ_by_at_most_the_clip_norm(x64, dtype):
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_an_example_that_is_not_finite_counts_nothing(bad, microbatch_size):
     x, t = blobs(7)
-    step = jax.jit(private_sgd(NET, LOSS, batch_size=7, microbatch_size=microbatch_size).value_and_grad)
+    step = jax.jit(
+        private_sgd(NET, LOSS, batch_size=7, microbatch_size=microbatch_size).value_and_grad
+    )
     x[2] = bad
     present = np.ones(7, np.float32)
     value, found, _ = step(PARAMS, KEY, x, t, present)
@@ -146,9 +173,12 @@ def test_an_example_that_is_not_finite_counts_nothing(bad, microbatch_size):
 
 def test_a_batch_without_examples_is_noise_alone():
     x, t = blobs(4)
-    value, found, _ = private_sgd(NET, LOSS).value_and_grad(PARAMS, KEY, x, t, np.zeros(4, np.float32))
+    value, found, _ = private_sgd(NET, LOSS).value_and_grad(
+        PARAMS, KEY, x, t, np.zeros(4, np.float32)
+    )
     assert value == 0
-    assert 0.8 < flat(found).std() / 0.25 < 1.2  # 1 / 4 in 57 coordinates: by chance about once in 50
+    # 1 / 4 in 57 coordinates: by chance about once in 50
+    assert 0.8 < flat(found).std() / 0.25 < 1.2
 
 
 @pytest.mark.parametrize(("examples", "batch_size"), SIZES)
@@ -174,7 +204,8 @@ def test_poisson_batches_take_every_example_with_the_same_probability_and_none_t
             assert len(set(chosen.tolist())) == len(chosen)
             assert (np.diff(present) <= 0).all()
             assert (rows[present == 0] == 0).all()
-            taken[np.ix_(chosen, chosen)] += 1  # on the diagonal how often an example came, off it how often a pair did
+            # on the diagonal how often an example came, off it how often a pair did
+            taken[np.ix_(chosen, chosen)] += 1
             counts.append(len(chosen))
     n, limit = len(counts), stats.norm.isf(1e-7)
     for found, p in ((np.diag(taken), q), (taken[np.triu_indices(examples, 1)], q * q)):
@@ -210,7 +241,17 @@ def test_fit_with_poisson_batches_trains_and_draws_anew_every_epoch():
 
     rule = private_sgd(NET, LOSS, noise_multiplier=0.5, batch_size=20)
     runs = [
-        fnn.fit(rule, optax.adam(0.05), PARAMS, data, epochs=30, batch_size=20, key=KEY, validation=data, sampler=s)
+        fnn.fit(
+            rule,
+            optax.adam(0.05),
+            PARAMS,
+            data,
+            epochs=30,
+            batch_size=20,
+            key=KEY,
+            validation=data,
+            sampler=s,
+        )
         for s in (sampler, poisson_batches)
     ]
     params, history = runs[0]
@@ -224,7 +265,10 @@ def test_the_default_sampler_shuffles():
     data = blobs(9)
     settings = {"epochs": 2, "batch_size": 4, "key": KEY}
     rule = fnn.rules.backprop(NET, LOSS)
-    without, by_name = (fnn.fit(rule, optax.sgd(0.1), PARAMS, data, **settings, **s)[0] for s in ({}, {"sampler": shuffled_batches}))
+    without, by_name = (
+        fnn.fit(rule, optax.sgd(0.1), PARAMS, data, **settings, **s)[0]
+        for s in ({}, {"sampler": shuffled_batches})
+    )
     np.testing.assert_array_equal(flat(without), flat(by_name))
 
 
@@ -235,11 +279,31 @@ BAD = [
     ({"max_norm": math.inf}, ValueError, "`max_norm` must be a finite number above 0, got inf"),
     ({"max_norm": "1"}, TypeError, "`max_norm` must be a finite number above 0, got '1'"),
     ({"max_norm": 1e39}, ValueError, "`max_norm` must be in float32's range"),
-    ({"noise_multiplier": -0.1}, ValueError, "`noise_multiplier` must be a finite number, at least 0, got -0.1"),
-    ({"noise_multiplier": math.nan}, ValueError, "`noise_multiplier` must be a finite number, at least 0, got nan"),
-    ({"noise_multiplier": math.inf}, ValueError, "`noise_multiplier` must be a finite number, at least 0, got inf"),
-    ({"noise_multiplier": True}, TypeError, "`noise_multiplier` must be a finite number, at least 0, got True"),
-    ({"noise_multiplier": 1e-30, "max_norm": 1e-30}, ValueError, r"`noise_multiplier \* max_norm` must be in float32's range"),
+    (
+        {"noise_multiplier": -0.1},
+        ValueError,
+        "`noise_multiplier` must be a finite number, at least 0, got -0.1",
+    ),
+    (
+        {"noise_multiplier": math.nan},
+        ValueError,
+        "`noise_multiplier` must be a finite number, at least 0, got nan",
+    ),
+    (
+        {"noise_multiplier": math.inf},
+        ValueError,
+        "`noise_multiplier` must be a finite number, at least 0, got inf",
+    ),
+    (
+        {"noise_multiplier": True},
+        TypeError,
+        "`noise_multiplier` must be a finite number, at least 0, got True",
+    ),
+    (
+        {"noise_multiplier": 1e-30, "max_norm": 1e-30},
+        ValueError,
+        r"`noise_multiplier \* max_norm` must be in float32's range",
+    ),
     ({"batch_size": 0}, ValueError, "`batch_size` must be a whole number above 0, got 0"),
     ({"batch_size": 2.5}, TypeError, "`batch_size` must be a whole number above 0, got 2.5"),
     ({"microbatch_size": 0}, ValueError, "`microbatch_size` must be a whole number above 0, got 0"),
@@ -257,9 +321,21 @@ def test_a_bad_argument_is_named(arguments, kind, message):
 BAD_EPSILON = [
     ({"steps": 0}, ValueError, "`steps` must be a whole number above 0, got 0"),
     ({"steps": 1.5}, TypeError, "`steps` must be a whole number above 0, got 1.5"),
-    ({"sampling_rate": 0.0}, ValueError, "`sampling_rate` must be a finite number above 0, got 0.0"),
-    ({"sampling_rate": 1.1}, ValueError, "`sampling_rate` must be at most 1, got 1.1. It is batch_size / examples"),
-    ({"sampling_rate": math.nan}, ValueError, "`sampling_rate` must be a finite number above 0, got nan"),
+    (
+        {"sampling_rate": 0.0},
+        ValueError,
+        "`sampling_rate` must be a finite number above 0, got 0.0",
+    ),
+    (
+        {"sampling_rate": 1.1},
+        ValueError,
+        "`sampling_rate` must be at most 1, got 1.1. It is batch_size / examples",
+    ),
+    (
+        {"sampling_rate": math.nan},
+        ValueError,
+        "`sampling_rate` must be a finite number above 0, got nan",
+    ),
     ({"delta": 0.0}, ValueError, "`delta` must be a finite number above 0, got 0.0"),
     ({"delta": 1.0}, ValueError, "`delta` must be below 1, got 1.0"),
     ({"accountant": "pdl"}, ValueError, "Unknown accountant 'pdl'. Did you mean 'pld'"),
@@ -267,10 +343,14 @@ BAD_EPSILON = [
 
 
 @pytest.mark.parametrize("noise_multiplier", [0.0, 1.0])
-@pytest.mark.parametrize(("arguments", "kind", "message"), BAD_EPSILON, ids=[str(a) for a, _, _ in BAD_EPSILON])
+@pytest.mark.parametrize(
+    ("arguments", "kind", "message"), BAD_EPSILON, ids=[str(a) for a, _, _ in BAD_EPSILON]
+)
 def test_a_bad_argument_of_epsilon_is_named(arguments, kind, message, noise_multiplier):
     with pytest.raises(kind, match=message):
-        private_sgd(NET, LOSS, 1.0, noise_multiplier).epsilon(**{"steps": 1, "sampling_rate": 0.1, "delta": 1e-5} | arguments)
+        private_sgd(NET, LOSS, 1.0, noise_multiplier).epsilon(
+            **{"steps": 1, "sampling_rate": 0.1, "delta": 1e-5} | arguments
+        )
 
 
 def test_a_missing_accountant_says_what_to_install(monkeypatch):
@@ -282,35 +362,73 @@ def test_a_missing_accountant_says_what_to_install(monkeypatch):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ImportError, match=r'dp-accounting. Install it: pip install "fnn\[privacy\]"'):
+    with pytest.raises(
+        ImportError, match=r'dp-accounting. Install it: pip install "fnn\[privacy\]"'
+    ):
         private_sgd(NET, LOSS).epsilon(1, 0.1, 1e-5)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_params_too_narrow_for_the_bound_are_refused(dtype):
     x, t = blobs(4)
-    with pytest.raises(TypeError, match=r"`params\[0\]\[0\].w` is b?float16: private_sgd needs float32 at least"):
+    with pytest.raises(
+        TypeError, match=r"`params\[0\]\[0\].w` is b?float16: private_sgd needs float32 at least"
+    ):
         private_sgd(NET, LOSS).value_and_grad(cast(PARAMS, dtype), KEY, jnp.asarray(x, dtype), t)
 
 
 BAD_SAMPLERS = [
     ("poisson", TypeError, "`sampler` must be a function .* got 'poisson'"),
-    (lambda seed, examples, size: (np.full((2, 3), examples), None), ValueError, r"rows in 0 \.\.\. 7, got 8 \.\.\. 8"),
-    (lambda seed, examples, size: (np.full((2, 3), -1), None), ValueError, r"rows in 0 \.\.\. 7, got -1 \.\.\. -1"),
-    (lambda seed, examples, size: (np.zeros(3, int), None), ValueError, r"rows \[steps, size\] .* got \(3,\) and None"),
-    (lambda seed, examples, size: (np.zeros((2, 3), int), np.ones(6)), ValueError, r"got \(2, 3\) and \(6,\)"),
+    (
+        lambda seed, examples, size: (np.full((2, 3), examples), None),
+        ValueError,
+        r"rows in 0 \.\.\. 7, got 8 \.\.\. 8",
+    ),
+    (
+        lambda seed, examples, size: (np.full((2, 3), -1), None),
+        ValueError,
+        r"rows in 0 \.\.\. 7, got -1 \.\.\. -1",
+    ),
+    (
+        lambda seed, examples, size: (np.zeros(3, int), None),
+        ValueError,
+        r"rows \[steps, size\] .* got \(3,\) and None",
+    ),
+    (
+        lambda seed, examples, size: (np.zeros((2, 3), int), np.ones(6)),
+        ValueError,
+        r"got \(2, 3\) and \(6,\)",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("sampler", "kind", "message"), BAD_SAMPLERS)
 def test_a_bad_sampler_is_named(sampler, kind, message):
     with pytest.raises(kind, match=message):
-        fnn.fit(fnn.rules.backprop(NET, LOSS), optax.sgd(0.1), PARAMS, blobs(8), epochs=1, batch_size=4, key=KEY, sampler=sampler)
+        fnn.fit(
+            fnn.rules.backprop(NET, LOSS),
+            optax.sgd(0.1),
+            PARAMS,
+            blobs(8),
+            epochs=1,
+            batch_size=4,
+            key=KEY,
+            sampler=sampler,
+        )
 
 
 def test_a_sampler_for_an_iterable_is_refused():
     with pytest.raises(ValueError, match="`sampler` draws from arrays, but `data` is an iterable"):
-        fnn.fit(fnn.rules.backprop(NET, LOSS), optax.sgd(0.1), PARAMS, [blobs(4)], epochs=1, batch_size=4, key=KEY, sampler=poisson_batches)
+        fnn.fit(
+            fnn.rules.backprop(NET, LOSS),
+            optax.sgd(0.1),
+            PARAMS,
+            [blobs(4)],
+            epochs=1,
+            batch_size=4,
+            key=KEY,
+            sampler=poisson_batches,
+        )
 
 
 def test_poisson_batches_of_more_than_there_is_are_refused():
@@ -323,11 +441,16 @@ def test_coupled_examples_are_found():
         mean = x.mean(0, keepdims=True)
         return x - mean, ()
 
-    centre = fnn.Layer("centre", lambda key: (), forward, lambda params, residuals, dy, reduce=None: ((), dy - dy.mean(0, keepdims=True)))
+    centre = fnn.Layer(
+        "centre",
+        lambda key: (),
+        forward,
+        lambda params, residuals, dy, reduce=None: ((), dy - dy.mean(0, keepdims=True)),
+    )
     net = fnn.serial(fnn.dense(5, 4), centre, fnn.dense(4, 3))
     x, t = blobs(8)
     with pytest.raises(ValueError, match="couples the examples"):
-        fnn.per_example.check_source(fnn.factors(net, LOSS), jax.jit(net.init)(KEY), x, t)
+        fnn.per_example.check_source(fnn.source(net, LOSS), jax.jit(net.init)(KEY), x, t)
 
 
 def test_the_audit_finds_noise_that_is_too_small(monkeypatch, tmp_path):
@@ -335,13 +458,19 @@ def test_the_audit_finds_noise_that_is_too_small(monkeypatch, tmp_path):
         return private_sgd(net, loss, max_norm, 0.8 * noise_multiplier, **settings)
 
     monkeypatch.setattr(fnn.rules, "private_sgd", broken)
-    with pytest.raises(ArithmeticError, match=r"audit failed: .*the noise's standard deviation is 0\.8"):
+    with pytest.raises(
+        ArithmeticError, match=r"audit failed: .*the noise's standard deviation is 0\.8"
+    ):
         privacy_audit.main(dataclasses.replace(privacy_audit.TINY, out=tmp_path))
 
 
 def test_the_audit_finds_a_share_that_is_too_large(monkeypatch, tmp_path):
     clipped_gradient = fnn.per_example.clipped_gradient
-    monkeypatch.setattr(fnn.per_example, "clipped_gradient", lambda source, bound, **kind: clipped_gradient(source, 1.01 * bound, **kind))
+    monkeypatch.setattr(
+        fnn.per_example,
+        "clipped_gradient",
+        lambda source, bound, **kind: clipped_gradient(source, 1.01 * bound, **kind),
+    )
     with pytest.raises(ArithmeticError, match=r"the largest share in float32 is 1\.01"):
         privacy_audit.main(dataclasses.replace(privacy_audit.TINY, max_norm=0.5, out=tmp_path))
 

@@ -54,23 +54,49 @@ def norm(params, state, x, targets, weights):
 
 def train(folder, rule=BACKPROP, data=DATA, optimizer=ADAM, epochs=3, stop=None, **settings):
     """A training with all that can be had; `stop` is what may end it."""
-    checkpoint = None if folder is None else Checkpointer(folder, **{"seconds": 1e-9, "keep": 1000, "wait": True} | settings)
-    return fnn.fit(rule, optimizer, PARAMS, data, epochs=epochs, batch_size=4, key=KEY, validation=blobs(10), record=norm, record_every=5,
-                   checkpoint=checkpoint, callback=stop)  # fmt: skip
+    checkpoint = (
+        None
+        if folder is None
+        else Checkpointer(folder, **{"seconds": 1e-9, "keep": 1000, "wait": True} | settings)
+    )
+    return fnn.fit(
+        rule,
+        optimizer,
+        PARAMS,
+        data,
+        epochs=epochs,
+        batch_size=4,
+        key=KEY,
+        validation=blobs(10),
+        record=norm,
+        record_every=5,
+        checkpoint=checkpoint,
+        callback=stop,
+    )
 
 
 def same(a, b):
-    return jax.tree.structure(a) == jax.tree.structure(b) and list(map(raw, jax.tree.leaves(a))) == list(map(raw, jax.tree.leaves(b)))
+    return jax.tree.structure(a) == jax.tree.structure(b) and list(
+        map(raw, jax.tree.leaves(a))
+    ) == list(map(raw, jax.tree.leaves(b)))
 
 
 @pytest.fixture
 def short_parts(monkeypatch):
     """Arrays are gone through in parts of five steps, and not in as many as half a second has."""
-    monkeypatch.setattr(fnn.train, "paced", lambda: lambda first, n: ((i, min(i + 5, n)) for i in range(first, n, 5)))
+    monkeypatch.setattr(
+        fnn.train,
+        "paced",
+        lambda: lambda first, n: ((i, min(i + 5, n)) for i in range(first, n, 5)),
+    )
 
 
 @pytest.mark.usefixtures("short_parts")
-@pytest.mark.parametrize("data", [DATA, (*DATA, np.linspace(0, 2, 45, dtype=np.float32)), batches], ids=["arrays", "weighted", "iterable"])
+@pytest.mark.parametrize(
+    "data",
+    [DATA, (*DATA, np.linspace(0, 2, 45, dtype=np.float32)), batches],
+    ids=["arrays", "weighted", "iterable"],
+)
 def test_from_every_checkpoint_on_it_is_the_same_training(tmp_path, data):
     rule = rules.node_perturbation(NET, LOSS)
     expected = train(tmp_path / "whole", rule, data)
@@ -136,14 +162,20 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, name, 
     handlers = [signal.getsignal(each) for each in running.SIGNALS]
     for step, count in (((0, 0), 1), ((1, 3), 16), ((2, 11), 36)):
         with pytest.raises(
-            Stopped, match=rf"{name}: stopped in epoch {step[0]} after {step[1] + 1} steps of it; all is saved in .*run. The"
+            Stopped,
+            match=rf"{name}: stopped in epoch {step[0]} after {step[1] + 1} steps of it; all is saved in .*run. The",
         ):
             train(tmp_path / "run", data=told_at(step), seconds=None)
         assert steps(tmp_path / "run")[-1] == count
-        assert f"{name}: finishing the step and saving; once more to exit at once." in capfd.readouterr().err
+        assert (
+            f"{name}: finishing the step and saving; once more to exit at once."
+            in capfd.readouterr().err
+        )
     assert [signal.getsignal(each) for each in running.SIGNALS] == handlers
     assert signal.set_wakeup_fd(-1) == -1
-    assert same(train(tmp_path / "run", data=batches, seconds=None), train(tmp_path / "whole", data=batches))
+    assert same(
+        train(tmp_path / "run", data=batches, seconds=None), train(tmp_path / "whole", data=batches)
+    )
 
 
 CHILD = """
@@ -161,15 +193,22 @@ fnn.fit(fnn.rules.backprop(net, fnn.losses.l2_loss), optax.sgd(0.1), net.init(ja
 """
 
 
-@pytest.mark.parametrize(("pause", "signals", "code"), [(0.05, 1, 1), (600, 2, 143)], ids=["one", "two"])
+@pytest.mark.parametrize(
+    ("pause", "signals", "code"), [(0.05, 1, 1), (600, 2, 143)], ids=["one", "two"]
+)
 def test_one_signal_ends_a_process_with_its_message_and_two_at_once(tmp_path, pause, signals, code):
     command = [sys.executable, "-c", CHILD.format(pause=pause), str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as child:
         try:
             while child.stdout.readline() != "0 1\n":
                 assert child.poll() is None
             child.send_signal(signal.SIGTERM)
-            assert child.stderr.readline() == "SIGTERM: finishing the step and saving; once more to exit at once.\n"
+            assert (
+                child.stderr.readline()
+                == "SIGTERM: finishing the step and saving; once more to exit at once.\n"
+            )
             if signals == 2:
                 child.send_signal(signal.SIGTERM)
             _, said = child.communicate(timeout=60)
@@ -194,10 +233,14 @@ def test_one_that_its_callback_stopped_has_ended(tmp_path):
 @pytest.mark.usefixtures("short_parts")
 def test_fewer_epochs_than_are_done_are_an_error(tmp_path):
     train(tmp_path, epochs=2)
-    with pytest.raises(CheckpointError, match=r"is of 2 epochs and 0 steps, but `epochs` is 1\. Pass more epochs, or another folder"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"is of 2 epochs and 0 steps, but `epochs` is 1\. Pass more epochs, or another folder",
+    ):
         train(tmp_path, epochs=1)
     (tmp_path / "step-000000000024").rename(tmp_path / "gone")
-    shutil.copytree(tmp_path / "step-000000000017", tmp_path / "step-000000000099")  # in the middle of the second epoch
+    # in the middle of the second epoch
+    shutil.copytree(tmp_path / "step-000000000017", tmp_path / "step-000000000099")
     with pytest.raises(CheckpointError, match="is of 1 epochs and 5 steps, but `epochs` is 1"):
         train(tmp_path, epochs=1)
 
@@ -208,7 +251,17 @@ def weighed(params, state, x, targets, weights):
 
 def test_what_is_recorded_of_batches_that_are_filled_up_goes_on(tmp_path):
     def fit(epochs, folder):
-        return fnn.fit(BACKPROP, ADAM, PARAMS, DATA, epochs=epochs, batch_size=4, key=KEY, record=weighed, checkpoint=Checkpointer(folder))
+        return fnn.fit(
+            BACKPROP,
+            ADAM,
+            PARAMS,
+            DATA,
+            epochs=epochs,
+            batch_size=4,
+            key=KEY,
+            record=weighed,
+            checkpoint=Checkpointer(folder),
+        )
 
     fit(1, tmp_path / "run")
     expected = fit(3, tmp_path / "whole")
@@ -225,7 +278,17 @@ def test_a_generator_that_can_be_gone_through_once_loses_no_batch(tmp_path):
                 yield batch
 
         saver = Checkpointer(folder, seconds=1e-9, wait=True)
-        return fnn.fit(BACKPROP, ADAM, PARAMS, data(), epochs=1, batch_size=np.int64(4), key=KEY, record=norm, checkpoint=saver)
+        return fnn.fit(
+            BACKPROP,
+            ADAM,
+            PARAMS,
+            data(),
+            epochs=1,
+            batch_size=np.int64(4),
+            key=KEY,
+            record=norm,
+            checkpoint=saver,
+        )
 
     expected = fit(tmp_path / "whole")
     with pytest.raises(RuntimeError, match="crash"):
@@ -237,7 +300,9 @@ def test_a_generator_that_can_be_gone_through_once_loses_no_batch(tmp_path):
 def test_an_iterable_that_became_shorter_is_an_error(tmp_path):
     with pytest.raises(ZeroDivisionError):
         train(tmp_path, data=lambda e: (1 / 0 if i == 7 else b for i, b in enumerate(batches(e))))
-    with pytest.raises(ValueError, match="`data` gave 3 batches in epoch 0, of which 7 were done before"):
+    with pytest.raises(
+        ValueError, match="`data` gave 3 batches in epoch 0, of which 7 were done before"
+    ):
         train(tmp_path, data=lambda e: itertools.islice(batches(e), 3))
 
 
@@ -257,7 +322,8 @@ def test_a_signal_while_the_last_checkpoint_is_written_is_heard(tmp_path, monkey
 
 
 def test_children_that_are_forked_meanwhile_hear_nothing_and_hold_nothing(tmp_path):
-    """A worker that is terminated stops itself and not the training, which does not wait for those that live on."""
+    """A worker that is terminated stops itself and not the training, which does not wait for those
+    that live on."""
     context, alive = multiprocessing.get_context("fork"), []
 
     def work(e, metrics):
@@ -286,7 +352,9 @@ def test_a_checkpoint_that_was_being_replaced_is_put_back(tmp_path):
     """Killed between the two renames, with no other checkpoint."""
     expected = train(tmp_path / "whole")
     train(tmp_path / "run", epochs=1, keep=1)
-    (tmp_path / "run" / "step-000000000012").rename(tmp_path / "run" / ".replaced-step-000000000012")
+    (tmp_path / "run" / "step-000000000012").rename(
+        tmp_path / "run" / ".replaced-step-000000000012"
+    )
     assert same(train(tmp_path / "run", stop=lambda e, metrics: None if e else 1 / 0), expected)
     assert all(p.name.startswith("step-") for p in (tmp_path / "run").iterdir())
 
@@ -299,22 +367,41 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
 
     for best, choose in (("validation_loss", min), ("validation_accuracy", max), (None, None)):
         folder = tmp_path / str(best)
-        train(folder, data=spoiled, epochs=7, keep=2, best=best, seconds=None, stop=lambda e, m: seen.update({12 * (e + 1): m}))
+        train(
+            folder,
+            data=spoiled,
+            epochs=7,
+            keep=2,
+            best=best,
+            seconds=None,
+            stop=lambda e, m: seen.update({12 * (e + 1): m}),
+        )
         values = {step: metrics[best] for step, metrics in seen.items()} if best else {}
-        expected = {72, 84} | ({min(step for step, v in values.items() if v == choose(values.values()))} if best else set())
+        expected = {72, 84} | (
+            {min(step for step, v in values.items() if v == choose(values.values()))}
+            if best
+            else set()
+        )
         assert set(steps(folder)) == expected
         assert not best or len(expected) == 3
-        assert sorted(p.name for p in folder.iterdir()) == [f"step-{step:012d}" for step in sorted(expected)]
+        assert sorted(p.name for p in folder.iterdir()) == [
+            f"step-{step:012d}" for step in sorted(expected)
+        ]
     assert manifest(folder).metadata["metrics"] == seen[84]
 
 
 def test_a_metric_that_is_not_measured_is_an_error_that_lists_those_that_are(tmp_path):
-    with pytest.raises(ValueError, match="must be a metric of this training, loss, validation_loss, validation_accuracy; got 'acc'"):
+    with pytest.raises(
+        ValueError,
+        match="must be a metric of this training, loss, validation_loss, validation_accuracy; got 'acc'",
+    ):
         train(tmp_path / "run", best="acc")
     assert not (tmp_path / "run").exists()  # before any training
 
 
-def test_a_checkpoint_is_left_out_while_the_last_is_being_written_but_never_the_best_or_the_last(tmp_path, monkeypatch):
+def test_a_checkpoint_is_left_out_while_the_last_is_being_written_but_never_the_best_or_the_last(
+    tmp_path, monkeypatch
+):
     slow, write = threading.Event(), running.write
 
     def blocked(*args):
@@ -323,14 +410,23 @@ def test_a_checkpoint_is_left_out_while_the_last_is_being_written_but_never_the_
 
     monkeypatch.setattr(running, "write", blocked)
     best = {"best": "validation_loss", "mode": "max"}  # the first epoch is the worst
-    train(tmp_path / "free", epochs=6, wait=False, seconds=None, stop=lambda e, metrics: slow.set() if e == 4 else None, **best)
+    train(
+        tmp_path / "free",
+        epochs=6,
+        wait=False,
+        seconds=None,
+        stop=lambda e, metrics: slow.set() if e == 4 else None,
+        **best,
+    )
     assert steps(tmp_path / "free")[0] == 12
     assert steps(tmp_path / "free")[-1] == 72
     assert not {24, 36, 48} & set(steps(tmp_path / "free"))
 
 
 @pytest.mark.parametrize("saved", [False, True], ids=["not saved", "saved"])
-def test_one_copy_of_the_state_more_is_held_while_a_checkpoint_is_written_and_else_none(tmp_path, monkeypatch, saved):
+def test_one_copy_of_the_state_more_is_held_while_a_checkpoint_is_written_and_else_none(
+    tmp_path, monkeypatch, saved
+):
     written, live = threading.Event(), []
     monkeypatch.setattr(running, "write", lambda *args: written.wait(60))
     net = fnn.mlp((5, 13, 3), "tanh")
@@ -342,7 +438,17 @@ def test_one_copy_of_the_state_more_is_held_while_a_checkpoint_is_written_and_el
             written.set()
 
     saver = Checkpointer(tmp_path, seconds=None) if saved else None
-    fnn.fit(rules.backprop(net, LOSS), optax.adam(0.1), params, DATA, epochs=5, batch_size=4, key=KEY, checkpoint=saver, callback=count)
+    fnn.fit(
+        rules.backprop(net, LOSS),
+        optax.adam(0.1),
+        params,
+        DATA,
+        epochs=5,
+        batch_size=4,
+        key=KEY,
+        checkpoint=saver,
+        callback=count,
+    )
     given, state = 1, 3  # the parameters; parameters and two moments
     assert live == [given + state] + [given + state * (2 if saved else 1)] * 4
 
@@ -350,7 +456,9 @@ def test_one_copy_of_the_state_more_is_held_while_a_checkpoint_is_written_and_el
 def test_every_second_epoch_and_the_last_are_saved(tmp_path):
     train(tmp_path, epochs=5, every=2, seconds=None, metadata={"note": "kept"})
     assert steps(tmp_path) == [24, 48, 60]
-    assert json.loads((tmp_path / "step-000000000060" / "manifest.json").read_text())["metadata"]["metadata"] == {"note": "kept"}
+    assert json.loads((tmp_path / "step-000000000060" / "manifest.json").read_text())["metadata"][
+        "metadata"
+    ] == {"note": "kept"}
 
 
 def test_a_relative_folder_stays_where_it_was(tmp_path, monkeypatch):
@@ -378,7 +486,10 @@ def test_an_error_of_saving_ends_the_training(tmp_path, monkeypatch):
 
 
 def test_two_trainings_in_one_folder_are_refused(tmp_path):
-    with running.saving(Checkpointer(tmp_path)), pytest.raises(CheckpointError, match="another process saves its run here"):
+    with (
+        running.saving(Checkpointer(tmp_path)),
+        pytest.raises(CheckpointError, match="another process saves its run here"),
+    ):
         train(tmp_path)
     train(tmp_path, epochs=1)
 
@@ -416,15 +527,29 @@ OTHERS = [
     ({"record_every": 2}, "`record_every` was 5 and is 2"),
     ({"record": None}, "`records` was True and is False"),
     ({"optimizer": optax.sgd(0.1)}, r"the tree is another one than `like`"),
-    ({"rule": rules.backprop(WIDER, LOSS), "params": WIDER.init(KEY)}, r"\['state'\].params\[0\]\[0\].w is array float32\[5, 6\], but"),
+    (
+        {"rule": rules.backprop(WIDER, LOSS), "params": WIDER.init(KEY)},
+        r"\['state'\].params\[0\]\[0\].w is array float32\[5, 6\], but",
+    ),
     ({"checkpoint": "runs"}, "`checkpoint` must be a `fnn.checkpoint.Checkpointer`, got 'runs'"),
 ]
 
 
 @pytest.mark.parametrize(("change", "message"), OTHERS, ids=[message[:30] for _, message in OTHERS])
 def test_the_checkpoint_of_another_training_is_refused(tmp_path, change, message):
-    settings = {"rule": BACKPROP, "optimizer": ADAM, "params": PARAMS, "data": DATA, "epochs": 1, "batch_size": 4, "key": KEY,
-                "validation": blobs(10), "record": norm, "record_every": 5, "checkpoint": Checkpointer(tmp_path)}  # fmt: skip
+    settings = {
+        "rule": BACKPROP,
+        "optimizer": ADAM,
+        "params": PARAMS,
+        "data": DATA,
+        "epochs": 1,
+        "batch_size": 4,
+        "key": KEY,
+        "validation": blobs(10),
+        "record": norm,
+        "record_every": 5,
+        "checkpoint": Checkpointer(tmp_path),
+    }
     fnn.fit(**settings)
     with pytest.raises((CheckpointError, TypeError), match=message):
         fnn.fit(**settings | change)
@@ -442,7 +567,9 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("change", "kind", "message"), BAD, ids=[message[:20] for *_, message in BAD])
+@pytest.mark.parametrize(
+    ("change", "kind", "message"), BAD, ids=[message[:20] for *_, message in BAD]
+)
 def test_a_setting_that_cannot_be_meant_is_an_error(change, kind, message):
     with pytest.raises(kind, match=message):
         Checkpointer(**{"folder": "run"} | change)

@@ -1,4 +1,5 @@
-"""Run folders: a run that was stopped goes on as if it had not been, and every epoch of it is written down once."""
+"""Run folders: a run that was stopped goes on as if it had not been, and every epoch of it is
+written down once."""
 
 import dataclasses
 import json
@@ -19,7 +20,9 @@ from experiments.__main__ import main
 from fnn.checkpoint import steps
 
 ROOT = Path(__file__).parents[1]
-CONFIG = dataclasses.replace(train.TINY, epochs=4, optimizer="adam", rule="node_perturbation", tensorboard=True)
+CONFIG = dataclasses.replace(
+    train.TINY, epochs=4, optimizer="adam", rule="node_perturbation", tensorboard=True
+)
 pytestmark = pytest.mark.usefixtures("as_users_run")
 
 
@@ -51,7 +54,9 @@ def test_a_run_that_crashed_goes_on_to_the_same_end(tmp_path, whole, stop, monke
     assert main(["train", "--resume", str(tmp_path / "run")]) == 0
     assert results(tmp_path / "run") == results(whole)
     lines = _runs.read_metrics(tmp_path / "run")
-    assert [(m["seed"], m["epoch"]) for m in lines] == [(seed, e) for seed in CONFIG.seeds for e in range(4)]
+    assert [(m["seed"], m["epoch"]) for m in lines] == [
+        (seed, e) for seed in CONFIG.seeds for e in range(4)
+    ]
     assert lines == _runs.read_metrics(whole)
 
 
@@ -62,16 +67,28 @@ def test_a_run_that_is_done_trains_no_more(whole):
 
 
 def test_its_folder_has_flags_lines_checkpoints_and_pictures(whole):
-    assert {p.name for p in whole.iterdir()} == {"config.json", "metrics.jsonl", "checkpoints", "tensorboard", "metrics.json", "train.png"}
+    assert {p.name for p in whole.iterdir()} == {
+        "config.json",
+        "metrics.jsonl",
+        "checkpoints",
+        "tensorboard",
+        "metrics.json",
+        "train.png",
+    }
     assert _runs.config_of(whole, train.Config) == dataclasses.replace(CONFIG, out=whole)
     for seed in CONFIG.seeds:
         assert len(steps(whole / "checkpoints" / f"seed-{seed}")) >= 1
     best = results(whole)["seeds"][0]
-    assert [m["validation_loss"] for m in _runs.read_metrics(whole)][:4] == pytest.approx(best["epoch_test_loss"], rel=1e-6)
+    assert [m["validation_loss"] for m in _runs.read_metrics(whole)][:4] == pytest.approx(
+        best["epoch_test_loss"], rel=1e-6
+    )
 
 
 def events(path):
-    """Every (tag, epoch, value) of event files: records of length, its checksum, content and its checksum."""
+    """Every (tag, epoch, value) of event files.
+
+    Records of length, its checksum, content and its checksum.
+    """
     from tensorboardX.proto.event_pb2 import Event
 
     for file in sorted(path.glob("events.*")):
@@ -80,14 +97,24 @@ def events(path):
             (length,) = struct.unpack_from("<Q", content, at)
             event = Event.FromString(content[at + 12 : at + 12 + length])
             at += 16 + length
-            yield from ((value.tag, event.step, value.simple_value) for value in event.summary.value)
+            yield from (
+                (value.tag, event.step, value.simple_value) for value in event.summary.value
+            )
 
 
 def test_tensorboard_shows_what_was_measured(whole):
     for seed in CONFIG.seeds:
         lines = [m for m in _runs.read_metrics(whole) if m["seed"] == seed]
-        expected = {(name, m["epoch"]): m[name] for m in lines for name in m if name not in ("seed", "epoch")}
-        found = {(tag, step): value for tag, step, value in events(whole / "tensorboard" / f"seed-{seed}")}
+        expected = {
+            (name, m["epoch"]): m[name]
+            for m in lines
+            for name in m
+            if name not in ("seed", "epoch")
+        }
+        found = {
+            (tag, step): value
+            for tag, step, value in events(whole / "tensorboard" / f"seed-{seed}")
+        }
         assert found == pytest.approx(expected, rel=1e-6)
 
 
@@ -95,7 +122,10 @@ def test_tensorboard_shows_what_was_measured(whole):
 @pytest.mark.parametrize("plan", train.PLANS)
 def test_the_flags_put_a_training_on_devices(plan):
     config = dataclasses.replace(train.TINY, sizes=(8, 8), seeds=(0,))
-    (alone,), (spread,) = (train.run(c).seeds for c in (config, dataclasses.replace(config, devices=8, model=2, plan=plan)))
+    (alone,), (spread,) = (
+        train.run(c).seeds
+        for c in (config, dataclasses.replace(config, devices=8, model=2, plan=plan))
+    )
     np.testing.assert_allclose(spread.epoch_test_loss, alone.epoch_test_loss, rtol=1e-5)
 
 
@@ -107,8 +137,21 @@ def test_new_runs_get_folders_of_their_own(tmp_path, monkeypatch):
 
 
 def test_sigterm_saves_and_says_how_to_go_on(tmp_path):
-    command = [sys.executable, "-m", "experiments", "train", "--epochs", "100000", "--seeds", "0", "--out", str(tmp_path / "run")]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+    command = [
+        sys.executable,
+        "-m",
+        "experiments",
+        "train",
+        "--epochs",
+        "100000",
+        "--seeds",
+        "0",
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as child:
         try:
             end = time.monotonic() + 90
             while not steps(tmp_path / "run" / "checkpoints" / "seed-0"):
@@ -130,7 +173,9 @@ def test_the_list_says_how_far_runs_are_and_how_to_go_on(tmp_path, whole, capsys
     (tmp_path / "half").mkdir()
     for name in ("config.json", "metrics.jsonl"):
         lines = (whole / name).read_text().splitlines(keepends=True)
-        (tmp_path / "half" / name).write_text("".join(lines if name == "config.json" else lines[:6]))
+        (tmp_path / "half" / name).write_text(
+            "".join(lines if name == "config.json" else lines[:6])
+        )
     runs.main(runs.Config(folder=tmp_path, out=tmp_path / "out"))
     printed = capsys.readouterr().out
     assert "6 of 8" in printed
@@ -145,7 +190,9 @@ def test_the_list_says_how_far_runs_are_and_how_to_go_on(tmp_path, whole, capsys
 def test_what_was_not_finite_is_drawn_as_that(tmp_path, whole):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_bytes((whole / "config.json").read_bytes())
-    (tmp_path / "run" / "metrics.jsonl").write_text('{"seed": 0, "epoch": 0, "loss": null, "validation_loss": null}\n')
+    (tmp_path / "run" / "metrics.jsonl").write_text(
+        '{"seed": 0, "epoch": 0, "loss": null, "validation_loss": null}\n'
+    )
     runs.main(runs.Config(folder=tmp_path, out=tmp_path / "out"))
     assert np.isnan(runs.run(runs.Config(folder=tmp_path))[0].loss).tolist() == [True]
 
@@ -157,7 +204,9 @@ def test_a_damaged_checkpoint_is_one_line(tmp_path, whole, capsys):
     (newest / "manifest.json").write_text("{}")
     assert main(["train", "--resume", str(tmp_path / "run")]) == 1
     said = capsys.readouterr().err
-    assert said.startswith(f"error: {newest / 'manifest.json'}: its SHA-256 is not the one in SHA256SUMS")
+    assert said.startswith(
+        f"error: {newest / 'manifest.json'}: its SHA-256 is not the one in SHA256SUMS"
+    )
     assert f"or remove {newest} to go on from it." in said
 
 
@@ -168,12 +217,27 @@ def other_version(path):
 
 
 BAD = [
-    (["train", "--resume", "nowhere"], "`resume` must be a run's folder, got nowhere, which has no config.json"),
-    (["train", "--resume", "run", "--epochs", "9"], "`resume` takes all other flags from the run's own config.json. Leave them out."),
-    (["train", "--out", "run", "--epochs", "9"], "run holds a run already. Go on with it: --resume run."),
-    (["train", "--resume", "other"], "other/config.json is of another version of this experiment: rule differ. Begin a new run."),
+    (
+        ["train", "--resume", "nowhere"],
+        "`resume` must be a run's folder, got nowhere, which has no config.json",
+    ),
+    (
+        ["train", "--resume", "run", "--epochs", "9"],
+        "`resume` takes all other flags from the run's own config.json. Leave them out.",
+    ),
+    (
+        ["train", "--out", "run", "--epochs", "9"],
+        "run holds a run already. Go on with it: --resume run.",
+    ),
+    (
+        ["train", "--resume", "other"],
+        "other/config.json is of another version of this experiment: rule differ. Begin a new run.",
+    ),
     (["train", "--keep", "0"], "`keep` must be a whole number above 0, got 0."),
-    (["runs", "--folder", ".", "--names", "rnu"], "`names` must be runs in .: other, run; got 'rnu'."),
+    (
+        ["runs", "--folder", ".", "--names", "rnu"],
+        "`names` must be runs in .: other, run; got 'rnu'.",
+    ),
 ]
 
 
@@ -191,5 +255,8 @@ def test_what_cannot_be_meant_is_said(tmp_path, whole, monkeypatch, capsys, flag
 def test_tensorboard_without_its_package_is_an_error_before_training(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     assert main(["train", "--tensorboard", "--out", str(tmp_path / "run")]) == 1
-    assert "The package 'tensorboardX' is missing. Install it: pip install -e '.[tensorboard]'." in capsys.readouterr().err
+    assert (
+        "The package 'tensorboardX' is missing. Install it: pip install -e '.[tensorboard]'."
+        in capsys.readouterr().err
+    )
     assert not (tmp_path / "run").exists()

@@ -1,4 +1,5 @@
-"""On a mesh of eight devices everything is what it is on one, and the devices send each other what the plan says and no more."""
+"""On a mesh of eight devices everything is what it is on one, and the devices send each other what
+the plan says and no more."""
 
 import functools
 import math
@@ -16,10 +17,12 @@ from jax.sharding import PartitionSpec as P
 import fnn
 from fnn import losses, per_example, rules, sharding, steps
 from fnn.backprop import weighted_mean
-from fnn.layers import Dense
+from fnn.nets.layers import Dense
 from fnn.sharding.plans import PLANS
 
-pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices: JAX_NUM_CPU_DEVICES=8")
+pytestmark = pytest.mark.skipif(
+    jax.device_count() < 8, reason="needs eight devices: JAX_NUM_CPU_DEVICES=8"
+)
 MESHES = [(8, 1), (4, 2), (2, 4), (1, 8)]
 DTYPES = ("float32", "float64")
 MAX_NORM = 2.5
@@ -27,15 +30,28 @@ LABELS = losses.softmax_cross_entropy_with_integer_labels
 
 
 def block(width):
-    return fnn.residual(fnn.serial(fnn.rms_norm(width), fnn.dense(width, 2 * width), fnn.activations.gelu, fnn.dense(2 * width, width)))
+    return fnn.residual(
+        fnn.serial(
+            fnn.rms_norm(width),
+            fnn.dense(width, 2 * width),
+            fnn.activations.gelu,
+            fnn.dense(2 * width, width),
+        )
+    )
 
 
-MLP = fnn.mlp((12, 16, 8, 6), "tanh")  # a pair of layers for tensor parallelism, and one without a partner
+# a pair of layers for tensor parallelism, and one without a partner
+MLP = fnn.mlp((12, 16, 8, 6), "tanh")
 NETS = {
     "uneven": fnn.mlp((5, 7, 3)),
     "one layer": fnn.mlp((12, 8)),
     "one unit": fnn.mlp((3, 1, 1), "sigmoid"),
-    "repeat": fnn.serial(fnn.dense(12, 16, bias_init=None), fnn.layer_norm(16), fnn.repeat(block(16), 3), fnn.dense(16, 6)),
+    "repeat": fnn.serial(
+        fnn.dense(12, 16, bias_init=None),
+        fnn.layer_norm(16),
+        fnn.repeat(block(16), 3),
+        fnn.dense(16, 6),
+    ),
     "embedding": fnn.serial(fnn.embedding(16, 8), fnn.mlp((8, 16, 8))),
 }
 
@@ -48,7 +64,10 @@ def params_of(net, dtype="float64"):
     """Parameters of which none is 0 or 1."""
     rng = np.random.default_rng(1)
     shapes = jax.eval_shape(net.init, jax.eval_shape(jax.random.key, 0))
-    return jax.tree.map(lambda leaf: (rng.normal(size=leaf.shape) / math.sqrt(max(leaf.shape))).astype(dtype), shapes)
+    return jax.tree.map(
+        lambda leaf: (rng.normal(size=leaf.shape) / math.sqrt(max(leaf.shape))).astype(dtype),
+        shapes,
+    )
 
 
 def batch_of(net, params, loss, rows=13):
@@ -70,13 +89,24 @@ def batch_of(net, params, loss, rows=13):
 @functools.cache  # compiled once for one device
 def everything(net, loss):
     """Gradients by hand and by `jax.grad`, norms, and the clipped gradient, in one program."""
-    source, manual, automatic = fnn.factors(net, loss), fnn.value_and_grad(net, loss), jax.value_and_grad(fnn.mean_loss(net, loss))
+    source, manual, automatic = (
+        fnn.source(net, loss),
+        fnn.value_and_grad(net, loss),
+        jax.value_and_grad(fnn.mean_loss(net, loss)),
+    )
 
     def found(params, x, targets, weights=None):
-        clipped = per_example.clipped_gradient(source, MAX_NORM)(params, x, targets, weights=weights)
+        clipped = per_example.clipped_gradient(source, MAX_NORM)(
+            params, x, targets, weights=weights
+        )
         norms = per_example.norms(source)(params, x, targets)
         gradients = manual(params, x, targets, weights), automatic(params, x, targets, weights)
-        return {"manual": gradients[0], "automatic": gradients[1], "norms": norms, "clipped": clipped.gradient}
+        return {
+            "manual": gradients[0],
+            "automatic": gradients[1],
+            "norms": norms,
+            "clipped": clipped.gradient,
+        }
 
     return jax.jit(found)
 
@@ -89,7 +119,9 @@ def agrees(net, loss, dtype, plan_of, shapes, rows=13):
     expected = function(params, *batch)
     for shape in shapes:
         mesh = mesh_of(shape)
-        found = function(sharding.place(mesh, params, plan_of(mesh, params)), *sharding.place_batch(mesh, batch))
+        found = function(
+            sharding.place(mesh, params, plan_of(mesh, params)), *sharding.place_batch(mesh, batch)
+        )
         found["norms"] = found["norms"][:rows]
         for name, value in found.items():
             assert error(wide(value), wide(expected[name])) <= TOLERANCE[dtype], (shape, name)
@@ -107,19 +139,32 @@ def test_gradients_norms_and_clipped_gradients_are_those_of_one_device(dtype, pl
 @pytest.mark.parametrize("plan_of", PLANS)
 @pytest.mark.parametrize("name", NETS)
 def test_so_they_are_for_every_kind_of_net(x64, plan_of, name):
-    agrees(NETS[name], losses.l2_loss, "float64", plan_of, [(4, 2)], rows=1 if name == "one unit" else 13)
+    agrees(
+        NETS[name],
+        losses.l2_loss,
+        "float64",
+        plan_of,
+        [(4, 2)],
+        rows=1 if name == "one unit" else 13,
+    )
 
 
-EDITED = ((Dense(P("data", "model"), P("model")), ()), Dense(P("model", "data"), P()))  # a plan of one's own, with both axes
+# a plan of one's own, with both axes
+EDITED = ((Dense(P("data", "model"), P("model")), ()), Dense(P("model", "data"), P()))
 
 
 def without_keys(tree):
     """Keys as their numbers."""
-    return jax.tree.map(lambda a: jax.random.key_data(a) if jnp.issubdtype(a.dtype, jax.dtypes.prng_key) else a, tree)
+    return jax.tree.map(
+        lambda a: jax.random.key_data(a) if jnp.issubdtype(a.dtype, jax.dtypes.prng_key) else a,
+        tree,
+    )
 
 
 @pytest.mark.parametrize("rule", rules.RULES, ids=lambda r: r.__name__)
-def test_a_step_of_every_rule_is_that_of_one_device_and_its_state_stays_where_it_was_placed(x64, rule):
+def test_a_step_of_every_rule_is_that_of_one_device_and_its_state_stays_where_it_was_placed(
+    x64, rule
+):
     net, mesh, optimizer = fnn.mlp((8, 8, 4), "tanh"), mesh_of((4, 2)), optax.sgd(0.1, momentum=0.9)
     params = jax.tree.map(jnp.asarray, params_of(net))
     batch = (*batch_of(net, params, LABELS, 7), np.array([1, 2, 1, 1, 0.5, 0, 1]))
@@ -128,64 +173,101 @@ def test_a_step_of_every_rule_is_that_of_one_device_and_its_state_stays_where_it
     plan = sharding.follow(EDITED, params, state)
     step, there = steps.step(made, optimizer), sharding.shardings(mesh, plan)
     # some draw random numbers for every row of the batch
-    expected, expected_value = jax.jit(step)(state, *(np.asarray(a) for a in sharding.place_batch(mesh, batch)))
-    found, value = jax.jit(step, out_shardings=(there, None))(sharding.place(mesh, state, plan), *sharding.place_batch(mesh, batch))
-    assert error(wide((without_keys(found), value)), wide((without_keys(expected), expected_value))) <= TOLERANCE["float64"]
+    expected, expected_value = jax.jit(step)(
+        state, *(np.asarray(a) for a in sharding.place_batch(mesh, batch))
+    )
+    found, value = jax.jit(step, out_shardings=(there, None))(
+        sharding.place(mesh, state, plan), *sharding.place_batch(mesh, batch)
+    )
+    assert (
+        error(wide((without_keys(found), value)), wide((without_keys(expected), expected_value)))
+        <= TOLERANCE["float64"]
+    )
     assert jax.tree.map(lambda leaf: leaf.sharding.spec, found) == plan
     assert found.optimizer[0].trace[0][0].w.addressable_shards[0].data.shape == (2, 4)
 
 
 @functools.cache  # compiled once for one device
 def sources():
-    """Functions for `data_parallel` by name: manual, automatic, clipped, and a mean that is NaN where all weights are 0."""
+    """Functions for `data_parallel` by name.
+
+    Manual, automatic, clipped, and a mean that is NaN where all weights are 0.
+    """
 
     def clipped(params, x, targets, weights):
-        values, gradient, _ = per_example.clipped_gradient(fnn.factors(MLP, LABELS), MAX_NORM)(params, x, targets, weights=weights)
+        values, gradient, _ = per_example.clipped_gradient(fnn.source(MLP, LABELS), MAX_NORM)(
+            params, x, targets, weights=weights
+        )
         return weighted_mean(values, weights), gradient
 
     def careless(params, x, targets, weights):
         return (LABELS.value(MLP.apply(params, x), targets) * weights).sum() / weights.sum()
 
-    manual, automatic = fnn.value_and_grad(MLP, LABELS), jax.value_and_grad(fnn.mean_loss(MLP, LABELS))
-    return {"manual": manual, "automatic": automatic, "clipped": clipped, "careless": jax.value_and_grad(careless)}
+    manual, automatic = (
+        fnn.value_and_grad(MLP, LABELS),
+        jax.value_and_grad(fnn.mean_loss(MLP, LABELS)),
+    )
+    return {
+        "manual": manual,
+        "automatic": automatic,
+        "clipped": clipped,
+        "careless": jax.value_and_grad(careless),
+    }
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", MESHES)
 @pytest.mark.parametrize("name", sources())
-def test_the_explicit_gradient_is_that_of_the_whole_batch_also_where_a_device_has_no_weight(name, shape, dtype):
+def test_the_explicit_gradient_is_that_of_the_whole_batch_also_where_a_device_has_no_weight(
+    name, shape, dtype
+):
     with jax.enable_x64(dtype == "float64"):
         mesh, function, params = mesh_of(shape), sources()[name], params_of(MLP, dtype)
         batch = batch_of(MLP, params, LABELS, 16)
         placed = sharding.place(mesh, params, sharding.tensor_parallel(mesh, params))
         gradient = sharding.data_parallel(mesh, function)
-        weights = np.linspace(0, 2, 16, dtype=dtype) * (np.arange(16) > 5)  # of eight devices the first three have none
-        for rows in (batch, (*batch, weights)) if name in ("manual", "automatic") else ((*batch, weights),):
+        # of eight devices the first three have none
+        weights = np.linspace(0, 2, 16, dtype=dtype) * (np.arange(16) > 5)
+        for rows in (
+            (batch, (*batch, weights)) if name in ("manual", "automatic") else ((*batch, weights),)
+        ):
             expected = jax.jit(function)(params, *rows)
             assert error(wide(gradient(placed, *rows)), wide(expected)) <= TOLERANCE[dtype]
-        assert not any(leaf.any() for leaf in jax.tree.leaves(gradient(placed, *batch, np.zeros(16, dtype))))
+        assert not any(
+            leaf.any() for leaf in jax.tree.leaves(gradient(placed, *batch, np.zeros(16, dtype)))
+        )
 
 
 def test_the_explicit_gradient_adds_up_in_float32_and_keeps_bfloat16():
     params, mesh = cast(params_of(MLP, "float32"), jnp.bfloat16), mesh_of((4, 2))
     batch = cast(batch_of(MLP, params, LABELS, 16), jnp.bfloat16)
     function = fnn.value_and_grad(MLP, LABELS)
-    found = sharding.data_parallel(mesh, function)(sharding.place(mesh, params, sharding.tensor_parallel(mesh, params)), *batch)
+    found = sharding.data_parallel(mesh, function)(
+        sharding.place(mesh, params, sharding.tensor_parallel(mesh, params)), *batch
+    )
     assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype(jnp.bfloat16)}
     assert error(wide(found), wide(jax.jit(function)(params, *batch))) <= TOLERANCE["bfloat16"]
 
 
 def sends(function, *args):
-    """What the devices of a compiled function send each other: `(collective, shape of a result)` for every array."""
+    """What the devices of a compiled function send each other.
+
+    `(collective, shape of a result)` for every array.
+    """
     text = jax.jit(function).lower(*args).compile().as_text()
     kinds = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
     lines = re.findall(rf"= (\([^)]*\)|\S+) ({kinds})(?:-start)?\(", text)
-    found = [(kind, shape) for shapes, kind in lines for shape in re.findall(r"\w+\[([\d,]*)\]", shapes)]
+    found = [
+        (kind, shape) for shapes, kind in lines for shape in re.findall(r"\w+\[([\d,]*)\]", shapes)
+    ]
     return [(kind, tuple(int(n) for n in shape.split(",") if n)) for kind, shape in found]
 
 
 WIDE = fnn.mlp((16, 64, 24, 8), "tanh")
-SENDING = (fnn.value_and_grad(WIDE, losses.l2_loss), jax.value_and_grad(fnn.mean_loss(WIDE, losses.l2_loss)))
+SENDING = (
+    fnn.value_and_grad(WIDE, losses.l2_loss),
+    jax.value_and_grad(fnn.mean_loss(WIDE, losses.l2_loss)),
+)
 
 
 def wide_case(shape, plan_of):
@@ -193,14 +275,21 @@ def wide_case(shape, plan_of):
     mesh, params = mesh_of(shape), params_of(WIDE, "float32")
     plan = plan_of(mesh, params)
     batch = sharding.place_batch(mesh, batch_of(WIDE, params, losses.l2_loss, 8))[:2]
-    split = [leaf.shape for leaf, spec in zip(jax.tree.leaves(params), jax.tree.leaves(plan), strict=True) if spec != P()]
+    split = [
+        leaf.shape
+        for leaf, spec in zip(jax.tree.leaves(params), jax.tree.leaves(plan), strict=True)
+        if spec != P()
+    ]
     return mesh, sharding.place(mesh, params, plan), batch, plan, split
 
 
 @pytest.mark.parametrize("function", SENDING, ids=["manual", "automatic"])
 def test_data_parallel_gradients_are_summed_and_nothing_is_gathered(function):
     mesh, params, batch, _, _ = wide_case((8, 1), sharding.replicated)
-    for sent in (sends(function, params, *batch), sends(sharding.data_parallel(mesh, function), params, *batch)):
+    for sent in (
+        sends(function, params, *batch),
+        sends(sharding.data_parallel(mesh, function), params, *batch),
+    ):
         assert {kind for kind, _ in sent} == {"all-reduce"}
         assert sum(math.prod(shape) for _, shape in sent) == 1 + sum(
             leaf.size for leaf in jax.tree.leaves(params)
@@ -211,7 +300,8 @@ def test_data_parallel_gradients_are_summed_and_nothing_is_gathered(function):
 def test_tensor_parallel_products_are_summed_once_for_a_pair_of_layers(function):
     _, params, batch, plan, _ = wide_case((1, 8), sharding.tensor_parallel)
     assert plan[0][0].w == P(None, "model")
-    assert sends(function, params, *batch) == [("all-reduce", (8, 24))]  # forward; backward, dx of the first layer is not asked for
+    # forward; backward, dx of the first layer is not asked for
+    assert sends(function, params, *batch) == [("all-reduce", (8, 24))]
 
 
 def whole(sent, shapes):
@@ -223,15 +313,15 @@ def whole(sent, shapes):
 @pytest.mark.parametrize("shape", [(4, 2), (2, 4), (1, 8)])
 def test_tensor_parallel_gathers_no_whole_weight(shape):
     mesh, params, batch, plan, split = wide_case(shape, sharding.tensor_parallel)
-    source = fnn.factors(WIDE, losses.l2_loss)
+    source = fnn.source(WIDE, losses.l2_loss)
     assert len(split) == 3  # w and b by columns, w by rows
 
     def everything(params, x, targets):
         clipped = per_example.clipped_gradient(source, MAX_NORM)(params, x, targets).gradient
         grads = SENDING[0](params, x, targets)[1], SENDING[1](params, x, targets)[1], clipped
-        return [lax.with_sharding_constraint(g, sharding.shardings(mesh, plan)) for g in grads], per_example.norms(source)(
-            params, x, targets
-        )
+        return [
+            lax.with_sharding_constraint(g, sharding.shardings(mesh, plan)) for g in grads
+        ], per_example.norms(source)(params, x, targets)
 
     sent = sends(everything, params, *batch)
     assert ("all-reduce", (8 // shape[0], 24)) in sent
@@ -246,8 +336,11 @@ def test_fully_sharded_parameters_are_gathered_and_gradients_summed(function):
     sent = sends(sharding.gathered(mesh, function), params, *batch)
     assert {kind for kind, _ in sent} == {"all-gather", "all-reduce"}
     assert sorted(shape for kind, shape in sent if kind == "all-gather") == sorted(split)
-    assert sorted(whole(sent, split)) == sorted(shape for shape in split if len(shape) > 1)  # what the test above looks for
-    assert sum(math.prod(shape) for kind, shape in sent if kind == "all-reduce") == 1 + sum(leaf.size for leaf in jax.tree.leaves(params))
+    # what the test above looks for
+    assert sorted(whole(sent, split)) == sorted(shape for shape in split if len(shape) > 1)
+    assert sum(math.prod(shape) for kind, shape in sent if kind == "all-reduce") == 1 + sum(
+        leaf.size for leaf in jax.tree.leaves(params)
+    )
 
 
 def test_gathered_parameters_may_stay_split_over_the_other_axis(x64):
@@ -256,9 +349,13 @@ def test_gathered_parameters_may_stay_split_over_the_other_axis(x64):
     batch = batch_of(net, params, losses.l2_loss, 8)
     placed = sharding.place(mesh, params, EDITED)
     gathered = sharding.gathered(mesh, function, sharding.tensor_parallel(mesh, params))
-    assert error(wide(jax.jit(gathered)(placed, *batch)), wide(function(params, *batch))) <= TOLERANCE["float64"]
+    assert (
+        error(wide(jax.jit(gathered)(placed, *batch)), wide(function(params, *batch)))
+        <= TOLERANCE["float64"]
+    )
     sent = sends(gathered, placed, *sharding.place_batch(mesh, batch)[:2])
-    assert sorted(shape for kind, shape in sent if kind == "all-gather") == [(8, 4), (8, 8)]  # each device half of both weights
+    # each device half of both weights
+    assert sorted(shape for kind, shape in sent if kind == "all-gather") == [(8, 4), (8, 8)]
 
 
 def test_the_explicit_gradient_sends_what_the_user_says():
@@ -272,11 +369,17 @@ def test_the_explicit_gradient_sends_what_the_user_says():
         return jax.tree.map(add, grads)
 
     gradient = sharding.data_parallel(mesh, SENDING[0], all_reduce=scattered_then_gathered)
-    sent, shapes = sends(gradient, params, *batch), sorted(leaf.shape for leaf in jax.tree.leaves(params))
+    sent, shapes = (
+        sends(gradient, params, *batch),
+        sorted(leaf.shape for leaf in jax.tree.leaves(params)),
+    )
     assert [shape for kind, shape in sent if kind == "all-reduce"] == [()]  # the value
     assert sorted(shape for kind, shape in sent if kind == "all-gather") == shapes
     assert sum(kind == "reduce-scatter" for kind, _ in sent) == len(shapes)
-    assert error(wide(gradient(params, *batch)), wide(SENDING[0](params, *batch))) <= TOLERANCE["float32"]
+    assert (
+        error(wide(gradient(params, *batch)), wide(SENDING[0](params, *batch)))
+        <= TOLERANCE["float32"]
+    )
 
     def halved(grads):
         return jax.tree.map(lambda g: lax.psum(g.astype(jnp.bfloat16), "data"), grads)
@@ -288,37 +391,80 @@ def test_the_explicit_gradient_sends_what_the_user_says():
 
 def test_tensor_parallel_pairs_dense_layers_that_fit():
     def plan_of(*layers, model=4):
-        return sharding.tensor_parallel(mesh_of((1, model)), jax.eval_shape(fnn.serial(*layers).init, jax.random.key(0)))
+        return sharding.tensor_parallel(
+            mesh_of((1, model)), jax.eval_shape(fnn.serial(*layers).init, jax.random.key(0))
+        )
 
-    columns, rows, whole = Dense(P(None, "model"), P("model")), Dense(P("model"), P()), Dense(P(), P())
+    columns, rows, whole = (
+        Dense(P(None, "model"), P("model")),
+        Dense(P("model"), P()),
+        Dense(P(), P()),
+    )
     tanh = fnn.activations.tanh
     assert plan_of(fnn.dense(6, 8), tanh, fnn.dense(8, 2)) == (columns, (), rows)
     assert plan_of(fnn.dense(6, 8)) == (whole,)  # its outputs would stay split
-    assert plan_of(fnn.dense(6, 7), tanh, fnn.dense(7, 8), fnn.dense(8, 3)) == (whole, (), columns, rows)  # 7 is odd
+    # 7 is odd
+    assert plan_of(fnn.dense(6, 7), tanh, fnn.dense(7, 8), fnn.dense(8, 3)) == (
+        whole,
+        (),
+        columns,
+        rows,
+    )
     assert plan_of(*(fnn.dense(8, 8) for _ in range(5))) == (columns, rows, columns, rows, whole)
-    assert plan_of(fnn.dense(6, 8, bias_init=None), fnn.dense(8, 2, bias_init=None)) == (columns._replace(b=None), rows._replace(b=None))
+    assert plan_of(fnn.dense(6, 8, bias_init=None), fnn.dense(8, 2, bias_init=None)) == (
+        columns._replace(b=None),
+        rows._replace(b=None),
+    )
     normed = plan_of(fnn.dense(6, 8), fnn.layer_norm(8), fnn.dense(8, 2))
     assert normed == (columns, jax.tree.map(lambda _: P(), normed[1]), rows)
     stacked = plan_of(fnn.dense(6, 8), fnn.repeat(block(8), 3), fnn.dense(8, 2))
     assert stacked[0] == stacked[2] == whole
-    assert stacked[1][1:] == (Dense(P(None, None, "model"), P(None, "model")), (), Dense(P(None, "model"), P()))
+    assert stacked[1][1:] == (
+        Dense(P(None, None, "model"), P(None, "model")),
+        (),
+        Dense(P(None, "model"), P()),
+    )
 
 
 def test_fully_sharded_splits_the_longer_of_the_last_two_axes():
-    shapes = {"long": (8, 16), "even": (8, 8), "short": (16, 7), "none": (7, 9), "one": (), "stack": (64, 8, 16), "bias": (24,)}
+    shapes = {
+        "long": (8, 16),
+        "even": (8, 8),
+        "short": (16, 7),
+        "none": (7, 9),
+        "one": (),
+        "stack": (64, 8, 16),
+        "bias": (24,),
+    }
     params = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
-    expected = {"long": P(None, "data"), "even": P("data"), "short": P("data"), "none": P(), "one": P(), "bias": P("data")}
-    assert sharding.fully_sharded(mesh_of((8, 1)), params) == expected | {"stack": P(None, None, "data")}
+    expected = {
+        "long": P(None, "data"),
+        "even": P("data"),
+        "short": P("data"),
+        "none": P(),
+        "one": P(),
+        "bias": P("data"),
+    }
+    assert sharding.fully_sharded(mesh_of((8, 1)), params) == expected | {
+        "stack": P(None, None, "data")
+    }
 
 
 OPTIMIZERS = {
     "adam": optax.adam(0.1),
     "sgd": optax.sgd(0.1),
-    "chain": optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.cosine_decay_schedule(0.1, 10)), optax.ema(0.9)),
-    "masked": optax.masked(optax.adam(0.1), lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params)),
+    "chain": optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(optax.cosine_decay_schedule(0.1, 10)),
+        optax.ema(0.9),
+    ),
+    "masked": optax.masked(
+        optax.adam(0.1), lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+    ),
     "multiple steps": optax.MultiSteps(optax.adam(0.1), 2).gradient_transformation(),
     "partition": optax.partition(
-        {"w": optax.adam(0.1), "b": optax.sgd(0.1, 0.9)}, lambda p: jax.tree.map(lambda a: "w" if a.ndim > 1 else "b", p)
+        {"w": optax.adam(0.1), "b": optax.sgd(0.1, 0.9)},
+        lambda p: jax.tree.map(lambda a: "w" if a.ndim > 1 else "b", p),
     ),
 }
 
@@ -348,11 +494,17 @@ def test_state_of_other_shapes_is_replicated():
     state = optax.scale_by_factored_rms().init(params)
     assert state.v_row["w"].shape == (128,)
     assert set(jax.tree.leaves(sharding.follow(plan, params, state))) == {P(), P("data")}
-    assert sharding.follow(plan, params, state).v == {"w": P(), "b": P("data")}  # `w` is factored: one number in its place
-    assert sharding.follow(plan, params, {"many": jax.tree.map(lambda a: jnp.stack([a, a]), params)}) == {"many": {"w": P(), "b": P()}}
-    assert sharding.follow(P("data"), jnp.ones(4), (jnp.ones(4), jnp.ones(3), jax.random.key(0))) == (P("data"), P(), P())
+    # `w` is factored: one number in its place
+    assert sharding.follow(plan, params, state).v == {"w": P(), "b": P("data")}
+    assert sharding.follow(
+        plan, params, {"many": jax.tree.map(lambda a: jnp.stack([a, a]), params)}
+    ) == {"many": {"w": P(), "b": P()}}
+    assert sharding.follow(
+        P("data"), jnp.ones(4), (jnp.ones(4), jnp.ones(3), jax.random.key(0))
+    ) == (P("data"), P(), P())
     assert sharding.follow((), (), ((), jnp.ones(3))) == ((), P())
-    nested = {"a": jnp.ones(4), "b": {"a": jnp.ones(4)}}  # the path of the first ends that of the second: the longer end counts
+    # the path of the first ends that of the second: the longer end counts
+    nested = {"a": jnp.ones(4), "b": {"a": jnp.ones(4)}}
     plan = {"a": P("data"), "b": {"a": P("model")}}
     assert sharding.follow(plan, nested, {"mu": nested})["mu"] == plan
 
@@ -364,7 +516,8 @@ def test_every_device_holds_its_part_alone():
     state = params, optimizer.init(params)
     placed = sharding.place(mesh, state, sharding.follow(plan, params, state))
     held = sum(leaf.addressable_shards[3].data.size for leaf in jax.tree.leaves(placed))
-    assert held == 3 * sum(leaf.size for leaf in jax.tree.leaves(params)) // 8 + 1  # and Adam's count
+    # and Adam's count
+    assert held == 3 * sum(leaf.size for leaf in jax.tree.leaves(params)) // 8 + 1
     drawn = jax.jit(WIDE.init, out_shardings=sharding.shardings(mesh, plan))(jax.random.key(0))
     assert jax.tree.map(lambda leaf: leaf.sharding.spec, drawn) == plan
     for ours, theirs in zip(jax.tree.leaves(placed), jax.tree.leaves(state), strict=True):
@@ -386,12 +539,18 @@ def test_a_batch_is_filled_up_to_a_multiple_of_the_data_axis():
     again = sharding.place_batch(mesh, (x[:4], targets[:4]))
     assert again[2] is None
     np.testing.assert_array_equal(again[0], x[:4])
-    assert sharding.place_batch(mesh, (x[:4], targets[:4], np.ones(4, np.float32)))[2].tolist() == [1] * 4
+    assert (
+        sharding.place_batch(mesh, (x[:4], targets[:4], np.ones(4, np.float32)))[2].tolist()
+        == [1] * 4
+    )
 
 
 def test_a_mesh_takes_the_devices_that_it_is_asked_for():
     assert dict(sharding.make_mesh().shape) == {"data": jax.device_count(), "model": 1}
-    assert dict(sharding.make_mesh(model=2, devices=jax.devices()[:6]).shape) == {"data": 3, "model": 2}
+    assert dict(sharding.make_mesh(model=2, devices=jax.devices()[:6]).shape) == {
+        "data": 3,
+        "model": 2,
+    }
     mesh = sharding.make_mesh(data=2, model=2)
     assert mesh.devices.size == 4
     assert mesh.axis_types == (jax.sharding.AxisType.Auto,) * 2
@@ -422,20 +581,35 @@ BAD = [
         "`model` is 3, which does not divide the number of devices, 8. Ask for fewer, or try it on a CPU: set JAX_NUM_CPU_DEVICES=3 in the "
         "environment before Python starts.",
     ),
-    (lambda: sharding.make_mesh(data=0), ValueError, "`data` must be a whole number above 0, got 0."),
-    (lambda: sharding.make_mesh(model=1.0), TypeError, "`model` must be a whole number above 0, got 1.0 (float)."),
+    (
+        lambda: sharding.make_mesh(data=0),
+        ValueError,
+        "`data` must be a whole number above 0, got 0.",
+    ),
+    (
+        lambda: sharding.make_mesh(model=1.0),
+        TypeError,
+        "`model` must be a whole number above 0, got 1.0 (float).",
+    ),
     (
         lambda: sharding.place(8, PAIR),
         TypeError,
         "`mesh` must be a jax.sharding.Mesh, got int. Make one: `fnn.sharding.make_mesh()`.",
     ),
     (
-        lambda: sharding.tensor_parallel(jax.sharding.Mesh(np.array(jax.devices()[:2]), ("data",)), PAIR),
+        lambda: sharding.tensor_parallel(
+            jax.sharding.Mesh(np.array(jax.devices()[:2]), ("data",)), PAIR
+        ),
         ValueError,
         "`mesh` must have an axis 'model', got 'data'. Make one: `fnn.sharding.make_mesh()`.",
     ),
     (
-        lambda: sharding.place(jax.make_mesh((2,), ("data",), (jax.sharding.AxisType.Explicit,), devices=jax.devices()[:2]), PAIR),
+        lambda: sharding.place(
+            jax.make_mesh(
+                (2,), ("data",), (jax.sharding.AxisType.Explicit,), devices=jax.devices()[:2]
+            ),
+            PAIR,
+        ),
         ValueError,
         "`mesh` must have axes of type Auto, but 'data' is not (the default of `jax.make_mesh`). Make one: `fnn.sharding.make_mesh()`.",
     ),
@@ -460,7 +634,11 @@ BAD = [
         "`plan` must be a tree like `params`, PyTreeDef((CustomNode(namedtuple[Dense], [*, *]), ())), got "
         "PyTreeDef((CustomNode(namedtuple[Dense], [*, *]),)). Edit one of `fnn.sharding.replicated(mesh, params)`.",
     ),
-    (planned((Dense(P(), "data"), ())), TypeError, "`plan[0].b` must be a PartitionSpec, got 'data'. Replicated is `PartitionSpec()`."),
+    (
+        planned((Dense(P(), "data"), ())),
+        TypeError,
+        "`plan[0].b` must be a PartitionSpec, got 'data'. Replicated is `PartitionSpec()`.",
+    ),
     (
         planned((Dense(P(), P(None, "data")), ())),
         ValueError,
@@ -507,7 +685,11 @@ BAD = [
         ValueError,
         "`weights` must have a row for each of `x`; their shapes are (5,) and (6, 3). One example? Pass `x[None]`.",
     ),
-    (lambda: sharding.place_batch(mesh(), (X[:0], T[:0])), ValueError, "`x` is empty, shape (0, 3); expected at least one row."),
+    (
+        lambda: sharding.place_batch(mesh(), (X[:0], T[:0])),
+        ValueError,
+        "`x` is empty, shape (0, 3); expected at least one row.",
+    ),
     (
         lambda: sharding.gathered(mesh(), "net"),
         TypeError,
@@ -532,7 +714,9 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("call", "kind", "message"), BAD, ids=[message[:40] for *_, message in BAD])
+@pytest.mark.parametrize(
+    ("call", "kind", "message"), BAD, ids=[message[:40] for *_, message in BAD]
+)
 def test_what_cannot_be_meant_is_said_by_name(call, kind, message):
     with pytest.raises(kind) as caught:
         call()

@@ -1,4 +1,5 @@
-"""Training: the loop does what a plain Python loop does, uses every example, compiles once and stops where it must."""
+"""Training: the loop does what a plain Python loop does, uses every example, compiles once and
+stops where it must."""
 
 import chex
 import jax
@@ -40,7 +41,9 @@ def test_fit_is_a_plain_loop_over_shuffled_batches(weighted):
         assert sorted(order) == list(range(len(x)))  # every example, once
         for i in range(0, len(x), 4):
             r = order[i : i + 4]
-            value, g = gradient(p, x[r], t[r], weights[r] if weighted else np.ones(len(r), np.float32))
+            value, g = gradient(
+                p, x[r], t[r], weights[r] if weighted else np.ones(len(r), np.float32)
+            )
             p = jax.tree.map(lambda w, d: w - 0.3 * d, p, g)
             every.append((value, weights[r].sum() if weighted else len(r)))
         assert present is not None
@@ -48,7 +51,11 @@ def test_fit_is_a_plain_loop_over_shuffled_batches(weighted):
     assert error(wide(params), wide(p)) < 1e-5
     np.testing.assert_allclose(history.step_loss, [v for v, _ in every], rtol=1e-5)
     for e, part in enumerate((every[:6], every[6:])):
-        np.testing.assert_allclose(history.loss[e], np.average([v for v, _ in part], weights=[c for _, c in part]), rtol=1e-5)
+        np.testing.assert_allclose(
+            history.loss[e],
+            np.average([v for v, _ in part], weights=[c for _, c in part]),
+            rtol=1e-5,
+        )
 
 
 def test_an_iterable_of_batches_is_the_same_loop():
@@ -57,18 +64,24 @@ def test_an_iterable_of_batches_is_the_same_loop():
     rows = np.append(np.arange(len(x), dtype=np.int32), 0).reshape(-1, 4).astype(np.int32)
     present = (np.arange(24) < 23).astype(np.float32).reshape(-1, 4)
     state = steps.init(RULE, optax.sgd(0.3), PARAMS, KEY)
-    state, step_loss, mean = jax.jit(steps.epoch(RULE, optax.sgd(0.3)))(state, (rows, present), x, t)
+    state, step_loss, mean = jax.jit(steps.epoch(RULE, optax.sgd(0.3)))(
+        state, (rows, present), x, t
+    )
     for data in (batches, lambda epoch: iter(batches)):
-        params, history = fnn.fit(RULE, optax.sgd(0.3), PARAMS, data, epochs=1, batch_size=4, key=KEY)
+        params, history = fnn.fit(
+            RULE, optax.sgd(0.3), PARAMS, data, epochs=1, batch_size=4, key=KEY
+        )
         assert error(wide(params), wide(state.params)) < 1e-6
         np.testing.assert_allclose(history.step_loss, step_loss, rtol=1e-5)
         np.testing.assert_allclose(history.loss[0], mean, rtol=1e-5)
 
 
 GRADIENTS = (rules.backprop, rules.autodiff, rules.per_example_sgd)
-OWN_VALUE = (rules.forward_forward, rules.genetic_algorithm)  # a forward pass of their own; the loss of the best
+# a forward pass of their own; the loss of the best
+OWN_VALUE = (rules.forward_forward, rules.genetic_algorithm)
 EPOCHS = {rules.forward_forward: 40, rules.weight_perturbation: 30, rules.pepita: 60}
-SOLVERS = (rules.extreme_learning, rules.snes, rules.genetic_algorithm)  # sgd(1.0) sets what such rules solve for or choose
+# sgd(1.0) sets what such rules solve for or choose
+SOLVERS = (rules.extreme_learning, rules.snes, rules.genetic_algorithm)
 FITS = (rules.extreme_learning,)  # least squares: right about the classes, no good logits
 
 
@@ -120,7 +133,8 @@ def test_every_rule_ignores_padding_and_the_noiseless_give_the_gradient_of_backp
     expected_value, expected = fnn.value_and_grad(NET, LOSS)(params, x[:4], t[:4])
     if rule not in OWN_VALUE:
         assert abs(float(value - expected_value)) <= 1e-12
-    if rule in GRADIENTS:  # the others are held against their definitions in test_private.py, test_feedback.py, ...
+    # the others are held against their definitions in test_private.py, test_feedback.py, ...
+    if rule in GRADIENTS:
         assert error(wide(grads), wide(expected)) <= 1e-12
 
 
@@ -132,8 +146,10 @@ def test_per_example_sgd_takes_another_aggregate():
 
     rule = rules.per_example_sgd(NET, LOSS, aggregate=median)
     _, grads, _ = rule.value_and_grad(PARAMS, (), x, t)
-    each = fnn.per_example.gradients(fnn.factors(NET, LOSS))(PARAMS, x, t)
-    chex.assert_trees_all_close(grads, jax.tree.map(lambda g: jnp.median(g, axis=0), each), rtol=1e-5)
+    each = fnn.per_example.gradients(fnn.source(NET, LOSS))(PARAMS, x, t)
+    chex.assert_trees_all_close(
+        grads, jax.tree.map(lambda g: jnp.median(g, axis=0), each), rtol=1e-5
+    )
 
 
 def test_a_hundred_steps_and_a_second_fit_compile_once():
@@ -149,8 +165,11 @@ def test_a_hundred_steps_and_a_second_fit_compile_once():
 
 def test_a_schedule_counts_steps():
     x, t = blobs(8)
-    still = optax.sgd(lambda count: jnp.where(count < 4, 0.0, 0.5))  # 2 steps an epoch: nothing moves for 2 epochs
-    _, history = fnn.fit(RULE, still, PARAMS, (x, t), epochs=3, batch_size=4, key=KEY, validation=(x, t))
+    # 2 steps an epoch: nothing moves for 2 epochs
+    still = optax.sgd(lambda count: jnp.where(count < 4, 0.0, 0.5))
+    _, history = fnn.fit(
+        RULE, still, PARAMS, (x, t), epochs=3, batch_size=4, key=KEY, validation=(x, t)
+    )
     start = fnn.evaluate(RULE, PARAMS, (x, t))["loss"]
     np.testing.assert_allclose(history.validation["loss"][:2], start, rtol=1e-6)
     assert abs(float(history.validation["loss"][2]) - start) > 1e-3
@@ -160,16 +179,24 @@ def test_the_callback_sees_every_epoch_and_may_stop():
     seen = []
     data = blobs()
     _, history = fnn.fit(
-        RULE, optax.sgd(0.1), PARAMS, data, epochs=9, batch_size=8, key=KEY, validation=data,
+        RULE,
+        optax.sgd(0.1),
+        PARAMS,
+        data,
+        epochs=9,
+        batch_size=8,
+        key=KEY,
+        validation=data,
         callback=lambda epoch, metrics: seen.append((epoch, sorted(metrics))) or epoch == 2,
-    )  # fmt: skip
+    )
     assert seen == [(e, ["loss", "validation_accuracy", "validation_loss"]) for e in range(3)]
     assert history.loss.shape == history.validation["loss"].shape == (3,)
 
 
 def test_a_loss_that_explodes_hands_back_the_last_finite_params():
     x, t = blobs()
-    optimizer = optax.sgd(lambda count: jnp.where(count == 7, jnp.inf, 0.1))  # 6 steps an epoch: step 7 is batch 1 of epoch 1
+    # 6 steps an epoch: step 7 is batch 1 of epoch 1
+    optimizer = optax.sgd(lambda count: jnp.where(count == 7, jnp.inf, 0.1))
     with pytest.raises(fnn.NonFiniteError, match=r"step 7 \(epoch 1, batch 1\)") as caught:
         fnn.fit(RULE, optimizer, PARAMS, (x, t), epochs=3, batch_size=4, key=KEY)
     assert caught.value.step == 7
@@ -184,12 +211,22 @@ def test_a_loss_that_explodes_hands_back_the_last_finite_params():
 def test_many_nets_at_once_are_the_nets_one_by_one():
     x, t = blobs()
     keys, rates = jax.random.split(KEY, 3), jnp.array([0.01, 0.1, 0.3])
-    params, history = fnn.fit_many(RULE, optax.sgd, NET.init, (x, t), epochs=3, batch_size=4, keys=keys, learning_rates=rates)
+    params, history = fnn.fit_many(
+        RULE, optax.sgd, NET.init, (x, t), epochs=3, batch_size=4, keys=keys, learning_rates=rates
+    )
     assert history.loss.shape == (3, 3)
     assert history.step_loss.shape == (3, 18)
     for i in range(3):
         params_key, key = jax.random.split(keys[i])
-        one, alone = fnn.fit(RULE, optax.sgd(float(rates[i])), jax.jit(NET.init)(params_key), (x, t), epochs=3, batch_size=4, key=key)
+        one, alone = fnn.fit(
+            RULE,
+            optax.sgd(float(rates[i])),
+            jax.jit(NET.init)(params_key),
+            (x, t),
+            epochs=3,
+            batch_size=4,
+            key=key,
+        )
         assert error([leaf[i] for leaf in wide(params)], wide(one)) < 1e-5
         np.testing.assert_allclose(history.loss[i], alone.loss, rtol=1e-4)
 
@@ -198,10 +235,15 @@ def test_evaluate_in_pieces_is_evaluate_at_once():
     x, t = blobs()
     weights = np.linspace(0, 1, len(x), dtype=np.float32)
     for data in ((x, t), (x, t, weights)):
-        whole, pieces = fnn.evaluate(RULE, PARAMS, data), fnn.evaluate(RULE, PARAMS, data, batch_size=5)
+        whole, pieces = (
+            fnn.evaluate(RULE, PARAMS, data),
+            fnn.evaluate(RULE, PARAMS, data, batch_size=5),
+        )
         assert whole == pytest.approx(pieces, rel=1e-5)
     logits = NET.apply(PARAMS, x)
-    assert whole["accuracy"] == pytest.approx(np.average(np.argmax(logits, -1) == t, weights=weights), rel=1e-5)
+    assert whole["accuracy"] == pytest.approx(
+        np.average(np.argmax(logits, -1) == t, weights=weights), rel=1e-5
+    )
     regression = rules.backprop(NET, losses.l2_loss)
     assert set(fnn.evaluate(regression, PARAMS, (x, np.zeros((len(x), 3), np.float32)))) == {"loss"}
 
@@ -216,27 +258,54 @@ def test_a_batch_is_filled_up_with_weight_zero():
 def test_fit_keeps_bfloat16():
     x, t = blobs()
     params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), PARAMS)
-    trained, history = fnn.fit(RULE, optax.adam(0.05), params, (jnp.asarray(x, jnp.bfloat16), t), epochs=8, batch_size=6, key=KEY)
+    trained, history = fnn.fit(
+        RULE,
+        optax.adam(0.05),
+        params,
+        (jnp.asarray(x, jnp.bfloat16), t),
+        epochs=8,
+        batch_size=6,
+        key=KEY,
+    )
     assert {leaf.dtype for leaf in jax.tree.leaves(trained)} == {jnp.dtype(jnp.bfloat16)}
     assert history.loss[-1] < 0.6 * history.loss[0]
 
 
 @pytest.mark.parametrize("true", [True, np.bool_(True), jnp.bool_(True)])
 def test_any_true_stops(true):
-    _, history = fnn.fit(RULE, optax.sgd(0.1), PARAMS, blobs(), epochs=3, batch_size=8, key=KEY, callback=lambda e, m: true)
+    _, history = fnn.fit(
+        RULE,
+        optax.sgd(0.1),
+        PARAMS,
+        blobs(),
+        epochs=3,
+        batch_size=8,
+        key=KEY,
+        callback=lambda e, m: true,
+    )
     assert history.loss.shape == (1,)
 
 
 def test_labels_are_checked_before_they_lose_bits():
     x, t = blobs()
     with pytest.raises(ValueError, match="labels in 0"):
-        fnn.fit(RULE, optax.sgd(0.1), PARAMS, (x, t.astype(np.int64) + 2**32), epochs=1, batch_size=8, key=KEY)
+        fnn.fit(
+            RULE,
+            optax.sgd(0.1),
+            PARAMS,
+            (x, t.astype(np.int64) + 2**32),
+            epochs=1,
+            batch_size=8,
+            key=KEY,
+        )
 
 
 def test_a_batch_without_weight_is_legal_in_an_iterable():
     x, t = blobs(8)
     batches = [(x[:4], t[:4], np.ones(4, np.float32)), (x[4:], t[4:], np.zeros(4, np.float32))]
-    params, history = fnn.fit(RULE, optax.sgd(0.1), PARAMS, batches, epochs=1, batch_size=4, key=KEY)
+    params, history = fnn.fit(
+        RULE, optax.sgd(0.1), PARAMS, batches, epochs=1, batch_size=4, key=KEY
+    )
     alone, _ = fnn.fit(RULE, optax.sgd(0.1), PARAMS, batches[:1], epochs=1, batch_size=4, key=KEY)
     chex.assert_trees_all_close(params, alone, rtol=1e-6)
     assert history.step_loss[1] == 0

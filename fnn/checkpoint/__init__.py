@@ -1,12 +1,17 @@
-"""Checkpoints: a tree of arrays in a folder, whole or not at all, and never loaded with one bit wrong.
+"""Checkpoints: a tree of arrays in a folder, whole or not at all, and never loaded with one bit
+wrong.
 
     folder/step-000000000042/arrays.safetensors     the leaves, by number
-                             manifest.json          format, versions, step, metadata; path, shape, dtype and SHA-256 of every leaf
-                             SHA256SUMS             of the manifest, as `sha256sum -c SHA256SUMS` reads it
+                             manifest.json          format, versions, step, metadata; path, shape,
+                             dtype and SHA-256 of every leaf
+                             SHA256SUMS             of the manifest, as `sha256sum -c SHA256SUMS`
+                             reads it
 
-A checkpoint is written into a folder of another name, flushed to the disk, and renamed: who is killed in between leaves the older ones as
-they were, and a folder `.unfinished-...` that the next `save` removes, or `.replaced-...` that it puts back. One process may save into a
-folder at a time. No pickle: nothing in a checkpoint is ever run. `arrays.safetensors` can be read by any library of that format.
+A checkpoint is written into a folder of another name, flushed to the disk, and renamed: who is
+killed in between leaves the older ones as they were, and a folder `.unfinished-...` that the next
+`save` removes, or `.replaced-...` that it puts back. One process may save into a folder at a time.
+No pickle: nothing in a checkpoint is ever run. `arrays.safetensors` can be read by any library of
+that format.
 """
 
 from fnn.checkpoint.layout import CheckpointError as CheckpointError

@@ -8,9 +8,26 @@ from typing import Any, NamedTuple
 FORMAT = 1
 ARRAYS, MANIFEST, SUMS = "arrays.safetensors", "manifest.json", "SHA256SUMS"
 PREFIX, UNFINISHED, REPLACED = "step-", ".unfinished-", ".replaced-"
-NUMBERS = {"bool": bool, "int": int, "float": float}  # Python's own; NumPy has types of the same names
-DTYPES = ("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float16", "float32", "float64", "bfloat16",
-          "float8_e4m3fn", "float8_e5m2", "complex64")  # fmt: skip
+# Python's own; NumPy has types of the same names
+NUMBERS = {"bool": bool, "int": int, "float": float}
+DTYPES = (
+    "bool",
+    "int8",
+    "int16",
+    "int32",
+    "int64",
+    "uint8",
+    "uint16",
+    "uint32",
+    "uint64",
+    "float16",
+    "float32",
+    "float64",
+    "bfloat16",
+    "float8_e4m3fn",
+    "float8_e5m2",
+    "complex64",
+)
 
 
 class CheckpointError(ValueError):
@@ -33,12 +50,20 @@ class Manifest(NamedTuple):
     metadata: dict[str, Any]
     versions: dict[str, str]
     topology: dict[str, Any]
-    leaves: tuple[dict[str, Any], ...]  # path, kind, shape, dtype and sha256 of each, in the order of the tree
+    # path, kind, shape, dtype and sha256 of each, in the order of the tree
+    leaves: tuple[dict[str, Any], ...]
 
 
 def every(home: Path) -> list[Path]:
     """The checkpoints in a run's folder, oldest first."""
-    return sorted((p for p in home.glob(f"{PREFIX}*") if p.is_dir() and p.name.removeprefix(PREFIX).isdecimal()), key=number)
+    return sorted(
+        (
+            p
+            for p in home.glob(f"{PREFIX}*")
+            if p.is_dir() and p.name.removeprefix(PREFIX).isdecimal()
+        ),
+        key=number,
+    )
 
 
 def find(folder: Path, step: int | None) -> Path:
@@ -50,7 +75,10 @@ def find(folder: Path, step: int | None) -> Path:
         found = [p for p in found if number(p) == step]
     if not found:
         there = ", ".join(map(str, [number(p) for p in every(folder)][-5:])) or "none"
-        raise CheckpointError(folder, f"no checkpoint{'' if step is None else f' of step {step}'} is there; steps that are: {there}.")
+        raise CheckpointError(
+            folder,
+            f"no checkpoint{'' if step is None else f' of step {step}'} is there; steps that are: {there}.",
+        )
     return found[-1]
 
 

@@ -19,11 +19,27 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from fnn import _check
-from fnn.checkpoint.layout import ARRAYS, DTYPES, FORMAT, MANIFEST, NUMBERS, PREFIX, REPLACED, SUMS, UNFINISHED
+from fnn import _validate
+from fnn.checkpoint.layout import (
+    ARRAYS,
+    DTYPES,
+    FORMAT,
+    MANIFEST,
+    NUMBERS,
+    PREFIX,
+    REPLACED,
+    SUMS,
+    UNFINISHED,
+)
 
 
-def save(folder: str | os.PathLike[str], tree: Any, *, step: int = 0, metadata: Mapping[str, Any] | None = None) -> Path:
+def save(
+    folder: str | os.PathLike[str],
+    tree: Any,
+    *,
+    step: int = 0,
+    metadata: Mapping[str, Any] | None = None,
+) -> Path:
     """Writes a checkpoint; whoever is killed meanwhile leaves none, and the older ones whole.
 
     Args:
@@ -46,7 +62,7 @@ def save(folder: str | os.PathLike[str], tree: Any, *, step: int = 0, metadata: 
     ...     path.name, restore(folder, like={"w": jnp.zeros(3)})
     ('step-000000000007', {'w': Array([1., 1., 1.], dtype=float32)})
     """
-    _check.not_negative("step", step)
+    _validate.not_negative("step", step)
     if int(step) != step:
         raise ValueError(f"`step` must be a whole number, got {step!r}.")
     return write(folder, leaves_of(tree), int(step), metadata or {})
@@ -61,15 +77,35 @@ class Leaf(NamedTuple):
 
 
 def leaves_of(tree: Any) -> list[Leaf]:
-    """The leaves, checked. What JAX computes for it is sent to the devices here; `write` only waits, so that it may be another thread's."""
-    return [_leaf(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+    """The leaves, checked.
+
+    What JAX computes for it is sent to the devices here; `write` only waits, so that it may be
+    another thread's.
+    """
+    return [
+        _leaf(jax.tree_util.keystr(path), leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    ]
 
 
-def write(folder: str | os.PathLike[str], leaves: list[Leaf], step: int, metadata: Mapping[str, Any]) -> Path:
+def write(
+    folder: str | os.PathLike[str], leaves: list[Leaf], step: int, metadata: Mapping[str, Any]
+) -> Path:
     """Writes the leaves of a tree, as `save` does."""
-    arrays = {str(i): np.require(leaf.array, leaf.array.dtype.newbyteorder("="), "C") for i, leaf in enumerate(leaves)}
-    described = [_described(leaf, array) for leaf, array in zip(leaves, arrays.values(), strict=True)]
-    manifest = {"format": FORMAT, "step": step, "metadata": dict(metadata), "versions": _versions(), "topology": _topology()}
+    arrays = {
+        str(i): np.require(leaf.array, leaf.array.dtype.newbyteorder("="), "C")
+        for i, leaf in enumerate(leaves)
+    }
+    described = [
+        _described(leaf, array) for leaf, array in zip(leaves, arrays.values(), strict=True)
+    ]
+    manifest = {
+        "format": FORMAT,
+        "step": step,
+        "metadata": dict(metadata),
+        "versions": _versions(),
+        "topology": _topology(),
+    }
     to_json(manifest)  # before anything is written
     home = Path(folder)
     home.mkdir(parents=True, exist_ok=True)
@@ -111,20 +147,34 @@ def _leaf(path: str, leaf: Any) -> Leaf:
     if NUMBERS.get(name) is type(leaf):
         if name == "int" and not -(2**63) <= leaf < 2**63:
             raise ValueError(f"`tree{path}` must fit into 64 bits, got {leaf}.")
-        return Leaf(path, name, np.asarray(leaf, {"bool": np.bool_, "int": np.int64, "float": np.float64}[name]))
+        return Leaf(
+            path,
+            name,
+            np.asarray(leaf, {"bool": np.bool_, "int": np.int64, "float": np.float64}[name]),
+        )
     if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return Leaf(path, f"key:{jax.random.key_impl(leaf)}", jax.random.key_data(leaf))
     if not isinstance(leaf, (jax.Array, np.ndarray, np.generic)):
-        raise TypeError(f"`tree{path}` must be an array, a key or a number, got {leaf!r:.80} ({name}). Put it into `metadata`.")
+        raise TypeError(
+            f"`tree{path}` must be an array, a key or a number, got {leaf!r:.80} ({name}). Put it into `metadata`."
+        )
     if leaf.dtype.name not in DTYPES:
-        raise TypeError(f"`tree{path}` has the dtype {leaf.dtype}, which safetensors has no name for. Known: {', '.join(DTYPES)}.")
+        raise TypeError(
+            f"`tree{path}` has the dtype {leaf.dtype}, which safetensors has no name for. Known: {', '.join(DTYPES)}."
+        )
     return Leaf(path, "array", leaf)
 
 
 def _described(leaf: Leaf, array: np.ndarray) -> dict[str, Any]:
     """What the manifest says of a leaf."""
     digest = hashlib.sha256(array.reshape(-1).view(np.uint8).data).hexdigest()
-    return {"path": leaf.path, "kind": leaf.kind, "shape": list(array.shape), "dtype": array.dtype.name, "sha256": digest}
+    return {
+        "path": leaf.path,
+        "kind": leaf.kind,
+        "shape": list(array.shape),
+        "dtype": array.dtype.name,
+        "sha256": digest,
+    }
 
 
 def to_json(content: dict[str, Any]) -> str:
@@ -137,12 +187,19 @@ def to_json(content: dict[str, Any]) -> str:
 
 @functools.cache
 def _versions() -> dict[str, str]:
-    found = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "optax", "numpy", "safetensors")}
+    found = {
+        name: importlib.metadata.version(name)
+        for name in ("jax", "jaxlib", "optax", "numpy", "safetensors")
+    }
     return {"python": platform.python_version(), **found}
 
 
 def _topology() -> dict[str, Any]:
-    return {"backend": jax.default_backend(), "devices": jax.device_count(), "processes": jax.process_count()}
+    return {
+        "backend": jax.default_backend(),
+        "devices": jax.device_count(),
+        "processes": jax.process_count(),
+    }
 
 
 def sums(manifest: str) -> str:
@@ -151,7 +208,10 @@ def sums(manifest: str) -> str:
 
 
 def _header_sha256(file: Path) -> str:
-    """Of what stands before the arrays in a safetensors file: the header's length in 8 bytes, and the header."""
+    """Of what stands before the arrays in a safetensors file.
+
+    The header's length in 8 bytes, and the header.
+    """
     with file.open("rb") as opened:
         length = opened.read(8)
         return hashlib.sha256(length + opened.read(int.from_bytes(length, "little"))).hexdigest()

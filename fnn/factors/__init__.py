@@ -1,11 +1,14 @@
-"""A gradient as factors: what each example contributes to one parameter, kept apart until someone asks.
+"""A gradient as factors.
 
-For a weight, an example's gradient is an outer product `a dz^T` (lecture 001: dE/dV = dE/dp (x) x). `Outer(a, dz)` keeps
-the two vectors, so that sums, norms and products of per-example gradients cost no more than the sum alone. A layer's
-`backward` builds each factor once and hands it to a `Reducer`.
+What each example contributes to one parameter, kept apart until someone asks.
 
-Arrays are `[batch, ..., features]`: axes between the first and the last are positions, which an example sums over. An
-array without a batch axis, `[features]`, is a batch of one.
+For a weight, an example's gradient is an outer product `a dz^T` (lecture 001: dE/dV = dE/dp (x) x).
+`Outer(a, dz)` keeps the two vectors, so that sums, norms and products of per-example gradients cost
+no more than the sum alone. A layer's `backward` builds each factor once and hands it to a
+`Reducer`.
+
+Arrays are `[batch, ..., features]`: axes between the first and the last are positions, which an
+example sums over. An array without a batch axis, `[features]`, is a batch of one.
 """
 
 from fnn.factors.base import Factor as Factor

@@ -10,8 +10,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fnn._sums import centred, joined_norms, per_row, quick_square, safe_norm, sum_of_squares, times_row
-from fnn._types import Array, at_least_float32
+from fnn.factors.rows import (
+    centred,
+    joined_norms,
+    per_row,
+    quick_square,
+    safe_norm,
+    sum_of_squares,
+    times_row,
+)
+from fnn.types import Array, at_least_float32
 
 _T = TypeVar("_T")
 
@@ -25,9 +33,12 @@ class Method(NamedTuple):
 
 
 class Factor:
-    """What one batch contributes to the gradient of one parameter. Subclasses answer these questions, or those they can better.
+    """What one batch contributes to the gradient of one parameter.
 
-    A factor is a pytree of arrays with a leading batch axis. A new one is a class here; a new question is a method here.
+    Subclasses answer these questions, or those they can better.
+
+    A factor is a pytree of arrays with a leading batch axis. A new one is a class here; a new
+    question is a method here.
     """
 
     def total(self) -> Array:
@@ -35,46 +46,64 @@ class Factor:
         raise NotImplementedError
 
     def scaled(self, weights: Array, present: Array | None = None) -> Any:
-        """The factor whose examples are multiplied by weights `[batch]`; its `total` is the weighted total.
+        """The factor whose examples are multiplied by weights `[batch]`.
 
-        Where `present` (`[batch]` of bool) is False an example becomes 0 even if it is not finite, but for what
-        `masked_total` has to see to.
+        Its `total` is the weighted total.
+
+        Where `present` (`[batch]` of bool) is False an example becomes 0 even if it is not finite,
+        but for what `masked_total` has to see to.
         """
         raise NotImplementedError
 
     def masked_total(self, present: Array, into: Array) -> Array:
-        """The `total` of a factor scaled with `present`, whatever the examples that are not present hold (0 x NaN is NaN).
+        """The `total` of a factor scaled with `present`, whatever the examples that are not present
+        hold (0 x NaN is NaN).
 
         `into` is an array of the result's shape whose place it may take.
         """
         return self.total()
 
     def materialise(self) -> Array:
-        """`[batch, *parameter shape]`: every example's own gradient. Costs batch x parameters of memory."""
+        """`[batch, *parameter shape]`: every example's own gradient.
+
+        Costs batch x parameters of memory.
+        """
         raise NotImplementedError
 
     def merged(self) -> Factor:
-        """The factor of a parameter that is used several times, from arrays `[uses, batch, ...]`: an example sums over its uses."""
+        """The factor of a parameter that is used several times, from arrays `[uses, batch, ...]`.
+
+        An example sums over its uses.
+        """
         raise NotImplementedError
 
     def norm(self) -> Array:
-        """`[batch]`, at least float32: the Euclidean norm of every example's gradient; neither overflows nor underflows on the way."""
+        """`[batch]`, at least float32: the Euclidean norm of every example's gradient.
+
+        Neither overflows nor underflows on the way.
+        """
         return safe_norm(sum_of_squares, self.materialise())
 
     def quick_square(self) -> tuple[Array, Array]:
-        """The squared norms `[batch]` unless they overflow, and a bound `[batch]` on what underflow has cost them; cheaper than `norm`."""
+        """The squared norms `[batch]` unless they overflow, and a bound `[batch]` on what underflow
+        has cost them; cheaper than `norm`."""
         square = self.norm() ** 2
         return square, jnp.full_like(square, jnp.finfo(square.dtype).tiny)
 
     def inner(self, other: Any) -> Array:
-        """`[batch, batch of other]`, at least float32: the inner products of the gradients in two factors of one parameter."""
+        """`[batch, batch of other]`, at least float32.
+
+        The inner products of the gradients in two factors of one parameter.
+        """
         a, b = (at_least_float32(f.materialise()) for f in (self, other))
         return a.reshape(len(a), -1) @ b.reshape(len(b), -1).T
 
     def moments(self, share: Array) -> tuple[Array, Array]:
-        """Mean and variance over the examples by their shares `[batch]` (which add up to 1), in the parameter's shape, float32 at least.
+        """Mean and variance over the examples by their shares `[batch]` (which add up to 1), in the
+        parameter's shape, float32 at least.
 
-        The variance is that of the centred gradients, E[(g - E[g])^2], and never negative. A block of examples at a time.
+        The variance is that of the centred gradients, E[(g - E[g])^2], and never negative. A block
+        of examples at a time.
         """
         batch, *shape = jax.eval_shape(lambda f: f.materialise(), self).shape
         mean = self.scaled(share).total()
@@ -84,14 +113,18 @@ class Factor:
             start = jnp.minimum(i * size, batch - size)
             rest = self.rows(start, size).materialise() - jnp.broadcast_to(mean, (size, *shape))
             s = lax.dynamic_slice_in_dim(share, start, size)
-            s = jnp.where(start + jnp.arange(size) >= i * size, s, jnp.zeros_like(s))  # the last block may begin inside the one before
+            # the last block may begin inside the one before
+            s = jnp.where(start + jnp.arange(size) >= i * size, s, jnp.zeros_like(s))
             return sums[0] + jnp.tensordot(s, rest, 1), sums[1] + jnp.tensordot(s, rest * rest, 1)
 
-        left, square = lax.fori_loop(0, -(-batch // size), add, (jnp.zeros_like(mean), jnp.zeros_like(mean)))
+        left, square = lax.fori_loop(
+            0, -(-batch // size), add, (jnp.zeros_like(mean), jnp.zeros_like(mean))
+        )
         return mean + left, jnp.maximum(square - left * left, 0)
 
     def second_moment(self) -> Array:
-        """The sum over the batch of the elementwise squares of the per-example gradients, in the parameter's shape, float32 at least."""
+        """The sum over the batch of the elementwise squares of the per-example gradients, in the
+        parameter's shape, float32 at least."""
         return (at_least_float32(self.materialise()) ** 2).sum(0)
 
     def methods(self) -> dict[str, Method]:
@@ -110,12 +143,15 @@ class Factor:
         return jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, start, size), self)
 
     def masked(self, present: Array) -> Any:
-        """The factor with zeros for the examples that are not `present` (`[batch]` of bool), whatever they held."""
+        """The factor with zeros for the examples that are not `present` (`[batch]` of bool),
+        whatever they held."""
         return jax.tree.map(lambda a: jnp.where(per_row(present, a), a, jnp.zeros_like(a)), self)
 
     def wide(self) -> Any:
         """The factor in float32 at least."""
-        return jax.tree.map(lambda a: at_least_float32(a) if jnp.issubdtype(a.dtype, jnp.floating) else a, self)
+        return jax.tree.map(
+            lambda a: at_least_float32(a) if jnp.issubdtype(a.dtype, jnp.floating) else a, self
+        )
 
 
 @dataclass_transform(frozen_default=True)
@@ -163,7 +199,10 @@ class PerExample(Factor):
 
 @factor
 class Stacked(Factor):
-    """A factor per layer of a `repeat`: every array has a leading axis of layers, and the parameter too."""
+    """A factor per layer of a `repeat`.
+
+    Every array has a leading axis of layers, and the parameter too.
+    """
 
     factor: Factor
 
@@ -172,7 +211,9 @@ class Stacked(Factor):
 
     def scaled(self, weights: Array, present: Array | None = None) -> Stacked:
         """As of any factor; `weights` may be `[layers, batch]` too."""
-        each = jax.vmap(lambda f, w: f.scaled(w, present), in_axes=(0, None if weights.ndim == 1 else 0))
+        each = jax.vmap(
+            lambda f, w: f.scaled(w, present), in_axes=(0, None if weights.ndim == 1 else 0)
+        )
         return Stacked(each(self.factor, weights))
 
     def masked_total(self, present: Array, into: Array) -> Array:
@@ -204,7 +245,10 @@ class Stacked(Factor):
     def methods(self) -> dict[str, Method]:
         layers = jax.tree.leaves(self.factor)[0].shape[0]
         one = jax.eval_shape(lambda f: jax.tree.map(lambda a: a[0], f), self.factor)
-        return {name: Method(m.name, layers * m.flops, layers * m.bytes) for name, m in one.methods().items()}
+        return {
+            name: Method(m.name, layers * m.flops, layers * m.bytes)
+            for name, m in one.methods().items()
+        }
 
     def rows(self, start: Any, size: int) -> Stacked:
         return Stacked(self._each(lambda f: f.rows(start, size)))

@@ -9,18 +9,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fnn._sums import joined_norms
 from fnn.factors.base import Stacked, is_factor
+from fnn.factors.rows import joined_norms
 
 
 @dataclass(frozen=True)
 class Reducer:
-    """What `backward` does with every factor that it builds, and how the results of `repeat`'s layers come together.
+    """What `backward` does with every factor that it builds, and how the results of `repeat`'s
+    layers come together.
 
     Attributes:
         name: for tables.
         reduce: `(factor) -> result`.
-        stack: `(array [layers, ...]) -> array`, applied to every array of the results stacked on a leading axis of layers.
+        stack: `(array [layers, ...]) -> array`, applied to every array of the results stacked on a
+            leading axis of layers.
         linear: the result for a sum of gradients is the sum of their results.
     """
 
@@ -39,7 +41,9 @@ class Reducer:
 
 
 total = Reducer("total", lambda f: f.total(), linear=True)
-materialise = Reducer("materialise", lambda f: f.materialise(), lambda r: jnp.moveaxis(r, 0, 1), linear=True)
+materialise = Reducer(
+    "materialise", lambda f: f.materialise(), lambda r: jnp.moveaxis(r, 0, 1), linear=True
+)
 norm = Reducer("norm", lambda f: f.norm(), joined_norms)
 squared_norm = Reducer("squared_norm", lambda f: f.norm() ** 2, lambda r: r.sum(0))
 quick_square = Reducer("quick_square", lambda f: f.quick_square(), lambda r: r.sum(0))

@@ -9,10 +9,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fnn._sums import lost_to_cancelling, quick_square, safe_norm, sum_of_squares, times_row, unless_cancelled
-from fnn._types import Array, at_least_float32
 from fnn.factors.base import Factor, Method, factor
+from fnn.factors.rows import (
+    lost_to_cancelling,
+    quick_square,
+    safe_norm,
+    sum_of_squares,
+    times_row,
+    unless_cancelled,
+)
 from fnn.factors.shapes import rows_of, uses_as_positions
+from fnn.types import Array, at_least_float32
 
 
 @factor
@@ -49,7 +56,11 @@ class Scatter(Factor):
         if index.shape[1] == 1:  # one row an example: no two can meet
             return safe_norm(sum_of_squares, dy)
         if self._through_gram():  # the positions that meet in a row
-            return safe_norm(lambda i, g: unless_cancelled(*self._gram_square(i, g), self._square, i, g), index, dy)
+            return safe_norm(
+                lambda i, g: unless_cancelled(*self._gram_square(i, g), self._square, i, g),
+                index,
+                dy,
+            )
         return safe_norm(self._square, index, dy)
 
     def quick_square(self) -> tuple[Array, Array]:
@@ -69,7 +80,9 @@ class Scatter(Factor):
             return super().inner(other)
         (index, dy), (j, db) = self._positions(), other._positions()
         meet = (index[:, None, :, None] == j[None, :, None, :]).astype(at_least_float32(dy).dtype)
-        return (jnp.einsum("xtf,ysf->xyts", at_least_float32(dy), at_least_float32(db)) * meet).sum((2, 3))
+        return (jnp.einsum("xtf,ysf->xyts", at_least_float32(dy), at_least_float32(db)) * meet).sum(
+            (2, 3)
+        )
 
     def methods(self) -> dict[str, Method]:
         _, dy = jax.eval_shape(lambda f: f._positions(), self)
@@ -79,12 +92,20 @@ class Scatter(Factor):
         if t == 1:
             found["norm"] = Method("|dy|", 2 * dy.size, item * dy.size)
         elif self._through_gram():
-            found["norm"] = Method("Gram of equal rows", 2 * t * dy.size, item * (dy.size + 3 * batch * t * t))
+            found["norm"] = Method(
+                "Gram of equal rows", 2 * t * dy.size, item * (dy.size + 3 * batch * t * t)
+            )
         else:
             found["norm"] = Method("materialised", found["norm"].flops, found["norm"].bytes)
         if self._through_gram():
-            found["gram"] = Method("Gram of equal rows", 2 * batch * t * dy.size, item * (dy.size + 3 * batch**2 * t * t))
-        found["moments"] = Method("materialised, in blocks", found["moments"].flops, found["moments"].bytes)
+            found["gram"] = Method(
+                "Gram of equal rows",
+                2 * batch * t * dy.size,
+                item * (dy.size + 3 * batch**2 * t * t),
+            )
+        found["moments"] = Method(
+            "materialised, in blocks", found["moments"].flops, found["moments"].bytes
+        )
         return found
 
     def _square(self, index: Array, dy: Array) -> Array:
@@ -95,7 +116,9 @@ class Scatter(Factor):
         return square, sum_of_squares(dy)
 
     def _positions(self) -> tuple[Array, Array]:  # [batch, positions], [batch, positions, features]
-        return self.index.reshape(self.index.shape[0], -1), self.dy.reshape(self.index.shape[0], -1, self.dy.shape[-1])
+        return self.index.reshape(self.index.shape[0], -1), self.dy.reshape(
+            self.index.shape[0], -1, self.dy.shape[-1]
+        )
 
     def _through_gram(self, other: Any = None) -> bool:
         other = self if other is None else other

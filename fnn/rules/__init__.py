@@ -1,8 +1,14 @@
-"""Rules that assign credit, one file each. Every one is `rule(net, loss, ...) -> Rule` and drops into `fnn.fit`."""
+"""Rules that assign credit, one file each.
 
+Every one is `rule(net, loss, ...) -> Rule` and drops into `fnn.fit`.
+"""
+
+from fnn.rules._blockwise import LocalRule as LocalRule
 from fnn.rules.autodiff import autodiff as autodiff
 from fnn.rules.backprop import backprop as backprop
-from fnn.rules.direct_feedback_alignment import direct_feedback_alignment as direct_feedback_alignment
+from fnn.rules.direct_feedback_alignment import (
+    direct_feedback_alignment as direct_feedback_alignment,
+)
 from fnn.rules.evolution import evolution_strategies as evolution_strategies
 from fnn.rules.evolution import genetic_algorithm as genetic_algorithm
 from fnn.rules.evolution import snes as snes
@@ -18,7 +24,6 @@ from fnn.rules.forward_forward import ForwardForward as ForwardForward
 from fnn.rules.forward_forward import forward_forward as forward_forward
 from fnn.rules.forward_gradient import forward_gradient as forward_gradient
 from fnn.rules.hebbian import hebbian as hebbian
-from fnn.rules.local import LocalRule as LocalRule
 from fnn.rules.pepita import pepita as pepita
 from fnn.rules.per_example_sgd import per_example_sgd as per_example_sgd
 from fnn.rules.perturbation import node_perturbation as node_perturbation
@@ -28,9 +33,22 @@ from fnn.rules.private_sgd import private_sgd as private_sgd
 from fnn.rules.target_propagation import target_propagation as target_propagation
 
 RULES = (
-    backprop, autodiff, per_example_sgd, private_sgd,
-    feedback_alignment, direct_feedback_alignment, target_propagation, pepita, hebbian, forward_forward,
-    forward_gradient, node_perturbation, weight_perturbation, evolution_strategies, snes, genetic_algorithm,
+    backprop,
+    autodiff,
+    per_example_sgd,
+    private_sgd,
+    feedback_alignment,
+    direct_feedback_alignment,
+    target_propagation,
+    pepita,
+    hebbian,
+    forward_forward,
+    forward_gradient,
+    node_perturbation,
+    weight_perturbation,
+    evolution_strategies,
+    snes,
+    genetic_algorithm,
     extreme_learning,
-)  # fmt: skip
+)
 """Every rule's constructor: the tests, and `experiments train --rule NAME`, run over this tuple."""

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import jax
 
-from fnn._types import Layer, Loss, Rule
 from fnn.backprop import mean_loss
 from fnn.rules.backprop import stateless, warn_if_flat
+from fnn.types import Layer, Loss, Rule
 
 
 def autodiff(net: Layer, loss: Loss) -> Rule:
-    """The gradient of the mean loss by `jax.value_and_grad`; uses `net.apply` and `loss.value` alone.
+    """The gradient of the mean loss by `jax.value_and_grad`.
+
+    Uses `net.apply` and `loss.value` alone.
 
     Args:
         net: any layer.

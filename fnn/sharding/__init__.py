@@ -1,13 +1,16 @@
-"""Placement on a mesh of devices: where parameters, optimiser state and batches lie. `jax.jit` of any function then runs there.
+"""Placement on a mesh of devices: where parameters, optimiser state and batches lie.
 
-A mesh has the axes "data", over which a batch is split, and "model", over which weights are. A plan is a tree like the params with a
-`PartitionSpec` for each array: data, to be looked at and edited.
+`jax.jit` of any function then runs there.
+
+A mesh has the axes "data", over which a batch is split, and "model", over which weights are. A plan
+is a tree like the params with a `PartitionSpec` for each array: data, to be looked at and edited.
 
     mesh = make_mesh(model=2)
     plan = tensor_parallel(mesh, params)
-    where = follow(plan, params, state)  # a `TrainState` of `fnn.steps`: params, optimiser's state, rule's state
-    step = jax.jit(fnn.steps.step(rule, optimizer), out_shardings=(shardings(mesh, where), None))  # else XLA may move them
-    state, value = step(place(mesh, state, where), *place_batch(mesh, (x, targets)))
+    where = follow(plan, params, state)  # a `TrainState` of `fnn.steps`: params, optimiser's state,
+    rule's state step = jax.jit(fnn.steps.step(rule, optimizer), out_shardings=(shardings(mesh,
+    where), None))  # else XLA may move them state, value = step(place(mesh, state, where),
+    *place_batch(mesh, (x, targets)))
 
 With several processes every function here is called by all of them alike.
 """

@@ -11,11 +11,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from fnn import _check
-from fnn._types import Array, Params
+from fnn import _validate
 from fnn.data import padded
 from fnn.sharding.mesh import DATA, check_mesh, size_of
 from fnn.sharding.plans import Plan, planned, replicated, shardings
+from fnn.types import Array, Params
 
 
 def place(mesh: Mesh, params: Params, plan: Plan | None = None) -> Params:
@@ -23,14 +23,16 @@ def place(mesh: Mesh, params: Params, plan: Plan | None = None) -> Params:
 
     Args:
         mesh: of `make_mesh`.
-        params: a tree of JAX's or NumPy's arrays: parameters, or a whole `TrainState`. With several processes each has the same.
+        params: a tree of JAX's or NumPy's arrays: parameters, or a whole `TrainState`. With several
+            processes each has the same.
         plan: a tree like it with a `PartitionSpec` for every array; None replicates them all.
 
     Returns:
         A tree like `params` of `jax.Array`s.
 
     Raises:
-        TypeError, ValueError: the plan is not one of `params`, names an axis that the mesh has not, or splits what that does not divide.
+        TypeError, ValueError: the plan is not one of `params`, names an axis that the mesh has not,
+            or splits what that does not divide.
 
     >>> import jax.numpy as jnp
     >>> from fnn.sharding import make_mesh
@@ -45,15 +47,17 @@ def place(mesh: Mesh, params: Params, plan: Plan | None = None) -> Params:
 
 
 def place_batch(mesh: Mesh, batch: tuple[Any, ...]) -> tuple[Array, Array, Array | None]:
-    """A batch split over "data", filled up by rows of weight 0 where the mesh axis does not divide it.
+    """A batch split over "data", filled up by rows of weight 0 where the mesh axis does not divide
+    it.
 
     Args:
         mesh: of `make_mesh`.
-        batch: `(x, targets)` or `(x, targets, weights)`, arrays `[rows, ...]`. With several processes each passes the rows for its own
-            devices, and all pass as many.
+        batch: `(x, targets)` or `(x, targets, weights)`, arrays `[rows, ...]`. With several
+            processes each passes the rows for its own devices, and all pass as many.
 
     Returns:
-        `(x, targets, weights)`. Weights are None where none are given and none needed; with several processes they never are.
+        `(x, targets, weights)`. Weights are None where none are given and none needed; with several
+        processes they never are.
 
     Raises:
         TypeError, ValueError: not a tuple of arrays of one length, or no row.
@@ -79,11 +83,16 @@ def place_batch(mesh: Mesh, batch: tuple[Any, ...]) -> tuple[Array, Array, Array
 
 
 def _put(leaf: Any, sharding: NamedSharding) -> Array:
-    """`jax.device_put`, also of keys and of what lies on a device of its own, where the mesh spans processes."""
-    if sharding.is_fully_addressable or not (isinstance(leaf, jax.Array) and leaf.is_fully_addressable):
+    """`jax.device_put`, also of keys and of what lies on a device of its own, where the mesh spans
+    processes."""
+    if sharding.is_fully_addressable or not (
+        isinstance(leaf, jax.Array) and leaf.is_fully_addressable
+    ):
         return jax.device_put(leaf, sharding)
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return jax.random.wrap_key_data(_put(jax.random.key_data(leaf), sharding), impl=jax.random.key_impl(leaf))
+        return jax.random.wrap_key_data(
+            _put(jax.random.key_data(leaf), sharding), impl=jax.random.key_impl(leaf)
+        )
     return jax.device_put(np.asarray(leaf), sharding)
 
 
@@ -91,14 +100,20 @@ def _check_batch(batch: Any) -> int:
     """Raises unless `batch` is a tuple of arrays with a row for every example; returns how many."""
     if not isinstance(batch, tuple) or len(batch) not in (2, 3):
         came = f"a tuple of {len(batch)}" if isinstance(batch, tuple) else type(batch).__name__
-        raise TypeError(f"`batch` must be a tuple (x, targets) or (x, targets, weights), got {came}.")
+        raise TypeError(
+            f"`batch` must be a tuple (x, targets) or (x, targets, weights), got {came}."
+        )
     for name, part in zip(("x", "targets", "weights"), batch, strict=False):
-        _check.is_array(name, part)
+        _validate.is_array(name, part)
         if part.ndim < 1 or part.shape[0] != batch[0].shape[0]:
             shapes = " and ".join(str(tuple(a.shape)) for a in (part, batch[0]))
-            raise ValueError(f"`{name}` must have a row for each of `x`; their shapes are {shapes}. One example? Pass `x[None]`.")
+            raise ValueError(
+                f"`{name}` must have a row for each of `x`; their shapes are {shapes}. One example? Pass `x[None]`."
+            )
         if part.shape[0] == 0:
-            raise ValueError(f"`{name}` is empty, shape {tuple(part.shape)}; expected at least one row.")
+            raise ValueError(
+                f"`{name}` is empty, shape {tuple(part.shape)}; expected at least one row."
+            )
     return batch[0].shape[0]
 
 
@@ -109,13 +124,19 @@ def _check_spec(mesh: Mesh, path: str, leaf: Any, spec: P) -> None:
             f"`params{path}` is a shape and no array. Draw them: `jax.jit(net.init, out_shardings=shardings(mesh, plan))(key)`."
         )
     if len(spec) > len(leaf.shape):
-        raise ValueError(f"`plan{path}` is {spec}, for {len(spec)} axes, but `params{path}` has shape {tuple(leaf.shape)}.")
+        raise ValueError(
+            f"`plan{path}` is {spec}, for {len(spec)} axes, but `params{path}` has shape {tuple(leaf.shape)}."
+        )
     for axis, names in enumerate(spec):
         names = () if names is None else names if isinstance(names, tuple) else (names,)
         unknown = next((name for name in names if name not in mesh.shape), None)
         if unknown is not None:
-            raise ValueError(f"`plan{path}` is {spec}, but `mesh` has no axis {unknown!r}. Its axes: {', '.join(mesh.axis_names)}.")
+            raise ValueError(
+                f"`plan{path}` is {spec}, but `mesh` has no axis {unknown!r}. Its axes: {', '.join(mesh.axis_names)}."
+            )
         parts = math.prod(mesh.shape[name] for name in names)
         if leaf.shape[axis] % parts:
             split = f"axis {axis} of `params{path}`, shape {tuple(leaf.shape)}, does not divide into {parts} parts"
-            raise ValueError(f"`plan{path}` is {spec}, but {split}. Leave it whole: put None in its place.")
+            raise ValueError(
+                f"`plan{path}` is {spec}, but {split}. Leave it whole: put None in its place."
+            )

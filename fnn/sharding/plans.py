@@ -1,9 +1,11 @@
 """Plans: trees like the params with a `PartitionSpec` for every array.
 
 - `replicated`: every device has all parameters. Gradients are summed over "data".
-- `tensor_parallel`: in f(x w_1) w_2 with w_1 split by columns and w_2 by rows the hidden layer is split, and only x w_1 w_2, and its like
+- `tensor_parallel`: in f(x w_1) w_2 with w_1 split by columns and w_2 by rows the hidden layer is
+split, and only x w_1 w_2, and its like
   in the backward pass, are summed over "model". Shoeybi et al. (2019), arXiv:1909.08053.
-- `fully_sharded`: every parameter is split over "data", and the optimiser state follows. Rajbhandari et al. (2020), arXiv:1910.02054
+- `fully_sharded`: every parameter is split over "data", and the optimiser state follows.
+Rajbhandari et al. (2020), arXiv:1910.02054
   (ZeRO). XLA may split products in the place of gathering weights; `gathered` leaves it no choice.
 
 A plan is edited like any tree: `(*plan[:-1], plan[-1]._replace(w=P("data", "model")))`.
@@ -18,10 +20,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from fnn._types import Params
 from fnn.data import check_params
-from fnn.layers import Dense
+from fnn.nets.layers import Dense
 from fnn.sharding.mesh import DATA, MODEL, check_mesh, size_of
+from fnn.types import Params
 
 Plan = Any  # a tree like the params, with a PartitionSpec for every array
 
@@ -46,11 +48,14 @@ def replicated(mesh: Mesh, params: Params) -> Plan:
 
 
 def tensor_parallel(mesh: Mesh, params: Params) -> Plan:
-    """The plan that splits dense layers two by two over "model", the first by columns and the second by rows.
+    """The plan that splits dense layers two by two over "model", the first by columns and the
+    second by rows.
 
-    Two `Dense` that follow each other in the tree are such a pair where the outputs of the first are as many as the inputs of the second,
-    the mesh axis divides them, and `repeat` has stacked both alike. All else is replicated: a dense layer without a partner, norms,
-    embeddings. A pair that does not follow each other in the net itself is as right, but takes more communication: edit the plan.
+    Two `Dense` that follow each other in the tree are such a pair where the outputs of the first
+    are as many as the inputs of the second, the mesh axis divides them, and `repeat` has stacked
+    both alike. All else is replicated: a dense layer without a partner, norms, embeddings. A pair
+    that does not follow each other in the net itself is as right, but takes more communication:
+    edit the plan.
 
     Args:
         mesh: of `make_mesh`.
@@ -74,16 +79,20 @@ def tensor_parallel(mesh: Mesh, params: Params) -> Plan:
         paired = _are_paired(nodes[first], nodes[second], size)
         if paired:
             layers = (None,) * (nodes[first].w.ndim - 2)  # the axes of `repeat`
-            specs[first] = Dense(P(*layers, None, MODEL), None if nodes[first].b is None else P(*layers, MODEL))
+            specs[first] = Dense(
+                P(*layers, None, MODEL), None if nodes[first].b is None else P(*layers, MODEL)
+            )
             specs[second] = specs[second]._replace(w=P(*layers, MODEL))
         dense = dense[2 if paired else 1 :]
     return jax.tree.unflatten(tree, specs)
 
 
 def fully_sharded(mesh: Mesh, params: Params) -> Plan:
-    """The plan that splits every array over "data", by the longer of its last two axes that the mesh axis divides.
+    """The plan that splits every array over "data", by the longer of its last two axes that the
+    mesh axis divides.
 
-    Arrays without one are replicated. The axes of `repeat` are not split, since its scan takes layer by layer.
+    Arrays without one are replicated. The axes of `repeat` are not split, since its scan takes
+    layer by layer.
 
     Args:
         mesh: of `make_mesh`.
@@ -113,10 +122,13 @@ PLANS = (replicated, tensor_parallel, fully_sharded)
 
 
 def follow(plan: Plan, params: Params, tree: Any) -> Plan:
-    """A plan for an optimiser's state, a rule's state or a whole `TrainState`: what belongs to a parameter lies where it lies.
+    """A plan for an optimiser's state, a rule's state or a whole `TrainState`.
 
-    An array belongs to the parameter whose path its own path ends with, if the two have one shape: Adam's `[0].mu[1].w` to `[1].w`, also
-    where `optax.masked` leaves others out. Keys, counts and arrays of other shapes are replicated.
+    What belongs to a parameter lies where it lies.
+
+    An array belongs to the parameter whose path its own path ends with, if the two have one shape:
+    Adam's `[0].mu[1].w` to `[1].w`, also where `optax.masked` leaves others out. Keys, counts and
+    arrays of other shapes are replicated.
 
     Args:
         plan: of `params`.
@@ -147,8 +159,8 @@ def follow(plan: Plan, params: Params, tree: Any) -> Plan:
 def shardings(mesh: Mesh, plan: Plan) -> Any:
     """A plan as JAX's `NamedSharding`s, for `out_shardings` of `jax.jit` and the like.
 
-    Parameters that are too many for one device are drawn where they belong, by a plan from `jax.eval_shape(net.init, key)`:
-    `jax.jit(net.init, out_shardings=shardings(mesh, plan))(key)`.
+    Parameters that are too many for one device are drawn where they belong, by a plan from
+    `jax.eval_shape(net.init, key)`: `jax.jit(net.init, out_shardings=shardings(mesh, plan))(key)`.
 
     >>> from fnn.sharding import make_mesh
     >>> shardings(make_mesh(data=1), (P("data"),))[0].spec
@@ -164,18 +176,31 @@ def planned(params: Params, plan: Plan) -> list[tuple[tuple[Any, ...], Any, P]]:
     arrays, specs = (dict(jax.tree_util.tree_leaves_with_path(tree)) for tree in (params, plan))
     mend = "Edit one of `fnn.sharding.replicated(mesh, params)`."
     for path in [path for path in arrays if path not in specs]:
-        raise ValueError(f"`plan` has no PartitionSpec for `params{jax.tree_util.keystr(path)}`. {mend}")
+        raise ValueError(
+            f"`plan` has no PartitionSpec for `params{jax.tree_util.keystr(path)}`. {mend}"
+        )
     for path in [path for path in specs if path not in arrays]:
-        raise ValueError(f"`plan{jax.tree_util.keystr(path)}` stands for no array of `params`. {mend}")
+        raise ValueError(
+            f"`plan{jax.tree_util.keystr(path)}` stands for no array of `params`. {mend}"
+        )
     if jax.tree.structure(params) != jax.tree.structure(plan):
-        raise ValueError(f"`plan` must be a tree like `params`, {jax.tree.structure(params)}, got {jax.tree.structure(plan)}. {mend}")
+        raise ValueError(
+            f"`plan` must be a tree like `params`, {jax.tree.structure(params)}, got {jax.tree.structure(plan)}. {mend}"
+        )
     for path, spec in specs.items():
         if not isinstance(spec, P):
             at = f"`plan{jax.tree_util.keystr(path)}`"
-            raise TypeError(f"{at} must be a PartitionSpec, got {spec!r:.80}. Replicated is `PartitionSpec()`.")
+            raise TypeError(
+                f"{at} must be a PartitionSpec, got {spec!r:.80}. Replicated is `PartitionSpec()`."
+            )
     return [(path, leaf, specs[path]) for path, leaf in arrays.items()]
 
 
 def _are_paired(first: Dense, second: Dense, size: int) -> bool:
-    """Whether what the first dense layer puts out, once for every layer of a `repeat`, is what the second takes, and can be split."""
-    return first.w.shape[:-2] == second.w.shape[:-2] and first.w.shape[-1] == second.w.shape[-2] and first.w.shape[-1] % size == 0
+    """Whether what the first dense layer puts out, once for every layer of a `repeat`, is what the
+    second takes, and can be split."""
+    return (
+        first.w.shape[:-2] == second.w.shape[:-2]
+        and first.w.shape[-1] == second.w.shape[-2]
+        and first.w.shape[-1] % size == 0
+    )

@@ -1,4 +1,7 @@
-"""A graph as a picture: DOT, and SVG or PNG by graphviz where it is installed or by matplotlib alone."""
+"""A graph as a picture.
+
+DOT, and SVG or PNG by graphviz where it is installed or by matplotlib alone.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 
-from fnn.graph import board
+from fnn.graph import text as board
 from fnn.graph.gates import is_differentiable
-from fnn.graph.tracing import Node, number
+from fnn.graph.trace import Node, number
 
 if TYPE_CHECKING:
-    from fnn.graph.sweeps import Graph
+    from fnn.graph.sweep import Graph
 
 VALUE, GRADIENT = "#0072B2", "#D55E00"  # told apart by every kind of colour vision
 _SIGNS = {
@@ -30,7 +33,14 @@ _SIGNS = {
     "reduce_sum": "Σ",
     "reduce_max": "max",
 }
-_SIGNS |= {"integer_pow": "^{y}", "square": "^2", "broadcast_in_dim": "copies", "transpose": "ᵀ", "logistic": "σ", "select_n": "select"}
+_SIGNS |= {
+    "integer_pow": "^{y}",
+    "square": "^2",
+    "broadcast_in_dim": "copies",
+    "transpose": "ᵀ",
+    "logistic": "σ",
+    "select_n": "select",
+}
 _SIGNS |= {"convert_element_type": "dtype", "stop_gradient": "stop"}
 GAP, ROW = 0.8, 0.85  # inches: the least between boxes, and from row to row
 FONT = 10  # points
@@ -46,20 +56,34 @@ class Edge(NamedTuple):
 
 
 def shown(graph: Graph) -> list[int]:
-    """The nodes of a picture: inputs, results, and what a gradient can flow through; no numbers, no arithmetic of indices."""
+    """The nodes of a picture: inputs, results, and what a gradient can flow through.
+
+    No numbers, no arithmetic of indices.
+    """
     return [
         i
         for i, node in enumerate(graph.nodes)
         if i in graph.outputs
-        or (not board.is_number(node) and (node.primitive == "input" or any(map(is_differentiable, jax.tree.leaves(node.value)))))
+        or (
+            not board.is_number(node)
+            and (
+                node.primitive == "input"
+                or any(map(is_differentiable, jax.tree.leaves(node.value)))
+            )
+        )
     ]
 
 
 def edges(graph: Graph) -> list[Edge]:
-    """The edges between the nodes of a picture; what is not shown hands on the edges from what it is made of."""
+    """The edges between the nodes of a picture.
+
+    What is not shown hands on the edges from what it is made of.
+    """
     swept, _ = graph.swept
     flows = [[] for _ in graph.nodes] if swept is None else swept.flows
-    back = {(i, f.node, f.place): number(f.gradient) for i, found in enumerate(flows) for f in found}
+    back = {
+        (i, f.node, f.place): number(f.gradient) for i, found in enumerate(flows) for f in found
+    }
     visible, sources = set(shown(graph)), {}
     for i, node in enumerate(graph.nodes):
         sources[i] = [i] if i in visible else sorted({j for k in node.inputs for j in sources[k]})
@@ -75,8 +99,16 @@ def label(graph: Graph, i: int) -> str:
     """What stands in a node: its name and what it does."""
     node = graph.nodes[i]
     if node.primitive in ("input", "constant"):
-        return f"{node.name} = {number(node.value)}" if node.value.ndim == 0 else f"{node.name} {list(node.value.shape)}"
-    sign = node.label if node.gate is None else _SIGNS.get(node.label, node.label).format(**board.numbers(node.params))
+        return (
+            f"{node.name} = {number(node.value)}"
+            if node.value.ndim == 0
+            else f"{node.name} {list(node.value.shape)}"
+        )
+    sign = (
+        node.label
+        if node.gate is None
+        else _SIGNS.get(node.label, node.label).format(**board.numbers(node.params))
+    )
     given = [graph.nodes[j].name if board.is_number(graph.nodes[j]) else "" for j in node.inputs]
     before, after = (given[0], given[1:]) if len(given) > 1 else ("", given)
     result = f" = {number(node.value)}" if i in graph.outputs and node.value.ndim == 0 else ""
@@ -96,7 +128,9 @@ def dot(graph: Graph) -> str:
         lines.append(f"  n{i} [label={_quoted(label(graph, i))}{bold}];")
     for edge in edges(graph):
         parts = [f'<font color="{VALUE}">{_escaped(edge.value)}</font>']
-        parts += [f'<font color="{GRADIENT}">{_escaped(edge.gradient)}</font>'] if edge.gradient else []
+        parts += (
+            [f'<font color="{GRADIENT}">{_escaped(edge.gradient)}</font>'] if edge.gradient else []
+        )
         lines.append(f"  n{edge.start} -> n{edge.end} [label=<{'<br/>'.join(parts)}>];")
     return "\n".join([*lines, "}"]) + "\n"
 
@@ -107,23 +141,36 @@ def draw(graph: Graph, path: Path) -> Path:
         raise ValueError(f"`path` must end in .svg, .png or .pdf, got {str(path)!r}.")
     program = shutil.which("dot")
     if program is not None:
-        subprocess.run([program, f"-T{path.suffix[1:]}", "-Gdpi=150" if path.suffix == ".png" else "-Gdpi=72", "-o", str(path)],
-                       input=dot(graph).encode(), check=True)  # fmt: skip
+        subprocess.run(
+            [
+                program,
+                f"-T{path.suffix[1:]}",
+                "-Gdpi=150" if path.suffix == ".png" else "-Gdpi=72",
+                "-o",
+                str(path),
+            ],
+            input=dot(graph).encode(),
+            check=True,
+        )
         return path
     try:
         import matplotlib  # noqa: F401
     except ModuleNotFoundError:
-        raise ModuleNotFoundError("`draw` needs graphviz or matplotlib. Install one: pip install matplotlib.") from None
+        raise ModuleNotFoundError(
+            "`draw` needs graphviz or matplotlib. Install one: pip install matplotlib."
+        ) from None
     _with_matplotlib(graph, path)
     return path
 
 
-def layout(nodes: list[int], found: list[Edge]) -> tuple[dict[int, tuple[int, float]], list[list[tuple[int, float]]]]:
+def layout(
+    nodes: list[int], found: list[Edge]
+) -> tuple[dict[int, tuple[int, float]], list[list[tuple[int, float]]]]:
     """Columns and heights of the nodes, and of the way of each edge.
 
-    A node stands one column right of the last of its inputs, what is made of inputs alone just left of its first use. An edge over
-    several columns takes a place in each of them, so that it goes around what stands there. Within a
-    column, by the mean height of the neighbours.
+    A node stands one column right of the last of its inputs, what is made of inputs alone just left
+    of its first use. An edge over several columns takes a place in each of them, so that it goes
+    around what stands there. Within a column, by the mean height of the neighbours.
 
     Source: Sugiyama, Tagawa, Toda (1981), doi:10.1109/TSMC.1981.4308636.
     """
@@ -142,13 +189,17 @@ def layout(nodes: list[int], found: list[Edge]) -> tuple[dict[int, tuple[int, fl
     columns: dict[int, list[Any]] = {}
     for place, c in at.items():
         columns.setdefault(c, []).append(place)
-    height = {place: float(k) for found_there in columns.values() for k, place in enumerate(found_there)}
+    height = {
+        place: float(k) for found_there in columns.values() for k, place in enumerate(found_there)
+    }
     for sweep in range(24):
         neighbours = before if sweep % 2 == 0 else after
         for c in sorted(columns, reverse=bool(sweep % 2)):
             wanted = {p: _mean([height[j] for j in neighbours[p]], height[p]) for p in columns[c]}
             _spread(sorted(columns[c], key=lambda p: wanted[p]), wanted, height)
-    return {i: (column[i], height[i]) for i in nodes}, [[(at[p], height[p]) for p in way] for way in ways]
+    return {i: (column[i], height[i]) for i in nodes}, [
+        [(at[p], height[p]) for p in way] for way in ways
+    ]
 
 
 def _columns(nodes: list[int], found: list[Edge]) -> dict[int, int]:
@@ -195,13 +246,20 @@ def arranged(graph: Graph) -> Arranged:
     from matplotlib.textpath import text_to_path
 
     def width(text: str) -> float:
-        return text_to_path.get_text_width_height_descent(text, FontProperties(size=FONT), False)[0] / 72
+        return (
+            text_to_path.get_text_width_height_descent(text, FontProperties(size=FONT), False)[0]
+            / 72
+        )
 
     nodes, found = shown(graph), edges(graph)
     at, ways = layout(nodes, found)
-    half = {i: width(label(graph, i)) / 2 + 0.35 * FONT / 72 for i in nodes}  # with the padding of `paint`
+    # with the padding of `paint`
+    half = {i: width(label(graph, i)) / 2 + 0.35 * FONT / 72 for i in nodes}
     gap = max([width(text) + 0.3 for edge in found for text in (edge.value, edge.gradient)] + [GAP])
-    widest = [max(half[i] for i in nodes if at[i][0] == c) for c in range(1 + max(c for c, _ in at.values()))]
+    widest = [
+        max(half[i] for i in nodes if at[i][0] == c)
+        for c in range(1 + max(c for c, _ in at.values()))
+    ]
     x = [sum(2 * w + gap for w in widest[:c]) + widest[c] + 0.2 for c in range(len(widest))]
     rows = [y for way in ways for _, y in way] + [y for _, y in at.values()]
     low, high = min(rows), max(rows)
@@ -215,7 +273,12 @@ def arranged(graph: Graph) -> Arranged:
         points[0] = points[0][0] + half[edge.start], points[0][1]
         points[-1] = points[-1][0] - half[edge.end], points[-1][1]
         lines.append((edge, points))
-    return Arranged({i: place(*at[i]) for i in nodes}, half, lines, (x[-1] + widest[-1] + 0.2, ROW * (high - low) + 0.8))
+    return Arranged(
+        {i: place(*at[i]) for i in nodes},
+        half,
+        lines,
+        (x[-1] + widest[-1] + 0.2, ROW * (high - low) + 0.8),
+    )
 
 
 def paint(axes: Any, graph: Graph, found: Arranged) -> None:
@@ -224,9 +287,24 @@ def paint(axes: Any, graph: Graph, found: Arranged) -> None:
         _draw_edge(axes, edge, points)
     for i, (x, y) in found.centres.items():
         thick = 2.2 if i in graph.outputs else 1.0
-        box = {"boxstyle": "round,pad=0.35", "facecolor": _colour(graph.nodes[i]), "edgecolor": "black", "linewidth": thick}
+        box = {
+            "boxstyle": "round,pad=0.35",
+            "facecolor": _colour(graph.nodes[i]),
+            "edgecolor": "black",
+            "linewidth": thick,
+        }
         text = label(graph, i).replace("-", "−")
-        axes.text(x, y, text, bbox=box, ha="center", va="center", fontsize=FONT, zorder=3, parse_math=False)
+        axes.text(
+            x,
+            y,
+            text,
+            bbox=box,
+            ha="center",
+            va="center",
+            fontsize=FONT,
+            zorder=3,
+            parse_math=False,
+        )
 
 
 def _with_matplotlib(graph: Graph, path: Path) -> None:
@@ -242,24 +320,56 @@ def _with_matplotlib(graph: Graph, path: Path) -> None:
     axes.axis("off")
     paint(axes, graph, found)
     axes.text(0.1, -0.1, "value", color=VALUE, fontsize=10, va="center", weight="bold")
-    axes.text(0.65, -0.1, "gradient of the result", color=GRADIENT, fontsize=10, va="center", weight="bold")
+    axes.text(
+        0.65,
+        -0.1,
+        "gradient of the result",
+        color=GRADIENT,
+        fontsize=10,
+        va="center",
+        weight="bold",
+    )
     fig.savefig(path, dpi=min(150, 12000 / max(width, height)))
 
 
 def _draw_edge(axes: Any, edge: Edge, points: list[tuple[float, float]]) -> None:
-    """A line with an arrow at its end; along its beginning the value on one side of it and the gradient on the other."""
-    axes.plot(*zip(*points, strict=True), color="#888888", linewidth=1, zorder=1, solid_joinstyle="round")
-    axes.annotate("", points[-1], points[-2], arrowprops={"arrowstyle": "-|>", "color": "#888888", "shrinkA": 0, "shrinkB": 0}, zorder=1)
+    """A line with an arrow at its end.
+
+    Along its beginning the value on one side of it and the gradient on the other.
+    """
+    axes.plot(
+        *zip(*points, strict=True), color="#888888", linewidth=1, zorder=1, solid_joinstyle="round"
+    )
+    axes.annotate(
+        "",
+        points[-1],
+        points[-2],
+        arrowprops={"arrowstyle": "-|>", "color": "#888888", "shrinkA": 0, "shrinkB": 0},
+        zorder=1,
+    )
     (x0, y0), (x1, y1) = points[:2]
     dx, dy, length = x1 - x0, y1 - y0, math.hypot(x1 - x0, y1 - y0)
     share = 0.45 if len(points) == 2 else 0.5
     paper = {"facecolor": "white", "edgecolor": "none", "pad": 0.3, "alpha": 0.75}
-    turned = {"rotation": math.degrees(math.atan2(dy, dx)), "rotation_mode": "anchor", "transform_rotates_text": True, "ha": "center"}
-    for text, colour, side, place in ((edge.value, VALUE, -1, "bottom"), (edge.gradient, GRADIENT, 1, "top")):
+    turned = {
+        "rotation": math.degrees(math.atan2(dy, dx)),
+        "rotation_mode": "anchor",
+        "transform_rotates_text": True,
+        "ha": "center",
+    }
+    for text, colour, side, place in (
+        (edge.value, VALUE, -1, "bottom"),
+        (edge.gradient, GRADIENT, 1, "top"),
+    ):
         if text:
-            at = x0 + share * dx - side * 0.04 * dy / length, y0 + share * dy + side * 0.04 * dx / length
+            at = (
+                x0 + share * dx - side * 0.04 * dy / length,
+                y0 + share * dy + side * 0.04 * dx / length,
+            )
             text = "0" if text == "-0" else text.replace("-", "−")
-            axes.text(*at, text, color=colour, va=place, fontsize=FONT, bbox=paper, zorder=2, **turned)
+            axes.text(
+                *at, text, color=colour, va=place, fontsize=FONT, bbox=paper, zorder=2, **turned
+            )
 
 
 def _colour(node: Node) -> str:

@@ -1,4 +1,7 @@
-"""The graph with its two sweeps: backward, which gives every gradient at once, and forward, one direction at a time."""
+"""The graph with its two sweeps.
+
+Backward, which gives every gradient at once, and forward, one direction at a time.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fnn import _check
-from fnn._types import Array
-from fnn.graph import board, drawing
+from fnn import _validate
+from fnn.graph import draw as drawing
+from fnn.graph import text as board
 from fnn.graph.gates import is_differentiable
-from fnn.graph.tracing import Node, build, floating, what_depends
+from fnn.graph.trace import Node, build, floating, what_depends
+from fnn.types import Array
 
 
 class NoReverseError(ValueError):
@@ -41,7 +45,8 @@ class Flow(NamedTuple):
 class Sweep(NamedTuple):
     """A reverse sweep: of every node the gradient, and what it is the sum of."""
 
-    gradients: list[Any]  # an array, a tuple of them for a node of several outputs, None where nothing flows
+    # an array, a tuple of them for a node of several outputs, None where nothing flows
+    gradients: list[Any]
     flows: list[list[Flow]]
 
 
@@ -82,7 +87,9 @@ class Graph:
             if n.gate is None
             and n.primitive not in ("input", "constant", "part")
             and any(map(is_differentiable, jax.tree.leaves(n.value)))
-            and any(is_differentiable(v) for i in n.inputs for v in jax.tree.leaves(self.nodes[i].value))
+            and any(
+                is_differentiable(v) for i in n.inputs for v in jax.tree.leaves(self.nodes[i].value)
+            )
         ]
 
     def _in_its_precision(self) -> Any:
@@ -93,14 +100,16 @@ class Graph:
         """The gradient with respect to every argument, by one sweep backward.
 
         Args:
-            cotangent: a tree like the result, where that is not one number: the gradient of what is made of it.
+            cotangent: a tree like the result, where that is not one number: the gradient of what is
+                made of it.
 
         Returns:
-            A tuple with one tree per argument, as `jax.grad` with all `argnums`. Whole numbers have zeros of `float0`.
+            A tuple with one tree per argument, as `jax.grad` with all `argnums`. Whole numbers have
+            zeros of `float0`.
 
         Raises:
-            TypeError, ValueError: the result is a tree or not one floating-point number, and there is no cotangent; or that is
-                not like the result.
+            TypeError, ValueError: the result is a tree or not one floating-point number, and there
+                is no cotangent; or that is not like the result.
         """
         swept = self.sweep(cotangent)
         with self._in_its_precision():
@@ -117,22 +126,32 @@ class Graph:
             A tree like the result.
         """
         if jax.tree.structure(tangents) != jax.tree.structure(self._args):
-            raise TypeError(f"`tangents` must be one per argument, each like it: {_layout(self._args)}; got {_layout(tangents)}.")
+            raise TypeError(
+                f"`tangents` must be one per argument, each like it: {_layout(self._args)}; got {_layout(tangents)}."
+            )
         with self._in_its_precision():
             return self._tangents(jax.tree.leaves(tangents))
 
     def _tangents(self, tangents: list[Any]) -> Any:
         found: list[Any] = [None] * len(self.nodes)
         for i, t in zip(self.inputs, tangents, strict=True):
-            found[i] = self._like("tangents", t, self.nodes[i]) if is_differentiable(self.nodes[i].value) else None
+            found[i] = (
+                self._like("tangents", t, self.nodes[i])
+                if is_differentiable(self.nodes[i].value)
+                else None
+            )
         for i, node in enumerate(self.nodes):
             if node.primitive != "input":
                 found[i] = self._pushed(node, found)
-        leaves = [jnp.zeros_like(self.nodes[i].value) if found[i] is None else found[i] for i in self.outputs]
+        leaves = [
+            jnp.zeros_like(self.nodes[i].value) if found[i] is None else found[i]
+            for i in self.outputs
+        ]
         return jax.tree.unflatten(self._out, leaves)
 
     def sweep(self, cotangent: Any = None) -> Sweep:
-        """The reverse sweep: from the last node to the first, each hands its gradient on to its inputs; where several flow, they add up."""
+        """The reverse sweep: from the last node to the first, each hands its gradient on to its
+        inputs; where several flow, they add up."""
         with self._in_its_precision():
             return self._backward(cotangent)
 
@@ -160,7 +179,8 @@ class Graph:
         return drawing.dot(self)
 
     def draw(self, path: str | Path) -> Path:
-        """Draws the graph with value and gradient on every edge, with graphviz where it is installed, else with matplotlib.
+        """Draws the graph with value and gradient on every edge, with graphviz where it is
+        installed, else with matplotlib.
 
         Args:
             path: a .svg, .png or .pdf file.
@@ -179,7 +199,9 @@ class Graph:
             )
         y = self.nodes[self.outputs[0]].value
         if not jnp.issubdtype(y.dtype, jnp.floating):
-            raise NoNumberError(f"`f` returns {y.dtype}, which has no gradient. Are the arguments whole numbers? Pass floats, such as 2.0.")
+            raise NoNumberError(
+                f"`f` returns {y.dtype}, which has no gradient. Are the arguments whole numbers? Pass floats, such as 2.0."
+            )
         if y.ndim:
             raise NoNumberError(
                 f"`f` returns an array of shape {tuple(y.shape)}, and not one number. Pass `cotangent` of that shape, "
@@ -192,7 +214,9 @@ class Graph:
         if cotangent is None:
             return [jnp.ones_like(self._one_number())]
         if jax.tree.structure(cotangent) != self._out:
-            raise TypeError(f"`cotangent` must be a tree like the result, {_layout(self.value)}; got {_layout(cotangent)}.")
+            raise TypeError(
+                f"`cotangent` must be a tree like the result, {_layout(self.value)}; got {_layout(cotangent)}."
+            )
         return [
             self._like("cotangent", c, n) if is_differentiable(n.value) else None
             for c, n in zip(jax.tree.leaves(cotangent), nodes, strict=True)
@@ -200,10 +224,14 @@ class Graph:
 
     def _like(self, name: str, given: Any, node: Node) -> Array:
         given = np.asarray(given) if not hasattr(given, "dtype") else given
-        _check.is_array(name, given)
+        _validate.is_array(name, given)
         if given.shape != node.value.shape:
-            raise ValueError(f"`{name}` has shape {given.shape} for {node.name}, expected {tuple(node.value.shape)}.")
-        if jnp.issubdtype(given.dtype, jnp.complexfloating) and not jnp.issubdtype(node.value.dtype, jnp.complexfloating):
+            raise ValueError(
+                f"`{name}` has shape {given.shape} for {node.name}, expected {tuple(node.value.shape)}."
+            )
+        if jnp.issubdtype(given.dtype, jnp.complexfloating) and not jnp.issubdtype(
+            node.value.dtype, jnp.complexfloating
+        ):
             raise TypeError(f"`{name}` for {node.name} is complex, expected {node.value.dtype}.")
         return jnp.asarray(given).astype(node.value.dtype)
 
@@ -226,7 +254,10 @@ class Graph:
         if node.primitive == "part":
             return [upstream]
         values = [self.nodes[i].value for i in node.inputs]
-        takes = [is_differentiable(v) and self.nodes[i].depends for i, v in zip(node.inputs, values, strict=True)]
+        takes = [
+            is_differentiable(v) and self.nodes[i].depends
+            for i, v in zip(node.inputs, values, strict=True)
+        ]
         if not any(takes):
             return [None] * len(values)
         if node.gate is not None:
@@ -236,10 +267,14 @@ class Graph:
             return [g if take else None for g, take in zip(found, takes, strict=True)]
         return self._pulled_by_jax(node, values, takes, upstream)
 
-    def _pulled_by_jax(self, node: Node, values: list[Array], takes: list[bool], upstream: Any) -> list[Any]:
+    def _pulled_by_jax(
+        self, node: Node, values: list[Array], takes: list[bool], upstream: Any
+    ) -> list[Any]:
         seeds = list(upstream) if isinstance(node.value, tuple) else [upstream]
         used = [k for k, seed in enumerate(seeds) if seed is not None]
-        floats, of = floating(lambda *xs: [jax.tree.leaves(_bound(node)(*xs))[k] for k in used], values, takes)
+        floats, of = floating(
+            lambda *xs: [jax.tree.leaves(_bound(node)(*xs))[k] for k in used], values, takes
+        )
         try:
             found = iter(what_depends(jax.vjp(of, *floats)[1], [seeds[k] for k in used]))
         except (ValueError, NotImplementedError) as error:
@@ -252,9 +287,16 @@ class Graph:
         """The tangent of a node from those of its inputs; None where nothing moves."""
         if node.primitive == "part":
             whole = tangents[node.inputs[0]]
-            return None if whole is None or not is_differentiable(node.value) else whole[node.params["part"]]
+            return (
+                None
+                if whole is None or not is_differentiable(node.value)
+                else whole[node.params["part"]]
+            )
         values = [self.nodes[i].value for i in node.inputs]
-        given = [tangents[i] if is_differentiable(v) else None for i, v in zip(node.inputs, values, strict=True)]
+        given = [
+            tangents[i] if is_differentiable(v) else None
+            for i, v in zip(node.inputs, values, strict=True)
+        ]
         moves = [t is not None for t in given]
         if not any(moves) or not any(map(is_differentiable, jax.tree.leaves(node.value))):
             return None
@@ -284,19 +326,21 @@ def _bound(node: Node) -> Callable[..., Any]:
 def trace(f: Callable[..., Any], *args: Any) -> Graph:
     """The computational graph of a function at a point, from its jaxpr: nobody rewrites `f`.
 
-    Calls inside (`jit`, `custom_jvp`, `remat`) are opened up, unless a derivative of their own differs, at this point, from that of
-    what is inside. `scan`, `cond` and `while` are one node each.
+    Calls inside (`jit`, `custom_jvp`, `remat`) are opened up, unless a derivative of their own
+    differs, at this point, from that of what is inside. `scan`, `cond` and `while` are one node
+    each.
 
     Args:
         f: a function of numbers, arrays and trees of them, that JAX can trace.
         *args: the point. Whole numbers are for indices and labels only.
 
     Returns:
-        The graph: `g.value`, `g.gradients()`, `g.jvp(*tangents)`, `print(g)`, `g.to_dot()`, `g.draw(path)`.
+        The graph: `g.value`, `g.gradients()`, `g.jvp(*tangents)`, `print(g)`, `g.to_dot()`,
+            `g.draw(path)`.
 
     Raises:
-        TypeError: `f` is no function or cannot be traced; an argument is no number or array, or holds whole numbers that are taken
-            as real ones.
+        TypeError: `f` is no function or cannot be traced; an argument is no number or array, or
+            holds whole numbers that are taken as real ones.
 
     Source: lectures 000, 002, 003 (computational graphs, reverse-mode differentiation).
 

@@ -1,4 +1,7 @@
-"""Checks of arguments: by shape and dtype while tracing, by value where data enters. Each error says what came and how to mend it."""
+"""Checks of arguments: by shape and dtype while tracing, by value where data enters.
+
+Each error says what came and how to mend it.
+"""
 
 from __future__ import annotations
 
@@ -14,24 +17,37 @@ import numpy as np
 
 def said(leaf: Any) -> str:
     """A leaf in a message: its dtype and shape."""
-    return f"{leaf.dtype}{list(leaf.shape)}" if hasattr(leaf, "dtype") else f"{leaf!r:.40} ({type(leaf).__name__})"
+    return (
+        f"{leaf.dtype}{list(leaf.shape)}"
+        if hasattr(leaf, "dtype")
+        else f"{leaf!r:.40} ({type(leaf).__name__})"
+    )
 
 
 def is_array(name: str, value: Any) -> None:
-    """Raises a TypeError unless `value` is a JAX or NumPy array (or a tracer, or a shape) of numbers."""
+    """Raises a TypeError unless `value` is a JAX or NumPy array (or a tracer, or a shape) of
+    numbers."""
     if not (hasattr(value, "shape") and hasattr(value, "dtype")):
-        raise TypeError(f"`{name}` must be an array, got {type(value).__name__}. Convert it: `jnp.asarray({name})`.")
+        raise TypeError(
+            f"`{name}` must be an array, got {type(value).__name__}. Convert it: `jnp.asarray({name})`."
+        )
     if getattr(value.dtype, "kind", "V") in "USO":
-        raise TypeError(f"`{name}` must hold numbers, got {value.dtype}. Text? Convert it: `{name}.astype(float)`.")
+        raise TypeError(
+            f"`{name}` must hold numbers, got {value.dtype}. Text? Convert it: `{name}.astype(float)`."
+        )
     if getattr(value.dtype, "kind", "V") in "mM":
-        raise TypeError(f"`{name}` must hold numbers, got {value.dtype}. Dates? Subtract a day and divide by a unit of time first.")
+        raise TypeError(
+            f"`{name}` must hold numbers, got {value.dtype}. Dates? Subtract a day and divide by a unit of time first."
+        )
 
 
 def is_float(name: str, value: Any) -> None:
     """Raises a TypeError unless `value` is an array of floating-point numbers."""
     is_array(name, value)
     if not jnp.issubdtype(value.dtype, jnp.floating):
-        raise TypeError(f"`{name}` must hold floating-point numbers, got {value.dtype}. Convert it: `{name}.astype(jnp.float32)`.")
+        raise TypeError(
+            f"`{name}` must hold floating-point numbers, got {value.dtype}. Convert it: `{name}.astype(jnp.float32)`."
+        )
 
 
 def canonical_dtype(value: Any) -> Any:
@@ -80,7 +96,9 @@ def hashable(name: str, value: Any) -> None:
         hash(value)
     except TypeError as error:
         mend = "Make it of functions and numbers, no arrays or lists."
-        raise TypeError(f"`{name}` must be hashable, since compiled functions are kept by it: {error}. {mend}") from None
+        raise TypeError(
+            f"`{name}` must be hashable, since compiled functions are kept by it: {error}. {mend}"
+        ) from None
 
 
 def key(seed: int) -> jax.Array:
@@ -95,7 +113,9 @@ def key(seed: int) -> jax.Array:
     if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)):
         raise TypeError(f"`seed` must be a whole number, got {seed!r} ({type(seed).__name__}).")
     if not 0 <= seed < 2**32:
-        raise ValueError(f"`seed` must be in 0 ... 2**32 - 1, got {seed}; JAX keeps 32 bits, so it would equal seed {seed % 2**32}.")
+        raise ValueError(
+            f"`seed` must be in 0 ... 2**32 - 1, got {seed}; JAX keeps 32 bits, so it would equal seed {seed % 2**32}."
+        )
     return jax.random.key(seed)
 
 
@@ -104,20 +124,25 @@ def is_key(name: str, value: Any) -> None:
     if not (hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jax.dtypes.prng_key)):
         raise TypeError(f"`{name}` must be a key from `jax.random.key(seed)`, got {value!r:.80}.")
     if value.shape != ():
-        raise ValueError(f"`{name}` must be one key, got {value.size} of shape {value.shape}. Pass one of them: `{name}[0]`.")
+        raise ValueError(
+            f"`{name}` must be one key, got {value.size} of shape {value.shape}. Pass one of them: `{name}[0]`."
+        )
 
 
 def one_of(kind: str, name: Any, choices: Iterable[str]) -> None:
     """Raises a ValueError that offers the nearest choice unless `name` is one of `choices`."""
     choices = list(choices)
     if name not in choices:
-        near = difflib.get_close_matches(str(name), choices, n=1, cutoff=0.5) or [c for c in choices if c.startswith(str(name))]
+        near = difflib.get_close_matches(str(name), choices, n=1, cutoff=0.5) or [
+            c for c in choices if c.startswith(str(name))
+        ]
         mend = f"Did you mean {near[0]!r}? " if near else ""
         raise ValueError(f"Unknown {kind} {name!r}. {mend}Known: {', '.join(choices) or 'none'}.")
 
 
 def finite(name: str, value: Any) -> None:
-    """Raises a ValueError that names the first row and column unless every number of a concrete array is finite."""
+    """Raises a ValueError that names the first row and column unless every number of a concrete
+    array is finite."""
     if not jnp.issubdtype(value.dtype, jnp.inexact):
         return
     with np.errstate(over="ignore"):  # a float64 beyond float32 is infinite inside JAX
@@ -127,8 +152,13 @@ def finite(name: str, value: Any) -> None:
     bad = np.argwhere(~np.isfinite(np.asarray(inside_jax)))
     row, rest = int(bad[0][0]) if bad[0].size else 0, tuple(int(i) for i in bad[0][1:])
     where = f"row {row}" + (f", column {rest[0] if len(rest) == 1 else rest}" if rest else "")
-    number, count = np.asarray(value)[tuple(bad[0])], f"{len(bad)} non-finite of {value.size} in {inside_jax.dtype}"
-    raise ValueError(f"`{name}` has {number} at {where} ({count}). Remove or impute such rows first.")
+    number, count = (
+        np.asarray(value)[tuple(bad[0])],
+        f"{len(bad)} non-finite of {value.size} in {inside_jax.dtype}",
+    )
+    raise ValueError(
+        f"`{name}` has {number} at {where} ({count}). Remove or impute such rows first."
+    )
 
 
 @contextmanager

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 
-from fnn import _check
-from fnn._types import Array
+from fnn import _validate
 from fnn.graph.gates import GATES, Gate, is_differentiable
+from fnn.types import Array
 
 CUSTOM = ("custom_jvp_call", "custom_vjp_call")
 _SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
@@ -26,14 +26,16 @@ class Node:
     """A value in the graph, and the primitive that gave it.
 
     Attributes:
-        name: of a parameter, `z₁`, `z₂`, ... in the order of evaluation, or the number that a constant is.
+        name: of a parameter, `z₁`, `z₂`, ... in the order of evaluation, or the number that a
+            constant is.
         primitive: JAX's name of it; "input", "constant", or "part" (one of several outputs).
         inputs: numbers of the nodes that it is made of.
         value: an array; a tuple of them where the primitive has several outputs.
         params: of the primitive.
         bind: applies the primitive to arrays.
         depends: whether it depends on an argument.
-        label: what the primitive is called on the board; the name of a function with a derivative of its own.
+        label: what the primitive is called on the board; the name of a function with a derivative
+            of its own.
         real: whether no complex number goes in or comes out; the gates are those of real numbers.
     """
 
@@ -53,13 +55,18 @@ class Node:
         return GATES.get(self.primitive) if self.real else None
 
 
-def build(f: Callable[..., Any], args: tuple[Any, ...]) -> tuple[list[Node], list[int], list[int], Any]:
-    """The nodes in the order of evaluation, the numbers of inputs and outputs, and the tree of the outputs."""
-    _check.is_function("f", f, "a function of arrays, such as `lambda x: x * x`")
+def build(
+    f: Callable[..., Any], args: tuple[Any, ...]
+) -> tuple[list[Node], list[int], list[int], Any]:
+    """The nodes in the order of evaluation, the numbers of inputs and outputs, and the tree of the
+    outputs."""
+    _validate.is_function("f", f, "a function of arrays, such as `lambda x: x * x`")
     names, leaves = _named_leaves(f, args)
     closed, shapes = _jaxpr(f, args)
     walk = _Walk()
-    inputs = [walk.add(Node(name, "input", (), leaf)) for name, leaf in zip(names, leaves, strict=True)]
+    inputs = [
+        walk.add(Node(name, "input", (), leaf)) for name, leaf in zip(names, leaves, strict=True)
+    ]
     walk.whole = {i for i in inputs if jnp.issubdtype(walk.nodes[i].value.dtype, jnp.integer)}
     outputs = walk.equations(closed, inputs)
     return *_pruned(walk.nodes, inputs, outputs), jax.tree.structure(shapes)
@@ -76,7 +83,9 @@ def _named_leaves(f: Callable[..., Any], args: tuple[Any, ...]) -> tuple[list[st
     for name, value in bound.items():
         for path, leaf in jax.tree_util.tree_flatten_with_path(value)[0]:
             full = _with_subscript(name) + jax.tree_util.keystr(path)
-            if not isinstance(leaf, (int, float, np.number, np.ndarray, jax.Array)) or isinstance(leaf, bool):
+            if not isinstance(leaf, (int, float, np.number, np.ndarray, jax.Array)) or isinstance(
+                leaf, bool
+            ):
                 raise TypeError(
                     f"`{full}` must be a number or an array, got {leaf!r:.60} ({type(leaf).__name__}). "
                     "A setting? Close over it: `lambda x: f(x, ...)`."
@@ -89,13 +98,17 @@ def _named_leaves(f: Callable[..., Any], args: tuple[Any, ...]) -> tuple[list[st
 def _array(name: str, leaf: Any) -> Array:
     """An argument as an array."""
     if hasattr(leaf, "dtype"):
-        _check.is_array(name, leaf)
+        _validate.is_array(name, leaf)
     try:
         value = jnp.asarray(leaf)
     except OverflowError:
-        raise ValueError(f"`{name}` is {leaf}, more than JAX's whole numbers hold. Pass a float, `{name}=float({leaf})`.") from None
+        raise ValueError(
+            f"`{name}` is {leaf}, more than JAX's whole numbers hold. Pass a float, `{name}=float({leaf})`."
+        ) from None
     if jnp.issubdtype(value.dtype, jnp.complexfloating):
-        raise TypeError(f"`{name}` is complex; gates are those of real numbers. Pass its real and imaginary part as two arguments.")
+        raise TypeError(
+            f"`{name}` is complex; gates are those of real numbers. Pass its real and imaginary part as two arguments."
+        )
     return value
 
 
@@ -108,7 +121,11 @@ def _with_subscript(name: str) -> str:
 def _jaxpr(f: Callable[..., Any], args: tuple[Any, ...]) -> tuple[ClosedJaxpr, Any]:
     try:
         closed, shapes = jax.make_jaxpr(f, return_shape=True)(*args)
-    except (jax.errors.ConcretizationTypeError, jax.errors.TracerIntegerConversionError, jax.errors.NonConcreteBooleanIndexError) as error:
+    except (
+        jax.errors.ConcretizationTypeError,
+        jax.errors.TracerIntegerConversionError,
+        jax.errors.NonConcreteBooleanIndexError,
+    ) as error:
         raise TypeError(
             "`f` uses a traced value as a Python number or in a Python `if` or `while`, so that its graph depends on the value. "
             f"Write `jnp.where` or `jax.lax.cond`, or close over what is fixed, `lambda x: f(x, 3)`. JAX says: {str(error).splitlines()[0]}"
@@ -139,7 +156,9 @@ class _Walk:
         """The numbers of the outputs of a jaxpr whose inputs are these nodes."""
         jaxpr = closed.jaxpr
         constants = [self.constant(c) for c in closed.consts]
-        at: dict[Any, int] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*constants, *inputs], strict=True))
+        at: dict[Any, int] = dict(
+            zip([*jaxpr.constvars, *jaxpr.invars], [*constants, *inputs], strict=True)
+        )
 
         def read(v: Any) -> int:
             return self.constant(v.val, v.aval) if isinstance(v, Literal) else at[v]
@@ -156,7 +175,10 @@ class _Walk:
         return self.add(Node(name, "constant", (), value))
 
     def equation(self, eqn: Any, inputs: tuple[int, ...]) -> list[int]:
-        """The numbers of what an equation gives: its own node's, those inside a call, or its input's where it changes nothing."""
+        """The numbers of what an equation gives.
+
+        Its own node's, those inside a call, or its input's where it changes nothing.
+        """
         values, name = [self.nodes[i].value for i in inputs], eqn.primitive.name
         params = eqn.primitive.get_bind_params(eqn.params)
 
@@ -168,7 +190,8 @@ class _Walk:
             return []
         inner = _inside(eqn)
         if inner is not None and (
-            name not in CUSTOM or (name == "custom_jvp_call" and _same_derivative(bind, jaxpr_as_fun(inner), values))
+            name not in CUSTOM
+            or (name == "custom_jvp_call" and _same_derivative(bind, jaxpr_as_fun(inner), values))
         ):
             return self.equations(inner, inputs)
         if name == "convert_element_type":
@@ -184,12 +207,32 @@ class _Walk:
         if eqn.primitive.multiple_results and not several:
             list_bind, bind = bind, lambda *xs: list_bind(*xs)[0]
         found = bind(*values)
-        real = not any(jnp.issubdtype(v.dtype, jnp.complexfloating) for v in jax.tree.leaves((values, found)))
-        outputs = [self.add(Node("", name, inputs, tuple(found) if several else found, eqn.params, bind, real, label=label))]
+        real = not any(
+            jnp.issubdtype(v.dtype, jnp.complexfloating) for v in jax.tree.leaves((values, found))
+        )
+        outputs = [
+            self.add(
+                Node(
+                    "",
+                    name,
+                    inputs,
+                    tuple(found) if several else found,
+                    eqn.params,
+                    bind,
+                    real,
+                    label=label,
+                )
+            )
+        ]
         if several:
-            outputs = [self.add(Node("", "part", (outputs[0],), part, {"part": i})) for i, part in enumerate(found)]
+            outputs = [
+                self.add(Node("", "part", (outputs[0],), part, {"part": i}))
+                for i, part in enumerate(found)
+            ]
         if self.whole.intersection(inputs):
-            self.whole |= {i for i in outputs if jnp.issubdtype(self.nodes[i].value.dtype, jnp.integer)}
+            self.whole |= {
+                i for i in outputs if jnp.issubdtype(self.nodes[i].value.dtype, jnp.integer)
+            }
         return outputs
 
     def _argument(self, i: int) -> str:
@@ -201,14 +244,30 @@ class _Walk:
 
 def _inside(eqn: Any) -> ClosedJaxpr | None:
     """The jaxpr of a call that is only a call."""
-    if eqn.primitive.name not in ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint", *CUSTOM):
+    if eqn.primitive.name not in (
+        "jit",
+        "pjit",
+        "closed_call",
+        "core_call",
+        "remat",
+        "remat2",
+        "checkpoint",
+        *CUSTOM,
+    ):
         return None
-    found = next((eqn.params[key] for key in ("jaxpr", "call_jaxpr", "fun_jaxpr") if key in eqn.params), None)
+    found = next(
+        (eqn.params[key] for key in ("jaxpr", "call_jaxpr", "fun_jaxpr") if key in eqn.params), None
+    )
     return ClosedJaxpr(found, ()) if found is not None and not hasattr(found, "consts") else found
 
 
-def _same_derivative(rule: Callable[..., Any], inside: Callable[..., Any], values: list[Array]) -> bool:
-    """Whether a function with a derivative of its own has, here, that of what is inside: along two directions, forward and backward."""
+def _same_derivative(
+    rule: Callable[..., Any], inside: Callable[..., Any], values: list[Array]
+) -> bool:
+    """Whether a function with a derivative of its own has, here, that of what is inside.
+
+    Along two directions, forward and backward.
+    """
     rng = np.random.default_rng(0)
 
     def drawn(like: Any) -> Any:
@@ -221,10 +280,15 @@ def _same_derivative(rule: Callable[..., Any], inside: Callable[..., Any], value
             tangents, cotangents = drawn(floats), drawn(jax.eval_shape(own, *floats))
             forward = [jax.jvp(of, floats, tangents)[1] for of in (own, opened)]
             back = [jax.vjp(of, *floats)[1](cotangents) for of in (own, opened)]
-            for ours, theirs in ((a, b) for pair in (forward, back) for a, b in zip(*map(jax.tree.leaves, pair), strict=True)):
+            for ours, theirs in (
+                (a, b)
+                for pair in (forward, back)
+                for a, b in zip(*map(jax.tree.leaves, pair), strict=True)
+            ):
                 if not _close(ours, theirs):
                     return False
-    except Exception:  # whatever a rule or what is inside cannot do here: then it stays closed, and JAX sees to it
+    # whatever a rule or what is inside cannot do here: then it stays closed, and JAX sees to it
+    except Exception:
         return False
     return True
 
@@ -243,9 +307,14 @@ def _close(ours: Array, theirs: Array) -> bool:
     return bool((np.abs(a - b) <= rounding * (np.abs(b) + np.abs(b).max(initial=0))).all())
 
 
-def floating(f: Callable[..., Any], values: Sequence[Array], takes: Sequence[bool] | None = None) -> tuple[list[Array], Callable[..., Any]]:
-    """The floating-point arrays among the values (of those, the ones that `takes` names), and `f` as a function of these alone."""
-    places = [i for i, v in enumerate(values) if is_differentiable(v) and (takes is None or takes[i])]
+def floating(
+    f: Callable[..., Any], values: Sequence[Array], takes: Sequence[bool] | None = None
+) -> tuple[list[Array], Callable[..., Any]]:
+    """The floating-point arrays among the values (of those, the ones that `takes` names), and `f`
+    as a function of these alone."""
+    places = [
+        i for i, v in enumerate(values) if is_differentiable(v) and (takes is None or takes[i])
+    ]
 
     def of(*floats: Array) -> Any:
         xs = list(values)
@@ -257,16 +326,24 @@ def floating(f: Callable[..., Any], values: Sequence[Array], takes: Sequence[boo
 
 
 def what_depends(pull: Callable[..., Any], seeds: list[Any]) -> list[Any]:
-    """`pull(seeds)`, with None for what does not depend on them: a pull is linear, and a 0 that is no result must not meet an infinity."""
+    """`pull(seeds)`, with None for what does not depend on them.
+
+    A pull is linear, and a 0 that is no result must not meet an infinity.
+    """
     jaxpr = jax.make_jaxpr(pull)(seeds).jaxpr
     reached = set(jaxpr.invars)
     for eqn in jaxpr.eqns:
         if any(not isinstance(v, Literal) and v in reached for v in eqn.invars):
             reached |= set(eqn.outvars)
-    return [g if not isinstance(v, Literal) and v in reached else None for v, g in zip(jaxpr.outvars, pull(seeds), strict=True)]
+    return [
+        g if not isinstance(v, Literal) and v in reached else None
+        for v, g in zip(jaxpr.outvars, pull(seeds), strict=True)
+    ]
 
 
-def _pruned(nodes: list[Node], inputs: list[int], outputs: list[int]) -> tuple[list[Node], list[int], list[int]]:
+def _pruned(
+    nodes: list[Node], inputs: list[int], outputs: list[int]
+) -> tuple[list[Node], list[int], list[int]]:
     """Without what the outputs do not depend on; named in the order of evaluation."""
     needed, todo = set(inputs), list(outputs)
     while todo:
@@ -277,7 +354,9 @@ def _pruned(nodes: list[Node], inputs: list[int], outputs: list[int]) -> tuple[l
     kept = sorted(needed)
     new = {old: i for i, old in enumerate(kept)}
     taken = {nodes[i].name for i in inputs}
-    free = (name for k in itertools.count(1) if (name := f"z{k}".translate(_SUBSCRIPTS)) not in taken)
+    free = (
+        name for k in itertools.count(1) if (name := f"z{k}".translate(_SUBSCRIPTS)) not in taken
+    )
     for i in kept:
         node = nodes[i]
         node.inputs = tuple(new[j] for j in node.inputs)

@@ -1,9 +1,11 @@
 """A net as the chain of its blocks: what rules that go layer by layer see.
 
-A block is a layer with weights and what follows it, its activation say, up to the next layer with weights: `dense, relu` of an `mlp`,
-of a flat `serial`, or of each turn of a `repeat` are the same blocks. What is no chain, a `residual` say, stays whole.
+A block is a layer with weights and what follows it, its activation say, up to the next layer with
+weights: `dense, relu` of an `mlp`, of a flat `serial`, or of each turn of a `repeat` are the same
+blocks. What is no chain, a `residual` say, stays whole.
 
-    h_0 = x,    h_l = block_l(h_{l-1}),    outputs = h_L        (lecture 003: the latent representations z_l)
+    h_0 = x,    h_l = block_l(h_{l-1}),    outputs = h_L        (lecture 003: the latent
+    representations z_l)
 """
 
 from __future__ import annotations
@@ -14,10 +16,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fnn._types import Array, Layer, Params
-from fnn.combinators import Chain, check_net, serial
 from fnn.factors import total
-from fnn.layers import Dense
+from fnn.nets.combinators import Chain, check_net, serial
+from fnn.nets.layers import Dense
+from fnn.types import Array, Layer, Params
 
 
 class Blocks(NamedTuple):
@@ -42,7 +44,13 @@ class Blocks(NamedTuple):
             kept.append(residuals)
         return hs, kept
 
-    def backward(self, params: Sequence[Params], residuals: Sequence[Any], dys: Sequence[Array], reduce: Any = total) -> Params:
+    def backward(
+        self,
+        params: Sequence[Params],
+        residuals: Sequence[Any],
+        dys: Sequence[Array],
+        reduce: Any = total,
+    ) -> Params:
         """The gradients where block l is given its own `dys[l]`, as a tree like the net's params."""
         each = zip(self.layers, params, residuals, dys, strict=True)
         return self.join([layer.backward(p, r, dy, reduce)[0] for layer, p, r, dy in each])
@@ -55,7 +63,8 @@ def blocks(net: Layer) -> Blocks:
         net: any layer; `serial` and `repeat` are opened.
 
     Returns:
-        Its `Blocks`; a net that is no chain is one block. Layers without weights before the first that has some belong to that one.
+        Its `Blocks`; a net that is no chain is one block. Layers without weights before the first
+        that has some belong to that one.
 
     >>> import fnn
     >>> inner = fnn.serial(fnn.dense(3, 3), fnn.activations.tanh)
@@ -83,7 +92,8 @@ def hidden_blocks(rule: str, net: Layer) -> Blocks:
     """The blocks of a net that has hidden ones.
 
     Raises:
-        TypeError: `net` is no Layer. ValueError: it is one block, in which a rule that goes block by block sees no hidden layer.
+        TypeError: `net` is no Layer. ValueError: it is one block, in which a rule that goes block
+            by block sees no hidden layer.
     """
     check_net(net)
     found = blocks(net)
@@ -133,17 +143,26 @@ def _shapes(layer: Layer) -> Params:
 
 
 def _links(layer: Layer) -> list[Layer]:
-    return [inner for link in layer.links for inner in _links(link)] if isinstance(layer, Chain) else [layer]
+    return (
+        [inner for link in layer.links for inner in _links(link)]
+        if isinstance(layer, Chain)
+        else [layer]
+    )
 
 
 def _split(layer: Layer, params: Params) -> list[Params]:
     if not isinstance(layer, Chain):
         return [params]
-    return [inner for link, p in zip(layer.links, layer.split(params), strict=True) for inner in _split(link, p)]
+    return [
+        inner
+        for link, p in zip(layer.links, layer.split(params), strict=True)
+        for inner in _split(link, p)
+    ]
 
 
 def _join(layer: Layer, each: list[Params]) -> Params:
-    """The params of a layer from those of its innermost links, which are taken off the list from the front."""
+    """The params of a layer from those of its innermost links, which are taken off the list from
+    the front."""
     if not isinstance(layer, Chain):
         return each.pop(0)
     return layer.join(tuple(_join(link, each) for link in layer.links))

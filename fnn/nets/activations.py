@@ -1,11 +1,13 @@
 """Elementwise activations, each with its derivative written by hand, and softmax.
 
-`derivative(x, y)` gets input and output, so that it may use whichever is cheaper; at a kink it takes the value that
-`jax.nn` takes. The forward functions are `jax.nn`'s. An activation is a `Layer` without parameters; those with a setting
-are called to change it: `leaky_relu(negative_slope=0.2)`. To add one, write one `elementwise(...)` line and put it into
+`derivative(x, y)` gets input and output, so that it may use whichever is cheaper; at a kink it
+takes the value that `jax.nn` takes. The forward functions are `jax.nn`'s. An activation is a
+`Layer` without parameters; those with a setting are called to change it:
+`leaky_relu(negative_slope=0.2)`. To add one, write one `elementwise(...)` line and put it into
 `ACTIVATIONS`: the tests run over that tuple.
 
-Sources: lectures 000 (threshold, sigmoid, ReLU, softplus), 002 (tanh), 003 (leaky ReLU); the others in `jax.nn`.
+Sources: lectures 000 (threshold, sigmoid, ReLU, softplus), 002 (tanh), 003 (leaky ReLU); the others
+in `jax.nn`.
 """
 
 from __future__ import annotations
@@ -20,24 +22,31 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from fnn import _check
-from fnn._types import Array, Layer, at_least_float32
+from fnn import _validate
 from fnn.factors import total
+from fnn.types import Array, Layer, at_least_float32
 
 
 @dataclass(frozen=True, repr=False)
 class Elementwise(Layer):
-    """A layer without parameters, `y = fn(x)`; a call with keywords gives the same with other settings."""
+    """A layer without parameters, `y = fn(x)`.
+
+    A call with keywords gives the same with other settings.
+    """
 
     with_parameters: Callable[..., Layer] = lambda **_: identity
 
     def __call__(self, *args: Any, **parameters: Any) -> Layer:
         if args:
-            raise TypeError(f"{self.name} is called with keyword settings only. Its outputs are `{self.name}.apply((), x)`.")
+            raise TypeError(
+                f"{self.name} is called with keyword settings only. Its outputs are `{self.name}.apply((), x)`."
+            )
         return self.with_parameters(**parameters)
 
 
-def elementwise(name: str, fn: Callable[..., Array], derivative: Callable[..., Array], **settings: Any) -> Elementwise:
+def elementwise(
+    name: str, fn: Callable[..., Array], derivative: Callable[..., Array], **settings: Any
+) -> Elementwise:
     """An activation from a function of one number and its derivative.
 
     Args:
@@ -55,27 +64,41 @@ def elementwise(name: str, fn: Callable[..., Array], derivative: Callable[..., A
     Array([12.], dtype=float32)
     """
 
-    _check.is_function("fn", fn, "(x, **settings) -> y")
-    _check.is_function("derivative", derivative, "(x, y, **settings) -> dy/dx")
+    _validate.is_function("fn", fn, "(x, **settings) -> y")
+    _validate.is_function("derivative", derivative, "(x, y, **settings) -> dy/dx")
 
     def forward(params: Any, x: Array) -> tuple[Array, tuple[Array, Array]]:
-        _check.is_float("x", x)
+        _validate.is_float("x", x)
         no_params(name, params)
         x = jnp.asarray(x)
         y = fn(x, **settings)
         return y, (x, y)
 
-    def backward(params: Any, residuals: tuple[Array, Array], dy: Array, reduce: Any = total) -> tuple[tuple[()], Array]:
+    def backward(
+        params: Any, residuals: tuple[Array, Array], dy: Array, reduce: Any = total
+    ) -> tuple[tuple[()], Array]:
         x, y = residuals  # lecture 001: dE/dp = dE/dy (.) f'(p), the Hadamard product
         return (), dy * derivative(x, y, **settings).astype(dy.dtype)
 
     def with_parameters(**new: Any) -> Elementwise:
         for setting, number in new.items():
-            _check.one_of(f"setting of {name}", setting, settings)
-            if not (np.ndim(number) == 0 and np.asarray(number).dtype.kind in "bif" and np.isfinite(number)):
+            _validate.one_of(f"setting of {name}", setting, settings)
+            if not (
+                np.ndim(number) == 0
+                and np.asarray(number).dtype.kind in "bif"
+                and np.isfinite(number)
+            ):
                 raise ValueError(f"`{setting}` of {name} must be a finite number, got {number!r}.")
-        changed = {**settings, **{setting: np.asarray(number).item() for setting, number in new.items()}}  # Python's: they promote nothing
-        label = f"{name.split('(')[0]}({', '.join(f'{k}={v}' for k, v in changed.items())})" if new else name
+        # Python's: they promote nothing
+        changed = {
+            **settings,
+            **{setting: np.asarray(number).item() for setting, number in new.items()},
+        }
+        label = (
+            f"{name.split('(')[0]}({', '.join(f'{k}={v}' for k, v in changed.items())})"
+            if new
+            else name
+        )
         return elementwise(label, fn, derivative, **changed)
 
     return Elementwise(name, lambda key: (), forward, backward, with_parameters=with_parameters)
@@ -108,7 +131,8 @@ def _where(condition: Array, x: Array) -> Array:
 
 
 def _gelu_tanh_derivative(x: Array, y: Array) -> Array:
-    # y = x s(2u), s the sigmoid, u = c (x + 0.044715 x^3), c = sqrt(2/pi); y' = s(2u) + 2 x s(2u) s(-2u) u'
+    # y = x s(2u), s the sigmoid, u = c (x + 0.044715 x^3), c = sqrt(2/pi); y' = s(2u) + 2 x s(2u)
+    # s(-2u) u'
     wide, c = at_least_float32(x), 0.7978845608028654
     u, slope = c * (wide + 0.044715 * wide**3), c * (1 + 3 * 0.044715 * wide**2)
     s = lax.logistic(2 * u)
@@ -134,7 +158,10 @@ def _mish_derivative(x: Array, y: Array) -> Array:
 
 
 def _inside(x: Array, low: float, high: float) -> Array:
-    """The derivative of `jnp.clip(x, low, high)`: 1 inside, 0 outside, 1/2 on the bounds (JAX's rule for ties)."""
+    """The derivative of `jnp.clip(x, low, high)`.
+
+    1 inside, 0 outside, 1/2 on the bounds (JAX's rule for ties).
+    """
     return 0.5 * (_where((x >= low) & (x <= high), x) + _where((x > low) & (x < high), x))
 
 
@@ -145,20 +172,40 @@ def _hard_sigmoid_derivative(x: Array) -> Array:
 _SELU_ALPHA, _SELU_SCALE = 1.6732632423543772, 1.0507009873554805
 
 identity = elementwise("identity", lambda x: x, lambda x, y: jnp.ones_like(x))
-# The threshold neuron of lecture 000: 1 if x >= 0 else -1. Its derivative is 0 everywhere, so backprop learns nothing through it.
-step = elementwise("step", lambda x: jnp.where(x >= 0, jnp.ones_like(x), -jnp.ones_like(x)), lambda x, y: jnp.zeros_like(x))
+# The threshold neuron of lecture 000: 1 if x >= 0 else -1. Its derivative is 0 everywhere, so
+# backprop learns nothing through it.
+step = elementwise(
+    "step",
+    lambda x: jnp.where(x >= 0, jnp.ones_like(x), -jnp.ones_like(x)),
+    lambda x, y: jnp.zeros_like(x),
+)
 sigmoid = elementwise("sigmoid", lax.logistic, lambda x, y: y * (1 - y))
 tanh = elementwise("tanh", jnp.tanh, lambda x, y: (1 - y) * (1 + y))
 relu = elementwise("relu", jax.nn.relu, lambda x, y: _where(y > 0, y))
 leaky_relu = elementwise(
-    "leaky_relu", jax.nn.leaky_relu,
-    lambda x, y, negative_slope: jnp.where(x >= 0, jnp.ones_like(x), jnp.full_like(x, negative_slope)), negative_slope=0.01,
-)  # fmt: skip
+    "leaky_relu",
+    jax.nn.leaky_relu,
+    lambda x, y, negative_slope: jnp.where(
+        x >= 0, jnp.ones_like(x), jnp.full_like(x, negative_slope)
+    ),
+    negative_slope=0.01,
+)
 relu6 = elementwise("relu6", jax.nn.relu6, lambda x, y: _where((x > 0) & (x < 6), x))
-elu = elementwise("elu", jax.nn.elu, lambda x, y, alpha: jnp.where(x > 0, jnp.ones_like(x), alpha * jnp.exp(jnp.minimum(x, 0))), alpha=1.0)
-celu = elementwise("celu", jax.nn.celu, lambda x, y, alpha: jnp.exp(jnp.minimum(x, 0) / alpha), alpha=1.0)
+elu = elementwise(
+    "elu",
+    jax.nn.elu,
+    lambda x, y, alpha: jnp.where(x > 0, jnp.ones_like(x), alpha * jnp.exp(jnp.minimum(x, 0))),
+    alpha=1.0,
+)
+celu = elementwise(
+    "celu", jax.nn.celu, lambda x, y, alpha: jnp.exp(jnp.minimum(x, 0) / alpha), alpha=1.0
+)
 selu = elementwise(
-    "selu", jax.nn.selu, lambda x, y: _SELU_SCALE * jnp.where(x > 0, jnp.ones_like(x), _SELU_ALPHA * jnp.exp(jnp.minimum(x, 0)))
+    "selu",
+    jax.nn.selu,
+    lambda x, y: (
+        _SELU_SCALE * jnp.where(x > 0, jnp.ones_like(x), _SELU_ALPHA * jnp.exp(jnp.minimum(x, 0)))
+    ),
 )
 gelu = elementwise("gelu", _gelu, _gelu_derivative, approximate=True)
 silu = elementwise("silu", jax.nn.silu, lambda x, y: lax.logistic(x) * (1 + x * lax.logistic(-x)))
@@ -167,35 +214,71 @@ mish = elementwise("mish", jax.nn.mish, _mish_derivative)
 softplus = elementwise("softplus", jax.nn.softplus, lambda x, y: lax.logistic(x))
 log_sigmoid = elementwise("log_sigmoid", jax.nn.log_sigmoid, lambda x, y: lax.logistic(-x))
 soft_sign = elementwise("soft_sign", jax.nn.soft_sign, lambda x, y: (1 - jnp.abs(y)) ** 2)
-squareplus = elementwise("squareplus", jax.nn.squareplus, lambda x, y, b: 0.5 * (1 + x / jnp.sqrt(x**2 + b)), b=4.0)
+squareplus = elementwise(
+    "squareplus", jax.nn.squareplus, lambda x, y, b: 0.5 * (1 + x / jnp.sqrt(x**2 + b)), b=4.0
+)
 hard_tanh = elementwise("hard_tanh", jax.nn.hard_tanh, lambda x, y: _where((x >= -1) & (x <= 1), x))
-hard_sigmoid = elementwise("hard_sigmoid", jax.nn.hard_sigmoid, lambda x, y: _hard_sigmoid_derivative(x))
-hard_silu = elementwise("hard_silu", jax.nn.hard_silu, lambda x, y: jax.nn.hard_sigmoid(x) + x * _hard_sigmoid_derivative(x))
+hard_sigmoid = elementwise(
+    "hard_sigmoid", jax.nn.hard_sigmoid, lambda x, y: _hard_sigmoid_derivative(x)
+)
+hard_silu = elementwise(
+    "hard_silu",
+    jax.nn.hard_silu,
+    lambda x, y: jax.nn.hard_sigmoid(x) + x * _hard_sigmoid_derivative(x),
+)
 hard_swish = hard_silu
-sparse_plus = elementwise("sparse_plus", jax.nn.sparse_plus, lambda x, y: jnp.clip((x + 1) / 2, 0, 1))
-sparse_sigmoid = elementwise("sparse_sigmoid", jax.nn.sparse_sigmoid, lambda x, y: 0.5 * _inside(x, -1, 1))
+sparse_plus = elementwise(
+    "sparse_plus", jax.nn.sparse_plus, lambda x, y: jnp.clip((x + 1) / 2, 0, 1)
+)
+sparse_sigmoid = elementwise(
+    "sparse_sigmoid", jax.nn.sparse_sigmoid, lambda x, y: 0.5 * _inside(x, -1, 1)
+)
 
 
 def _softmax_forward(params: Any, x: Array) -> tuple[Array, Array]:
-    _check.is_float("x", x)
+    _validate.is_float("x", x)
     no_params("softmax", params)
     y = jax.nn.softmax(jnp.asarray(x), axis=-1)
     return y, y
 
 
-def _softmax_backward(params: Any, y: Array, dy: Array, reduce: Any = total) -> tuple[tuple[()], Array]:
+def _softmax_backward(
+    params: Any, y: Array, dy: Array, reduce: Any = total
+) -> tuple[tuple[()], Array]:
     # dy_j/dx_k = y_j (1[j = k] - y_k), so dx = y (.) (dy - <dy, y>)
     wide_y, wide_dy = at_least_float32(y), at_least_float32(dy)
     return (), (wide_y * (wide_dy - (wide_dy * wide_y).sum(-1, keepdims=True))).astype(dy.dtype)
 
 
-# e^{x_j} / sum_k e^{x_k} over the last axis: the posterior of lecture 000's and 002's Bayes derivation.
+# e^{x_j} / sum_k e^{x_k} over the last axis: the posterior of lecture 000's and 002's Bayes
+# derivation.
 softmax = Layer("softmax", lambda key: (), _softmax_forward, _softmax_backward)
 
 ACTIVATIONS = (
-    identity, step, sigmoid, tanh, relu, leaky_relu, relu6, elu, celu, selu, gelu, silu, mish, softplus, log_sigmoid,
-    soft_sign, squareplus, hard_tanh, hard_sigmoid, hard_silu, sparse_plus, sparse_sigmoid, softmax,
-)  # fmt: skip
+    identity,
+    step,
+    sigmoid,
+    tanh,
+    relu,
+    leaky_relu,
+    relu6,
+    elu,
+    celu,
+    selu,
+    gelu,
+    silu,
+    mish,
+    softplus,
+    log_sigmoid,
+    soft_sign,
+    squareplus,
+    hard_tanh,
+    hard_sigmoid,
+    hard_silu,
+    sparse_plus,
+    sparse_sigmoid,
+    softmax,
+)
 """Every activation, by the name that `mlp` and `get` know it."""
 
 
@@ -216,5 +299,5 @@ def get(activation: str | Layer) -> Layer:
             f"`activation` must be a name or a Layer, got {activation!r}. A function? Make it a layer: `elementwise(name, fn, derivative)`."
         )
     known = {a.name: a for a in ACTIVATIONS} | {"swish": swish, "hard_swish": hard_swish}
-    _check.one_of("activation", activation, known)
+    _validate.one_of("activation", activation, known)
     return known[activation]

@@ -1,4 +1,5 @@
-"""Sums over the features of each example, and over examples, that neither overflow nor keep more than they must."""
+"""Sums over the features of each example, and over examples, that neither overflow nor keep more
+than they must."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fnn._types import Array, at_least_float32
+from fnn.types import Array, at_least_float32
 
 
 def sum_of_squares(a: Array) -> Array:
@@ -21,10 +22,13 @@ def sum_of_squares(a: Array) -> Array:
 
 
 def safe_norm(square: Callable[..., Array], *arrays: Array) -> Array:
-    """`sqrt(square(*arrays))`, also where the square leaves the range of the dtype: every array is first divided by its row's size.
+    """`sqrt(square(*arrays))`, also where the square leaves the range of the dtype.
+
+    Every array is first divided by its row's size.
 
     Args:
-        square: `(*arrays) -> [batch]`, quadratic in each array of floating-point numbers: `square(s a) = s^2 square(a)`.
+        square: `(*arrays) -> [batch]`, quadratic in each array of floating-point numbers: `square(s
+            a) = s^2 square(a)`.
         *arrays: `[batch, ...]`; whole numbers are handed on as they are.
 
     Returns:
@@ -50,7 +54,10 @@ def safe_norm(square: Callable[..., Array], *arrays: Array) -> Array:
 
 
 def quick_square(a: Array) -> tuple[Array, Array]:
-    """The sum of squares of every row as it comes, and how much of it underflow may have cost: `[batch]`, `[batch]`."""
+    """The sum of squares of every row as it comes, and how much of it underflow may have cost.
+
+    `[batch]`, `[batch]`.
+    """
     square = sum_of_squares(a)
     return square, jnp.full_like(square, a[0].size * float(jnp.finfo(square.dtype).tiny))
 
@@ -58,14 +65,20 @@ def quick_square(a: Array) -> tuple[Array, Array]:
 def mended(good: Array, value: Any, mend: Callable[[Any], Any]) -> Any:
     """`value`, or `mend(value)` where it is not `good`; costs next to nothing where it is.
 
-    A loop of at most one turn and not a `lax.cond`: XLA's CPU runs what stands inside a branch on its own, without overlap,
-    and copies what a branch passes through. The price is that reverse-mode differentiation stops here.
+    A loop of at most one turn and not a `lax.cond`: XLA's CPU runs what stands inside a branch on
+    its own, without overlap, and copies what a branch passes through. The price is that
+    reverse-mode differentiation stops here.
     """
-    return lax.while_loop(lambda c: ~c[0], lambda c: (jnp.array(True), mend(c[1])), (good, value))[1]
+    return lax.while_loop(lambda c: ~c[0], lambda c: (jnp.array(True), mend(c[1])), (good, value))[
+        1
+    ]
 
 
-def unless_cancelled(square: Array, size: Array, otherwise: Callable[..., Array], *arrays: Array) -> Array:
-    """Squared norms `[batch]` that are sums of terms of that size, or `otherwise(*arrays)` where some cancel."""
+def unless_cancelled(
+    square: Array, size: Array, otherwise: Callable[..., Array], *arrays: Array
+) -> Array:
+    """Squared norms `[batch]` that are sums of terms of that size, or `otherwise(*arrays)` where
+    some cancel."""
     return _mended_by(otherwise, ~_cancelled(square, size).any(), square, *arrays)
 
 
@@ -81,18 +94,24 @@ def _cancelled(square: Array, size: Array) -> Array:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _mended_by(otherwise: Callable[..., Array], good: Array, value: Array, *arrays: Array) -> Array:
-    """`mended`, but where it is differentiated both are computed, so that reverse mode does not stop here."""
+    """`mended`, but where it is differentiated both are computed, so that reverse mode does not
+    stop here."""
     return mended(good, value, lambda _: otherwise(*arrays))
 
 
 @_mended_by.defjvp
-def _mended_by_jvp(otherwise: Callable[..., Array], primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
+def _mended_by_jvp(
+    otherwise: Callable[..., Array], primals: tuple[Any, ...], tangents: tuple[Any, ...]
+) -> tuple[Array, Array]:
     good, *rest = primals
-    return jax.jvp(lambda value, *arrays: jnp.where(good, value, otherwise(*arrays)), tuple(rest), tangents[1:])
+    return jax.jvp(
+        lambda value, *arrays: jnp.where(good, value, otherwise(*arrays)), tuple(rest), tangents[1:]
+    )
 
 
 def joined_norms(norms: Array) -> Array:
-    """The norm of the whole from the norms of its parts, `[parts, batch]` to `[batch]`, without overflow.
+    """The norm of the whole from the norms of its parts, `[parts, batch]` to `[batch]`, without
+    overflow.
 
     >>> joined_norms(jnp.array([[3e30], [4e30]])) / 1e30
     Array([5.], dtype=float32)
@@ -107,19 +126,27 @@ def per_row(row: Array, like: Array) -> Array:
 
 
 def times_row(a: Array, weights: Array, present: Array | None = None) -> Array:
-    """`[batch, ...]` times `[batch]`, in the dtype of `a`; 0 where an example is not present, whatever it holds."""
+    """`[batch, ...]` times `[batch]`, in the dtype of `a`.
+
+    0 where an example is not present, whatever it holds.
+    """
     wide = at_least_float32(a)  # a weight of 1e-7 is hardly a number of float16
     product = (wide * per_row(weights.astype(wide.dtype), wide)).astype(a.dtype)
-    return product if present is None else jnp.where(per_row(present, a), product, jnp.zeros_like(a))
+    return (
+        product if present is None else jnp.where(per_row(present, a), product, jnp.zeros_like(a))
+    )
 
 
 def by_blocks(f: Callable[[Any], Array], arrays: Any, size: int) -> Array:
-    """`f(arrays)` where `f` answers row by row, at most `size` rows at a time: memory for one block.
+    """`f(arrays)` where `f` answers row by row, at most `size` rows at a time.
+
+    Memory for one block.
 
     Args:
         f: `(tree of [rows, ...]) -> [rows, ...]`.
         arrays: a tree of arrays `[batch, ...]`.
-        size: how many rows at a time. The last block may begin inside the one before, so that there is one program for all.
+        size: how many rows at a time. The last block may begin inside the one before, so that there
+            is one program for all.
 
     >>> by_blocks(lambda a: a * a, jnp.arange(5), 2)
     Array([ 0,  1,  4,  9, 16], dtype=int32)
@@ -138,7 +165,9 @@ def by_blocks(f: Callable[[Any], Array], arrays: Any, size: int) -> Array:
 
 
 def centred(a: Array, share: Array) -> tuple[Array, Array]:
-    """The mean of the rows by their shares (which add up to 1), and the rows less it: `[features]`, `[batch, features]`.
+    """The mean of the rows by their shares (which add up to 1), and the rows less it.
+
+    `[features]`, `[batch, features]`.
 
     The mean of what is left is taken off once more, so that its rounding does not show.
     """
@@ -149,6 +178,11 @@ def centred(a: Array, share: Array) -> tuple[Array, Array]:
 
 
 def _scale(size: Array) -> Array:
-    """What rows are divided by: a size of theirs, or 1 where that is 0 or not finite; not so large that XLA flushes its inverse to 0."""
+    """What rows are divided by: a size of theirs, or 1 where that is 0 or not finite.
+
+    Not so large that XLA flushes its inverse to 0.
+    """
     tiny = float(jnp.finfo(size.dtype).tiny)
-    return jnp.where((size > 0) & jnp.isfinite(size), jnp.clip(size, tiny, 1 / tiny), jnp.ones_like(size))
+    return jnp.where(
+        (size > 0) & jnp.isfinite(size), jnp.clip(size, tiny, 1 / tiny), jnp.ones_like(size)
+    )

@@ -1,4 +1,5 @@
-"""A graph in words: the formula of every node, and the products that its gradient is the sum of, as a lecturer writes them."""
+"""A graph in words: the formula of every node, and the products that its gradient is the sum of, as
+a lecturer writes them."""
 
 from __future__ import annotations
 
@@ -7,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import jax.numpy as jnp
 
 from fnn.graph.gates import is_differentiable
-from fnn.graph.tracing import Node, number
+from fnn.graph.trace import Node, number
 
 if TYPE_CHECKING:
-    from fnn.graph.sweeps import Flow, Graph
+    from fnn.graph.sweep import Flow, Graph
 
 
 def text(graph: Graph) -> str:
@@ -20,8 +21,12 @@ def text(graph: Graph) -> str:
     for i, node in enumerate(graph.nodes):
         if not is_number(node):
             made = "" if node.primitive in ("input", "constant") else f"{formula(graph, i)} = "
-            lines.append(f"  {node.name} = {made}{number(node.value)}{'   the result' if last and i == graph.outputs[0] else ''}")
-    lines += [f"  {graph.nodes[i].name}   the result" for i in graph.outputs if is_number(graph.nodes[i])]
+            lines.append(
+                f"  {node.name} = {made}{number(node.value)}{'   the result' if last and i == graph.outputs[0] else ''}"
+            )
+    lines += [
+        f"  {graph.nodes[i].name}   the result" for i in graph.outputs if is_number(graph.nodes[i])
+    ]
     swept, why = graph.swept
     if swept is None:
         return "\n".join([*lines, f"no sweep backward: {why}"])
@@ -30,9 +35,18 @@ def text(graph: Graph) -> str:
         gradient = swept.gradients[i]
         if gradient is None and i in graph.inputs and is_differentiable(graph.nodes[i].value):
             gradient = jnp.zeros_like(graph.nodes[i].value)
-        if gradient is not None and not is_number(graph.nodes[i]) and graph.nodes[i].primitive != "constant":
-            lines.append(f"  ∂{graph.nodes[i].name} = {products(graph, swept.flows[i])}{number(gradient)}{_word(graph, swept.flows[i])}")
-    lines += [f"{n.name}: {n.label} is not among the gates; its gradient is by jax.vjp" for n in graph.untabled]
+        if (
+            gradient is not None
+            and not is_number(graph.nodes[i])
+            and graph.nodes[i].primitive != "constant"
+        ):
+            lines.append(
+                f"  ∂{graph.nodes[i].name} = {products(graph, swept.flows[i])}{number(gradient)}{_word(graph, swept.flows[i])}"
+            )
+    lines += [
+        f"{n.name}: {n.label} is not among the gates; its gradient is by jax.vjp"
+        for n in graph.untabled
+    ]
     return "\n".join(lines)
 
 
@@ -49,7 +63,9 @@ def formula(graph: Graph, i: int) -> str:
         return f"{names[0]}[{node.params['part']}]"
     if node.gate is None:
         return f"{node.label}({', '.join(names)})"
-    return _otherwise(graph, node, names) or pretty(node.gate.text.format(*names, all=", ".join(names), **numbers(node.params)))
+    return _otherwise(graph, node, names) or pretty(
+        node.gate.text.format(*names, all=", ".join(names), **numbers(node.params))
+    )
 
 
 def back(graph: Graph, flow: Flow) -> str:
@@ -97,9 +113,14 @@ def _letters(graph: Graph, node: Node) -> tuple[str, str, str]:
     letters = iter("ijklmnopqrstuvwxyzabcdefgh")
     a = [next(letters) for _ in range(graph.nodes[node.inputs[0]].value.ndim)]
     of_b = {j: a[i] for i, j in zip((*over_a, *batch_a), (*over_b, *batch_b), strict=True)}
-    b = [of_b[j] if j in of_b else next(letters) for j in range(graph.nodes[node.inputs[1]].value.ndim)]
+    b = [
+        of_b[j] if j in of_b else next(letters)
+        for j in range(graph.nodes[node.inputs[1]].value.ndim)
+    ]
     batch = [a[i] for i in batch_a]
-    free = [c for i, c in enumerate(a) if i not in (*over_a, *batch_a)] + [c for j, c in enumerate(b) if j not in of_b]
+    free = [c for i, c in enumerate(a) if i not in (*over_a, *batch_a)] + [
+        c for j, c in enumerate(b) if j not in of_b
+    ]
     return "".join(a), "".join(b), "".join(batch + free)
 
 

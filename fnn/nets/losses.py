@@ -1,11 +1,13 @@
 """Losses: optax's names and values, one number per example, each with its gradient written by hand.
 
-`value(outputs, targets)` is `[batch]`: what optax leaves per element is summed over every axis but the first, so
-`l2_loss` of `[batch, out]` is 1/2 sum (y - t)^2 per example. `grad` is the gradient of each example's own value with
-respect to its outputs; the mean over the batch lives in one place, `fnn.backprop`. To add a loss, write one
-`Loss(...)` (most easily by `loss(...)`) and put it into `LOSSES`: the tests run over that tuple.
+`value(outputs, targets)` is `[batch]`: what optax leaves per element is summed over every axis but
+the first, so `l2_loss` of `[batch, out]` is 1/2 sum (y - t)^2 per example. `grad` is the gradient
+of each example's own value with respect to its outputs; the mean over the batch lives in one place,
+`fnn.backprop`. To add a loss, write one `Loss(...)` (most easily by `loss(...)`) and put it into
+`LOSSES`: the tests run over that tuple.
 
-Sources: lectures 000 (regression, classification), 003 (empirical risk), 004 eqs 5 and 24; values as in `optax.losses`.
+Sources: lectures 000 (regression, classification), 003 (empirical risk), 004 eqs 5 and 24; values
+as in `optax.losses`.
 """
 
 from __future__ import annotations
@@ -20,31 +22,45 @@ import numpy as np
 from jax import lax
 from jax.scipy.special import xlog1py, xlogy
 
-from fnn import _check
-from fnn._types import Array, Loss
+from fnn import _validate
+from fnn.types import Array, Loss
 
 
 @dataclass(frozen=True)
 class Targets:
-    """What a loss takes for targets: their shape (checked while tracing) and their values (checked where data enters)."""
+    """What a loss takes for targets.
 
-    labels: bool  # whole numbers [batch, ...] for outputs [batch, ..., classes]; else shaped and typed like the outputs
+    Their shape (checked while tracing) and their values (checked where data enters).
+    """
+
+    # whole numbers [batch, ...] for outputs [batch, ..., classes]; else shaped and typed like the
+    # outputs
+    labels: bool
     check: Callable[[np.ndarray, int], None]  # (concrete targets, classes); raises ValueError
-    correct: Callable[[Array, Array], Array] | None  # elementwise or per row; all must hold for an example to be correct
+    # elementwise or per row; all must hold for an example to be correct
+    correct: Callable[[Array, Array], Array] | None
 
 
-def loss(name: str, value: Callable[..., Array], grad: Callable[..., Array], targets: Targets, **settings: Any) -> Loss:
+def loss(
+    name: str,
+    value: Callable[..., Array],
+    grad: Callable[..., Array],
+    targets: Targets,
+    **settings: Any,
+) -> Loss:
     """A loss from functions per element, or per row of the last axis.
 
     Args:
         name: what tables call it.
-        value: `(outputs, targets, **settings) -> [batch, ...]`; the axes after the first are summed here.
+        value: `(outputs, targets, **settings) -> [batch, ...]`; the axes after the first are summed
+            here.
         grad: `(outputs, targets, **settings) -> like outputs`.
         targets: one of `REAL`, `UNIT`, `SIGNS`, `DISTRIBUTION`, `LABELS`.
         **settings: numbers that both take, with their defaults.
 
     Returns:
-        A `Loss` that checks shapes and dtypes before it computes; `loss(setting=number)` changes a setting.
+        A `Loss` that checks shapes and dtypes before it computes; `loss(setting=number)` changes a
+        setting.
     """
 
     def checked(outputs: Any, t: Any) -> tuple[Array, Array]:
@@ -59,7 +75,7 @@ def loss(name: str, value: Callable[..., Array], grad: Callable[..., Array], tar
 
     def check(outputs: Any, t: Any) -> None:
         _check_shapes(name, targets, outputs, t)
-        _check.finite("targets", t)
+        _validate.finite("targets", t)
         targets.check(np.asarray(t), outputs.shape[-1])
 
     def correct(outputs: Array, t: Array) -> Array:
@@ -69,20 +85,30 @@ def loss(name: str, value: Callable[..., Array], grad: Callable[..., Array], tar
 
     def with_parameters(**new: Any) -> Loss:
         for setting, number in new.items():
-            _check.one_of(f"setting of {name}", setting, settings)
-            _check.positive(setting, number)
-        return loss(name, value, grad, targets, **{**settings, **{k: np.asarray(v).item() for k, v in new.items()}})
+            _validate.one_of(f"setting of {name}", setting, settings)
+            _validate.positive(setting, number)
+        return loss(
+            name,
+            value,
+            grad,
+            targets,
+            **{**settings, **{k: np.asarray(v).item() for k, v in new.items()}},
+        )
 
-    return Loss(name, per_example, gradient, check, correct if targets.correct else None, with_parameters)
+    return Loss(
+        name, per_example, gradient, check, correct if targets.correct else None, with_parameters
+    )
 
 
 def _check_shapes(name: str, targets: Targets, outputs: Any, t: Any) -> Array:
     """The targets as an array that fits the outputs; raises where shapes or dtypes cannot be meant."""
-    _check.is_float("outputs", outputs)
-    _check.is_array("targets", t)
+    _validate.is_float("outputs", outputs)
+    _validate.is_array("targets", t)
     least = 2 if targets.labels else 1
     if outputs.ndim < least:
-        raise ValueError(f"{name}: `outputs` has shape {outputs.shape}, expected [batch{', ..., classes' if targets.labels else ', ...'}].")
+        raise ValueError(
+            f"{name}: `outputs` has shape {outputs.shape}, expected [batch{', ..., classes' if targets.labels else ', ...'}]."
+        )
     if not targets.labels:
         if t.shape != outputs.shape:
             raise ValueError(
@@ -90,7 +116,7 @@ def _check_shapes(name: str, targets: Targets, outputs: Any, t: Any) -> Array:
                 f"broadcast). {_mend_shape(outputs.shape, t)}"
             )
         if jnp.issubdtype(t.dtype, jnp.floating):
-            _check.same_dtype("targets", t, "outputs", outputs)
+            _validate.same_dtype("targets", t, "outputs", outputs)
         return jnp.asarray(t).astype(outputs.dtype)  # whole numbers and bools become floats exactly
     if not jnp.issubdtype(t.dtype, jnp.integer):
         raise TypeError(
@@ -119,13 +145,17 @@ def _any_number(t: np.ndarray, classes: int) -> None:
 
 def _in_unit_interval(t: np.ndarray, classes: int) -> None:
     if ((t < 0) | (t > 1)).any():
-        raise ValueError(f"`targets` must be probabilities in 0 ... 1, got {t.min()} ... {t.max()}. Signs -1, 1? Pass `(targets + 1) / 2`.")
+        raise ValueError(
+            f"`targets` must be probabilities in 0 ... 1, got {t.min()} ... {t.max()}. Signs -1, 1? Pass `(targets + 1) / 2`."
+        )
 
 
 def _plus_or_minus_one(t: np.ndarray, classes: int) -> None:
     if (np.abs(t) != 1).any():
         row = int(np.argwhere(np.abs(t) != 1)[0][0])
-        raise ValueError(f"`targets` must be -1 or 1, got {np.unique(t[row])} in row {row}. Classes 0, 1? Pass `2 * targets - 1`.")
+        raise ValueError(
+            f"`targets` must be -1 or 1, got {np.unique(t[row])} in row {row}. Classes 0, 1? Pass `2 * targets - 1`."
+        )
 
 
 def _rows_sum_to_one(t: np.ndarray, classes: int) -> None:
@@ -162,7 +192,9 @@ UNIT = Targets(False, _in_unit_interval, lambda z, t: (z > 0) == (t > 0.5))  # f
 PROBABILITY = Targets(False, _in_unit_interval, lambda p, t: (p > 0.5) == (t > 0.5))
 SIGNS = Targets(False, _plus_or_minus_one, lambda y, t: (y > 0) == (t > 0))
 DISTRIBUTION = Targets(False, _rows_sum_to_one, _same_argmax)
-LABELS = Targets(True, _labels_in_range, lambda z, t: z.argmax(-1).astype(jnp.int32) == t.astype(jnp.int32))
+LABELS = Targets(
+    True, _labels_in_range, lambda z, t: z.argmax(-1).astype(jnp.int32) == t.astype(jnp.int32)
+)
 
 
 def _huber(y: Array, t: Array, delta: float) -> Array:
@@ -173,7 +205,9 @@ def _huber(y: Array, t: Array, delta: float) -> Array:
 
 def _binary_cross_entropy_grad(p: Array, t: Array) -> Array:
     # -t/p + (1 - t)/(1 - p); a term whose coefficient is 0 is 0 also where its divisor is
-    return jnp.where(t == 1, 0, (1 - t) / jnp.where(t == 1, 1, 1 - p)) - jnp.where(t == 0, 0, t / jnp.where(t == 0, 1, p))
+    return jnp.where(t == 1, 0, (1 - t) / jnp.where(t == 1, 1, 1 - p)) - jnp.where(
+        t == 0, 0, t / jnp.where(t == 0, 1, p)
+    )
 
 
 def _label_value(z: Array, labels: Array) -> Array:
@@ -181,7 +215,8 @@ def _label_value(z: Array, labels: Array) -> Array:
 
 
 def _label_grad(z: Array, labels: Array) -> Array:
-    # softmax(z) - one_hot(labels), as a scatter into the softmax: no [batch, classes] of zeros and ones is formed
+    # softmax(z) - one_hot(labels), as a scatter into the softmax: no [batch, classes] of zeros and
+    # ones is formed
     p = jax.nn.softmax(z, axis=-1)
     rows = p.reshape(-1, z.shape[-1])
     return rows.at[jnp.arange(len(rows)), labels.reshape(-1)].add(-1).reshape(z.shape)
@@ -192,34 +227,72 @@ def _softmax_grad(z: Array, t: Array) -> Array:
     return jax.nn.softmax(z, axis=-1) * t.sum(-1, keepdims=True) - t
 
 
-# Lecture 000 (its printed sqrt(Y^2 - T^2) is wrong): 1/2 sum (y - t)^2, dE/dy = y - t. optax: half the squared error.
+# Lecture 000 (its printed sqrt(Y^2 - T^2) is wrong): 1/2 sum (y - t)^2, dE/dy = y - t. optax: half
+# the squared error.
 l2_loss = loss("l2_loss", lambda y, t: 0.5 * (y - t) ** 2, lambda y, t: y - t, REAL)
 squared_error = loss("squared_error", lambda y, t: (y - t) ** 2, lambda y, t: 2 * (y - t), REAL)
-huber_loss = loss("huber_loss", _huber, lambda y, t, delta: jnp.clip(y - t, -delta, delta), REAL, delta=1.0)
-log_cosh = loss("log_cosh", lambda y, t: jnp.logaddexp(y - t, t - y) - np.log(2.0).astype(y.dtype), lambda y, t: jnp.tanh(y - t), REAL)
+huber_loss = loss(
+    "huber_loss", _huber, lambda y, t, delta: jnp.clip(y - t, -delta, delta), REAL, delta=1.0
+)
+log_cosh = loss(
+    "log_cosh",
+    lambda y, t: jnp.logaddexp(y - t, t - y) - np.log(2.0).astype(y.dtype),
+    lambda y, t: jnp.tanh(y - t),
+    REAL,
+)
 # max(0, 1 - y t) for t = -1 or 1; at the kink the gradient is 0, as for jax.nn.relu.
-hinge_loss = loss("hinge_loss", lambda y, t: jax.nn.relu(1 - y * t), lambda y, t: jnp.where(1 - y * t > 0, -t, jnp.zeros_like(t)), SIGNS)
-# -(t ln s(z) + (1 - t) ln(1 - s(z))), stable for every logit: lecture 004 eq 24 with a = s(z); dE/dz = a - t.
+hinge_loss = loss(
+    "hinge_loss",
+    lambda y, t: jax.nn.relu(1 - y * t),
+    lambda y, t: jnp.where(1 - y * t > 0, -t, jnp.zeros_like(t)),
+    SIGNS,
+)
+# -(t ln s(z) + (1 - t) ln(1 - s(z))), stable for every logit: lecture 004 eq 24 with a = s(z);
+# dE/dz = a - t.
 sigmoid_binary_cross_entropy = loss(
     "sigmoid_binary_cross_entropy",
     lambda z, t: t * jax.nn.softplus(-z) + (1 - t) * jax.nn.softplus(z),
     lambda z, t: lax.logistic(z) - t,
     UNIT,
 )
-# Lecture 004 eq 5, on probabilities as printed; infinite where a certain answer is wrong (on logits it stays finite).
-binary_cross_entropy = loss("binary_cross_entropy", lambda p, t: -xlogy(t, p) - xlog1py(1 - t, -p), _binary_cross_entropy_grad, PROBABILITY)
+# Lecture 004 eq 5, on probabilities as printed; infinite where a certain answer is wrong (on logits
+# it stays finite).
+binary_cross_entropy = loss(
+    "binary_cross_entropy",
+    lambda p, t: -xlogy(t, p) - xlog1py(1 - t, -p),
+    _binary_cross_entropy_grad,
+    PROBABILITY,
+)
 # Lecture 000: H(p, q) = -sum p ln q, q = softmax(z).
 softmax_cross_entropy = loss(
-    "softmax_cross_entropy", lambda z, t: -(t * jax.nn.log_softmax(z, axis=-1)).sum(-1), _softmax_grad, DISTRIBUTION
+    "softmax_cross_entropy",
+    lambda z, t: -(t * jax.nn.log_softmax(z, axis=-1)).sum(-1),
+    _softmax_grad,
+    DISTRIBUTION,
 )
-softmax_cross_entropy_with_integer_labels = loss("softmax_cross_entropy_with_integer_labels", _label_value, _label_grad, LABELS)
+softmax_cross_entropy_with_integer_labels = loss(
+    "softmax_cross_entropy_with_integer_labels", _label_value, _label_grad, LABELS
+)
 # Lecture 000: KL(t || q) = sum t ln(t/q); the outputs are ln q.
-kl_divergence = loss("kl_divergence", lambda log_q, t: (xlogy(t, t) - t * log_q).sum(-1), lambda log_q, t: -t, DISTRIBUTION)
+kl_divergence = loss(
+    "kl_divergence",
+    lambda log_q, t: (xlogy(t, t) - t * log_q).sum(-1),
+    lambda log_q, t: -t,
+    DISTRIBUTION,
+)
 
 LOSSES = (
-    l2_loss, squared_error, huber_loss, log_cosh, hinge_loss, sigmoid_binary_cross_entropy, binary_cross_entropy,
-    softmax_cross_entropy, softmax_cross_entropy_with_integer_labels, kl_divergence,
-)  # fmt: skip
+    l2_loss,
+    squared_error,
+    huber_loss,
+    log_cosh,
+    hinge_loss,
+    sigmoid_binary_cross_entropy,
+    binary_cross_entropy,
+    softmax_cross_entropy,
+    softmax_cross_entropy_with_integer_labels,
+    kl_divergence,
+)
 """Every loss, by the name that `get` knows it."""
 
 
@@ -235,7 +308,9 @@ def get(name: str | Loss) -> Loss:
     if isinstance(name, Loss):
         return name
     if not isinstance(name, str):
-        raise TypeError(f"`loss` must be a name or a Loss, got {name!r}. A function? Make it a loss: `fnn.Loss(name, value, grad)`.")
+        raise TypeError(
+            f"`loss` must be a name or a Loss, got {name!r}. A function? Make it a loss: `fnn.Loss(name, value, grad)`."
+        )
     known = {known_loss.name: known_loss for known_loss in LOSSES}
-    _check.one_of("loss", name, known)
+    _validate.one_of("loss", name, known)
     return known[name]

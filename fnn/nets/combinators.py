@@ -10,14 +10,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fnn import _check
-from fnn._types import Array, Key, Layer, Params
+from fnn import _validate
 from fnn.factors import is_factor, keep, total
+from fnn.types import Array, Key, Layer, Params
 
 
 @dataclass(frozen=True, repr=False)
 class Chain(Layer):
-    """A layer that is nothing but others one after the other; rules that go layer by layer open it (`fnn.blocks`).
+    """A layer that is nothing but others one after the other.
+
+    Rules that go layer by layer open it (`fnn.blocks`).
 
     Attributes:
         links: what is chained, in order; a layer comes once for each of its uses.
@@ -40,7 +42,8 @@ def serial(*layers: Layer) -> Layer:
         A layer whose params are the tuple of its layers' params.
 
     Raises:
-        TypeError: something is no `Layer`. ValueError: at the call, `params` are those of another net.
+        TypeError: something is no `Layer`. ValueError: at the call, `params` are those of another
+            net.
 
     >>> from fnn import activations, dense
     >>> net = serial(dense(4, 8), activations.relu, dense(8, 2))
@@ -51,8 +54,11 @@ def serial(*layers: Layer) -> Layer:
         _check_layer(f"layers[{i}]", layer)
 
     def init(key: Key) -> tuple[Any, ...]:
-        _check.is_key("key", key)
-        return tuple(layer.init(k) for layer, k in zip(layers, jax.random.split(key, len(layers)), strict=True))
+        _validate.is_key("key", key)
+        return tuple(
+            layer.init(k)
+            for layer, k in zip(layers, jax.random.split(key, len(layers)), strict=True)
+        )
 
     def forward(params: tuple[Any, ...], x: Array) -> tuple[Array, tuple[Any, ...]]:
         _check_chain(layers, params)
@@ -62,10 +68,14 @@ def serial(*layers: Layer) -> Layer:
             kept.append(residuals)
         return x, tuple(kept)
 
-    def backward(params: tuple[Any, ...], residuals: tuple[Any, ...], dy: Array, reduce: Any = total) -> tuple[tuple[Any, ...], Array]:
+    def backward(
+        params: tuple[Any, ...], residuals: tuple[Any, ...], dy: Array, reduce: Any = total
+    ) -> tuple[tuple[Any, ...], Array]:
         _check_chain(layers, params)
         grads = []
-        for layer, p, r in zip(reversed(layers), reversed(params), reversed(residuals), strict=True):
+        for layer, p, r in zip(
+            reversed(layers), reversed(params), reversed(residuals), strict=True
+        ):
             g, dy = layer.backward(p, r, dy, reduce)
             grads.append(g)
         return tuple(reversed(grads)), dy
@@ -78,7 +88,9 @@ def serial(*layers: Layer) -> Layer:
 
 
 def repeat(layer: Layer, n: int) -> Layer:
-    """`n` copies of a layer, each with its own parameters, under one `lax.scan`: compile time does not grow with depth.
+    """`n` copies of a layer, each with its own parameters, under one `lax.scan`.
+
+    Compile time does not grow with depth.
 
     Args:
         layer: maps `[..., features]` to the same shape and dtype.
@@ -96,19 +108,21 @@ def repeat(layer: Layer, n: int) -> Layer:
     (Dense(w=(3, 4, 4), b=(3, 4)), ())
     """
     _check_layer("layer", layer)
-    _check.positive("n", n, whole=True)
+    _validate.positive("n", n, whole=True)
     name = f"repeat({layer.name}, {n})"
 
     def init(key: Key) -> Any:
-        _check.is_key("key", key)
+        _validate.is_key("key", key)
         return jax.vmap(layer.init)(jax.random.split(key, n))
 
     def forward(params: Any, x: Array) -> tuple[Array, Any]:
         for path, leaf in jax.tree_util.tree_leaves_with_path(params):
             at = f"params{jax.tree_util.keystr(path)}"
-            _check.is_array(at, leaf)
+            _validate.is_array(at, leaf)
             if leaf.shape[:1] != (n,):
-                raise ValueError(f"{name}: `{at}` has shape {leaf.shape}, expected a leading axis of {n}. Params of another net?")
+                raise ValueError(
+                    f"{name}: `{at}` has shape {leaf.shape}, expected a leading axis of {n}. Params of another net?"
+                )
 
         def body(x: Array, p: Any) -> tuple[Array, Any]:
             y, residuals = layer.forward(p, x)
@@ -135,20 +149,24 @@ def repeat(layer: Layer, n: int) -> Layer:
 
 
 def iterate(layer: Layer, n: int) -> Layer:
-    """The same layer `n` times, with the same parameters every time, under one `lax.scan`: tied weights, an unrolled recurrence.
+    """The same layer `n` times, with the same parameters every time, under one `lax.scan`.
+
+    Tied weights, an unrolled recurrence.
 
     Args:
         layer: maps `[..., features]` to the same shape and dtype.
         n: how many times, at least 1.
 
     Returns:
-        A layer with the layer's own params. A gradient sums over the uses; every per-example statistic is exact, cross
-        terms between uses included: uses are to a factor what positions are.
+        A layer with the layer's own params. A gradient sums over the uses; every per-example
+        statistic is exact, cross terms between uses included: uses are to a factor what positions
+        are.
 
     Raises:
         ValueError: at the call, the layer changes the shape.
 
-    Source: Rumelhart, Hinton, Williams (1986): a recurrent net as an equivalent feed-forward net with equal weights.
+    Source: Rumelhart, Hinton, Williams (1986): a recurrent net as an equivalent feed-forward net
+    with equal weights.
 
     >>> from fnn import activations, dense
     >>> net = iterate(serial(dense(4, 4), activations.tanh), 3)
@@ -156,7 +174,7 @@ def iterate(layer: Layer, n: int) -> Layer:
     (Dense(w=(4, 4), b=(4,)), ())
     """
     _check_layer("layer", layer)
-    _check.positive("n", n, whole=True)
+    _validate.positive("n", n, whole=True)
     name = f"iterate({layer.name}, {n})"
 
     def forward(params: Any, x: Array) -> tuple[Array, Any]:
@@ -172,7 +190,9 @@ def iterate(layer: Layer, n: int) -> Layer:
             return layer.backward(params, r, dy, reduce)
 
         if reduce.linear:  # nothing is kept but the sum
-            shapes = jax.eval_shape(lambda dy, r: use(dy, jax.tree.map(lambda a: a[0], r), reduce)[0], dy, residuals)
+            shapes = jax.eval_shape(
+                lambda dy, r: use(dy, jax.tree.map(lambda a: a[0], r), reduce)[0], dy, residuals
+            )
 
             def add(carry: tuple[Array, Any], r: Any) -> tuple[tuple[Array, Any], None]:
                 grads, dx = use(carry[0], r, reduce)
@@ -228,7 +248,9 @@ def residual(layer: Layer) -> Layer:
 def check_net(net: Any) -> None:
     """Raises a TypeError unless `net` is a `Layer`."""
     if not isinstance(net, Layer):
-        raise TypeError(f"`net` must be a Layer, got {net!r}. Make one by `fnn.mlp` or `fnn.serial`.")
+        raise TypeError(
+            f"`net` must be a Layer, got {net!r}. Make one by `fnn.mlp` or `fnn.serial`."
+        )
 
 
 def _check_layer(name: str, value: Any) -> None:
@@ -240,12 +262,17 @@ def _check_layer(name: str, value: Any) -> None:
 
 
 def _check_chain(layers: tuple[Layer, ...], params: Any) -> None:
-    if type(params) is not tuple or len(params) != len(layers):  # a NamedTuple is one layer's params
+    # a NamedTuple is one layer's params
+    if type(params) is not tuple or len(params) != len(layers):
         came = f"a tuple of {len(params)}" if type(params) is tuple else type(params).__name__
         names = ", ".join(layer.name for layer in layers)
-        raise ValueError(f"serial({names}): `params` must be a tuple of {len(layers)}, got {came}. Params of another net?")
+        raise ValueError(
+            f"serial({names}): `params` must be a tuple of {len(layers)}, got {came}. Params of another net?"
+        )
 
 
 def _check_same_shape(name: str, x: Any, y: Any) -> None:
     if x.shape != y.shape or x.dtype != y.dtype:
-        raise ValueError(f"{name}: the layer inside must keep the shape, but maps {x.shape} {x.dtype} to {y.shape} {y.dtype}.")
+        raise ValueError(
+            f"{name}: the layer inside must keep the shape, but maps {x.shape} {x.dtype} to {y.shape} {y.dtype}."
+        )

@@ -11,16 +11,23 @@ import jax.numpy as jnp
 import numpy as np
 from jax.nn.initializers import he_normal, zeros
 
-from fnn import _check, activations
-from fnn._types import Layer, Params
-from fnn.combinators import serial
-from fnn.layers import Dense, Initializer, dense
+from fnn import _validate
+from fnn.nets import activations
+from fnn.nets.combinators import serial
+from fnn.nets.layers import Dense, Initializer, dense
+from fnn.types import Layer, Params
 
 
 def mlp(
-    sizes: Sequence[int], activation: str | Layer = "relu", *, kernel_init: Initializer = he_normal(), bias_init: Initializer | None = zeros
+    sizes: Sequence[int],
+    activation: str | Layer = "relu",
+    *,
+    kernel_init: Initializer = he_normal(),
+    bias_init: Initializer | None = zeros,
 ) -> Layer:
-    """A multi-layer perceptron: a `serial` of blocks `dense, activation`, and a last block that is linear (logits).
+    """A multi-layer perceptron.
+
+    A `serial` of blocks `dense, activation`, and a last block that is linear (logits).
 
     Args:
         sizes: `(inputs, hidden, ..., outputs)`, at least two numbers above 0.
@@ -28,11 +35,12 @@ def mlp(
         kernel_init, bias_init: as for `dense`.
 
     Returns:
-        A layer from `[..., sizes[0]]` to `[..., sizes[-1]]`; `params[l][0].w` is hidden block `l`'s weight and
-        `params[-1].w` the last one's.
+        A layer from `[..., sizes[0]]` to `[..., sizes[-1]]`; `params[l][0].w` is hidden block `l`'s
+        weight and `params[-1].w` the last one's.
 
     Raises:
-        TypeError, ValueError: fewer than two sizes, a size that is not a whole number above 0, an unknown activation.
+        TypeError, ValueError: fewer than two sizes, a size that is not a whole number above 0, an
+            unknown activation.
 
     Source: lecture 003 (z_i = sigma(W_i z_{i-1} + b_i)), 004 eqs 21-28.
 
@@ -41,12 +49,19 @@ def mlp(
     (2, 10)
     """
     if isinstance(sizes, str) or not hasattr(sizes, "__len__"):
-        raise TypeError(f"`sizes` must be a sequence of whole numbers, (inputs, ..., outputs), got {sizes!r} ({type(sizes).__name__}).")
+        raise TypeError(
+            f"`sizes` must be a sequence of whole numbers, (inputs, ..., outputs), got {sizes!r} ({type(sizes).__name__})."
+        )
     if len(sizes) < 2:
-        raise ValueError(f"`sizes` must hold at least two sizes, (inputs, ..., outputs), got {sizes!r}.")
+        raise ValueError(
+            f"`sizes` must hold at least two sizes, (inputs, ..., outputs), got {sizes!r}."
+        )
     for i, size in enumerate(sizes):
-        _check.positive(f"sizes[{i}]", size, whole=True)
-    layers = [dense(m, n, kernel_init=kernel_init, bias_init=bias_init) for m, n in itertools.pairwise(sizes)]
+        _validate.positive(f"sizes[{i}]", size, whole=True)
+    layers = [
+        dense(m, n, kernel_init=kernel_init, bias_init=bias_init)
+        for m, n in itertools.pairwise(sizes)
+    ]
     hidden = activations.get(activation)
     return serial(*(serial(layer, hidden) for layer in layers[:-1]), layers[-1])
 
@@ -73,7 +88,9 @@ def summary(net: Layer, input_shape: Sequence[int], *, dtype: Any = float) -> st
     if not isinstance(net, Layer):
         raise TypeError(f"`net` must be a Layer, got {net!r}.")
     if not hasattr(input_shape, "__len__"):
-        raise TypeError(f"`input_shape` must be a tuple, the shape of `x`, got {input_shape!r}. Pass `(batch, {input_shape!r})`.")
+        raise TypeError(
+            f"`input_shape` must be a tuple, the shape of `x`, got {input_shape!r}. Pass `(batch, {input_shape!r})`."
+        )
     rows: list[tuple[str, str, str]] = []
 
     def visit(layer: Layer, x: Any, depth: int) -> Any:
@@ -92,17 +109,21 @@ def summary(net: Layer, input_shape: Sequence[int], *, dtype: Any = float) -> st
 
 
 def collapse(params: Params) -> Dense:
-    """The one dense layer that a net of dense layers without activations amounts to: `w = w_1 w_2 ... w_n`, b accumulated.
+    """The one dense layer that a net of dense layers without activations amounts to.
+
+    `w = w_1 w_2 ... w_n`, b accumulated.
 
     Args:
-        params: params of a net whose only parameters are `Dense`, in order: `mlp`, `serial`, `repeat` of one dense layer.
+        params: params of a net whose only parameters are `Dense`, in order: `mlp`, `serial`,
+            `repeat` of one dense layer.
 
     Returns:
-        `Dense(w=[in, out], b=[out])` such that `x @ w + b` is the net's output where every activation is the identity.
+        `Dense(w=[in, out], b=[out])` such that `x @ w + b` is the net's output where every
+        activation is the identity.
 
     Raises:
-        ValueError: no dense layer, other parameters than dense ones, sizes that do not chain, or stacked layers whose
-            order the params do not tell (a `repeat` of several dense layers).
+        ValueError: no dense layer, other parameters than dense ones, sizes that do not chain, or
+            stacked layers whose order the params do not tell (a `repeat` of several dense layers).
 
     Source: lectures 002, 003 (linear collapse): W_n ... W_1 x + b is one matrix.
 
@@ -116,7 +137,9 @@ def collapse(params: Params) -> Dense:
         if w is None or b is None:
             w, b = layer.w, bias
         elif w.shape[1] != layer.w.shape[0]:
-            raise ValueError(f"`params`: dense layer {i} takes {layer.w.shape[0]} features but the one before gives {w.shape[1]}.")
+            raise ValueError(
+                f"`params`: dense layer {i} takes {layer.w.shape[0]} features but the one before gives {w.shape[1]}."
+            )
         else:
             w, b = w @ layer.w, b @ layer.w + bias
     if w is None or b is None:
@@ -131,7 +154,9 @@ def _dense_layers(params: Params) -> list[Dense]:
     for node in jax.tree.leaves(params, is_leaf=lambda p: isinstance(p, Dense)):
         if not isinstance(node, Dense):
             came = f"an array of shape {node.shape}" if hasattr(node, "shape") else repr(node)
-            raise ValueError(f"`params` hold {came} outside a Dense layer: only dense layers collapse.")
+            raise ValueError(
+                f"`params` hold {came} outside a Dense layer: only dense layers collapse."
+            )
         stacked = node.w.shape[:-2]
         if stacked and before and stacked[0] == before[0]:
             raise ValueError(
@@ -140,5 +165,9 @@ def _dense_layers(params: Params) -> list[Dense]:
             )
         before = stacked
         flat = jax.tree.map(lambda leaf, k=len(stacked): leaf.reshape(-1, *leaf.shape[k:]), node)
-        found += [jax.tree.map(lambda leaf, i=i: leaf[i], flat) for i in range(len(flat.w))] if stacked else [node]
+        found += (
+            [jax.tree.map(lambda leaf, i=i: leaf[i], flat) for i in range(len(flat.w))]
+            if stacked
+            else [node]
+        )
     return found

@@ -1,6 +1,9 @@
-"""The three things everything else is made of: `Layer`, `Loss` and `Rule`, each a static bundle of pure functions.
+"""The three things everything else is made of.
 
-Shapes are written `[batch, ...]`; samples are rows. A pytree of parameters is nested tuples and NamedTuples of arrays.
+`Layer`, `Loss` and `Rule`, each a static bundle of pure functions.
+
+Shapes are written `[batch, ...]`; samples are rows. A pytree of parameters is nested tuples and
+NamedTuples of arrays.
 """
 
 from __future__ import annotations
@@ -31,14 +34,16 @@ def at_least_float32(a: Any) -> Any:
 class Layer:
     """A differentiable function with parameters, and its backward pass, as three pure functions.
 
-    `backward` may use `params` only to carry `dy` to `dx`; local gradients come from `residuals`. That is what lets a
-    rule put other arrays in their place (feedback alignment) or call one block's `backward` with its own `dy`.
+    `backward` may use `params` only to carry `dy` to `dx`; local gradients come from `residuals`.
+    That is what lets a rule put other arrays in their place (feedback alignment) or call one
+    block's `backward` with its own `dy`.
 
     Attributes:
         name: what errors and tables call it.
         init: `(key) -> params`.
         forward: `(params, x) -> (y, residuals)`.
-        backward: `(params, residuals, dy, reduce=total) -> (grads, dx)`; `reduce` is applied to every gradient factor.
+        backward: `(params, residuals, dy, reduce=total) -> (grads, dx)`; `reduce` is applied to
+            every gradient factor.
         layers: what a combinator chains, in order; empty for a primitive.
     """
 
@@ -75,11 +80,14 @@ class Loss:
     Attributes:
         name: optax's name where optax has the loss.
         value: `(outputs [batch, ...], targets) -> [batch]`.
-        grad: `(outputs, targets) -> like outputs`: the gradient of each example's own value (no 1/batch in it).
-        check: `(outputs, targets) -> None`, raises where the *values* of concrete targets cannot be meant (labels out of
-            range, one-hot rows that do not sum to one). `outputs` may be a `jax.ShapeDtypeStruct`. Called where data
-            enters (`fit`, `evaluate`), never while tracing.
-        correct: `(outputs, targets) -> [batch]` of bool for accuracy; None where accuracy means nothing (regression).
+        grad: `(outputs, targets) -> like outputs`: the gradient of each example's own value (no
+            1/batch in it).
+        check: `(outputs, targets) -> None`, raises where the *values* of concrete targets cannot be
+            meant (labels out of range, one-hot rows that do not sum to one). `outputs` may be a
+            `jax.ShapeDtypeStruct`. Called where data enters (`fit`, `evaluate`), never while
+            tracing.
+        correct: `(outputs, targets) -> [batch]` of bool for accuracy; None where accuracy means
+            nothing (regression).
         with_parameters: what a call with keywords returns: `huber_loss(delta=2.0)`.
     """
 
@@ -91,10 +99,15 @@ class Loss:
     with_parameters: Callable[..., Loss] | None = None
 
     def __call__(self, *args: Any, **parameters: Any) -> Loss:
-        """The same loss with other parameters, `huber_loss(delta=2.0)`; for its values call `.value(outputs, targets)`."""
+        """The same loss with other parameters, `huber_loss(delta=2.0)`.
+
+        For its values call `.value(outputs, targets)`.
+        """
         if args or self.with_parameters is None:
             hint = "" if args else f" {self.name} has no parameters."
-            raise TypeError(f"A Loss is called with keyword parameters only.{hint} Its values are `{self.name}.value(outputs, targets)`.")
+            raise TypeError(
+                f"A Loss is called with keyword parameters only.{hint} Its values are `{self.name}.value(outputs, targets)`."
+            )
         return self.with_parameters(**parameters)
 
     def __repr__(self) -> str:
@@ -108,8 +121,9 @@ class Rule:
     Attributes:
         name: what tables call it.
         init: `(key, params) -> state`; `()` where the rule needs none.
-        value_and_grad: `(params, state, x, targets, weights=None) -> (value, grads, state)`: the weighted mean of the
-            loss over the batch, and what the optimiser is given. `weights` is `[batch]`; weight 0 means padding.
+        value_and_grad: `(params, state, x, targets, weights=None) -> (value, grads, state)`: the
+            weighted mean of the loss over the batch, and what the optimiser is given. `weights` is
+            `[batch]`; weight 0 means padding.
         predict: `(params, x) -> outputs`.
         loss: what `value` measures; `fit` checks targets by it and `evaluate` reports it.
     """

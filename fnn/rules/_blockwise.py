@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from fnn._types import Array, Loss, Params, Rule
 from fnn.backprop import forward_pass, output_error
-from fnn.blocks import Blocks
+from fnn.nets.blocks import Blocks
+from fnn.types import Array, Loss, Params, Rule
 
 
 @dataclass(frozen=True, repr=False)
@@ -16,9 +16,11 @@ class LocalRule(Rule):
     """A `Rule` that shows what it tells each block, for `fnn.alignment`.
 
     Attributes:
-        signals: `(params, state, x, targets) -> [dy_1, ..., dy_L]`: what stands in the place of dE_i/dh_l, of each example's own loss, at
-            the output `[batch, ...]` of each of the net's `fnn.blocks`.
-        matrices: `(params, state, x) -> B`, a tree like the params that the error is carried back through; None where there is none.
+        signals: `(params, state, x, targets) -> [dy_1, ..., dy_L]`: what stands in the place of
+            dE_i/dh_l, of each example's own loss, at the output `[batch, ...]` of each of the net's
+            `fnn.blocks`.
+        matrices: `(params, state, x) -> B`, a tree like the params that the error is carried back
+            through; None where there is none.
     """
 
     signals: Callable[..., Sequence[Array]]

@@ -1,0 +1,1 @@
+"""Layers, what combines them, losses, and whole nets."""
