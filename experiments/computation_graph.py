@@ -2,8 +2,8 @@
 
     python -m experiments computation-graph
 
-The worked examples of the lectures, traced from plain Python functions: each prints as it stands on
-the board, gate by gate, and is drawn with the value and the gradient on every edge. Lecture 000: f
+The worked examples of the lectures, traced from plain Python functions: each is printed gate by
+gate, and drawn with the value and the gradient on every edge. Lecture 000: f
 = x1 x2 + sin x1 at (2, 5); 003: y = x1^2 (x2 x3 - 2 x1^2) at (1, 2, 3); 002: 1 + e^(w0 + w1 x), the
 logistic 1 / (1 + e^-(w0 + w1 x)), the neuron 1 / (1 + e^-(w0 x0 + w1 x1 + w2)), and the gates
 together in 2 (x y + max(z, w)): mul swaps the multipliers, add distributes, max routes. Expect
@@ -25,7 +25,7 @@ import numpy as np
 import fnn
 from experiments._run import check_positive, figure, folder, print_table, save_metrics
 from fnn.graph import Graph, trace
-from fnn.graph.draw import arranged, paint
+from fnn.graph.draw import arrange, paint
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,8 @@ def sentence(examples: list[Example]) -> str:
     """What the picture of these examples shows."""
     worst = max(e.difference for e in examples)
     return (
-        "Forward, every gate gives a value (blue); backward, it multiplies the gradient from above by its local derivative (orange): "
+        "Forward, every gate gives a value (blue); backward, it multiplies the gradient from above "
+        "by its local derivative (orange): "
         + (f"within {worst:.0e} of jax.grad" if worst else "equal to jax.grad")
     )
 
@@ -185,10 +186,11 @@ def draw(path: Path, result: Result) -> None:
     for number, example in enumerate(result.examples.values()):
         example.graph.draw(path / f"graph-{number}.svg")
     examples = {name: result.examples[name] for name in EXAMPLES}
-    boards = [(name, e.graph, arranged(e.graph)) for name, e in examples.items()]
-    full = max(board.size[0] for *_, board in boards)
-    rows = in_rows([board.size[0] for *_, board in boards], full)
-    heights = [max(boards[i][2].size[1] for i in row) + 0.25 for row in rows]
+    panels = [(name, e.graph, arrange(e.graph)) for name, e in examples.items()]
+    widths = [picture.size[0] for *_, picture in panels]
+    full = max(widths)
+    rows = in_rows(widths, full)
+    heights = [max(panels[i][2].size[1] for i in row) + 0.25 for row in rows]
     width, height = full + 0.3, sum(heights) + 0.6
     with figure(
         path / "computation-graph.png", sentence(list(examples.values())), size=(width, height)
@@ -197,17 +199,17 @@ def draw(path: Path, result: Result) -> None:
         fig.set_layout_engine("none")  # the panels have their places
         top = sum(heights)
         for row, tall in zip(rows, heights, strict=True):
-            left, free = 0.15, full - sum(boards[i][2].size[0] for i in row)
+            left = 0.15
+            free = full - sum(widths[i] for i in row)
             for i in row:
-                name, graph, board = boards[i]
-                panel = fig.add_axes(
-                    (left / width, (top - tall) / height, board.size[0] / width, tall / height)
-                )
-                panel.set(xlim=(0, board.size[0]), ylim=(tall - 0.25, -0.25))  # an inch is an inch
+                name, graph, picture = panels[i]
+                place = (left / width, (top - tall) / height, widths[i] / width, tall / height)
+                panel = fig.add_axes(place)
+                panel.set(xlim=(0, widths[i]), ylim=(tall - 0.25, -0.25))  # an inch is an inch
                 panel.axis("off")
                 panel.text(0, -0.05, name, fontsize=12)
-                paint(panel, graph, board)
-                left += board.size[0] + free / max(len(row) - 1, 1)
+                paint(panel, graph, picture)
+                left += widths[i] + free / max(len(row) - 1, 1)
             top -= tall
 
 

@@ -1,384 +1,285 @@
-"""A graph as a picture.
-
-DOT, and SVG or PNG by graphviz where it is installed or by matplotlib alone.
-"""
+"""The graph as a picture: in DOT, the language of graphviz, or drawn by matplotlib."""
 
 from __future__ import annotations
 
+import html
 import itertools
 import math
-import shutil
-import subprocess
+from collections import defaultdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-import jax
+import numpy as np
 
-from fnn.graph import text as board
-from fnn.graph.gates import is_differentiable
-from fnn.graph.trace import Node, number
+from fnn.graph.text import write_value
 
 if TYPE_CHECKING:
-    from fnn.graph.sweep import Graph
+    from fnn.graph.sweep import Graph, Node
 
-VALUE, GRADIENT = "#0072B2", "#D55E00"  # told apart by every kind of colour vision
-_SIGNS = {
-    "add": "+",
-    "add_any": "+",
-    "sub": "−",
-    "mul": "×",
-    "div": "÷",
-    "neg": "−",
-    "dot_general": "@",
-    "reduce_sum": "Σ",
-    "reduce_max": "max",
-}
-_SIGNS |= {
-    "integer_pow": "^{y}",
-    "square": "^2",
-    "broadcast_in_dim": "copies",
-    "transpose": "ᵀ",
-    "logistic": "σ",
-    "select_n": "select",
-}
-_SIGNS |= {"convert_element_type": "dtype", "stop_gradient": "stop"}
-GAP, ROW = 0.8, 0.85  # inches: the least between boxes, and from row to row
+VALUE = "#0072B2"  # colours that every kind of colour vision tells apart
+GRADIENT = "#D55E00"
+ROW = 0.85  # inches from row to row
 FONT = 10  # points
+PAPER = {  # behind the text on an edge
+    "facecolor": "white",
+    "edgecolor": "none",
+    "pad": 0.3,
+    "alpha": 0.75,
+}
+PADDING = 0.35 * FONT / 72  # inches around the text in a box
 
 
 class Edge(NamedTuple):
-    """From a node to one that is made of it."""
+    """An edge from a node to one that is computed from it."""
 
-    start: int
-    end: int
+    start: Node
+    end: Node
     value: str
-    gradient: str  # what flows back over this edge, or ""
+    gradient: str  # what flows back over the edge; empty if nothing does
 
 
-def shown(graph: Graph) -> list[int]:
-    """The nodes of a picture: inputs, results, and what a gradient can flow through.
+class Picture(NamedTuple):
+    """Where everything stands, in inches: x to the right, y downward."""
 
-    No numbers, no arithmetic of indices.
-    """
-    return [
-        i
-        for i, node in enumerate(graph.nodes)
-        if i in graph.outputs
-        or (
-            not board.is_number(node)
-            and (
-                node.primitive == "input"
-                or any(map(is_differentiable, jax.tree.leaves(node.value)))
-            )
-        )
-    ]
-
-
-def edges(graph: Graph) -> list[Edge]:
-    """The edges between the nodes of a picture.
-
-    What is not shown hands on the edges from what it is made of.
-    """
-    swept, _ = graph.swept
-    flows = [[] for _ in graph.nodes] if swept is None else swept.flows
-    back = {
-        (i, f.node, f.place): number(f.gradient) for i, found in enumerate(flows) for f in found
-    }
-    visible, sources = set(shown(graph)), {}
-    for i, node in enumerate(graph.nodes):
-        sources[i] = [i] if i in visible else sorted({j for k in node.inputs for j in sources[k]})
-    return [
-        Edge(start, i, number(graph.nodes[j].value), back.get((j, i, place), ""))
-        for i in sorted(visible)
-        for place, j in enumerate(graph.nodes[i].inputs)
-        for start in sources[j]
-    ]
-
-
-def label(graph: Graph, i: int) -> str:
-    """What stands in a node: its name and what it does."""
-    node = graph.nodes[i]
-    if node.primitive in ("input", "constant"):
-        return (
-            f"{node.name} = {number(node.value)}"
-            if node.value.ndim == 0
-            else f"{node.name} {list(node.value.shape)}"
-        )
-    sign = (
-        node.label
-        if node.gate is None
-        else _SIGNS.get(node.label, node.label).format(**board.numbers(node.params))
-    )
-    given = [graph.nodes[j].name if board.is_number(graph.nodes[j]) else "" for j in node.inputs]
-    before, after = (given[0], given[1:]) if len(given) > 1 else ("", given)
-    result = f" = {number(node.value)}" if i in graph.outputs and node.value.ndim == 0 else ""
-    return f"{node.name}: {' '.join(part for part in (before, sign, *after) if part)}{result}"
-
-
-def dot(graph: Graph) -> str:
-    """The graph in DOT."""
-    lines = [
-        "digraph {",
-        "  rankdir=LR;",
-        '  node [shape=box, style=rounded, fontname="Helvetica"];',
-        '  edge [fontname="Helvetica", fontsize=10];',
-    ]
-    for i in shown(graph):
-        bold = ", penwidth=2" if i in graph.outputs else ""
-        lines.append(f"  n{i} [label={_quoted(label(graph, i))}{bold}];")
-    for edge in edges(graph):
-        parts = [f'<font color="{VALUE}">{_escaped(edge.value)}</font>']
-        parts += (
-            [f'<font color="{GRADIENT}">{_escaped(edge.gradient)}</font>'] if edge.gradient else []
-        )
-        lines.append(f"  n{edge.start} -> n{edge.end} [label=<{'<br/>'.join(parts)}>];")
-    return "\n".join([*lines, "}"]) + "\n"
-
-
-def draw(graph: Graph, path: Path) -> Path:
-    """Draws the graph, with graphviz where it is installed, else with matplotlib."""
-    if path.suffix not in (".svg", ".png", ".pdf"):
-        raise ValueError(f"`path` must end in .svg, .png or .pdf, got {str(path)!r}.")
-    program = shutil.which("dot")
-    if program is not None:
-        subprocess.run(
-            [
-                program,
-                f"-T{path.suffix[1:]}",
-                "-Gdpi=150" if path.suffix == ".png" else "-Gdpi=72",
-                "-o",
-                str(path),
-            ],
-            input=dot(graph).encode(),
-            check=True,
-        )
-        return path
-    try:
-        import matplotlib  # noqa: F401
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(
-            "`draw` needs graphviz or matplotlib. Install one: pip install matplotlib."
-        ) from None
-    _with_matplotlib(graph, path)
-    return path
-
-
-def layout(
-    nodes: list[int], found: list[Edge]
-) -> tuple[dict[int, tuple[int, float]], list[list[tuple[int, float]]]]:
-    """Columns and heights of the nodes, and of the way of each edge.
-
-    A node stands one column right of the last of its inputs, what is made of inputs alone just left
-    of its first use. An edge over several columns takes a place in each of them, so that it goes
-    around what stands there. Within a column, by the mean height of the neighbours.
-
-    Source: Sugiyama, Tagawa, Toda (1981), doi:10.1109/TSMC.1981.4308636.
-    """
-    column = _columns(nodes, found)
-    ways: list[list[Any]] = []
-    for n, edge in enumerate(found):
-        passing = [(n, c) for c in range(column[edge.start] + 1, column[edge.end])]
-        ways.append([edge.start, *passing, edge.end])
-    at: dict[Any, int] = column | {place: place[1] for way in ways for place in way[1:-1]}
-    before: dict[Any, list[Any]] = {place: [] for place in at}
-    after: dict[Any, list[Any]] = {place: [] for place in at}
-    for way in ways:
-        for left, right in itertools.pairwise(way):
-            after[left].append(right)
-            before[right].append(left)
-    columns: dict[int, list[Any]] = {}
-    for place, c in at.items():
-        columns.setdefault(c, []).append(place)
-    height = {
-        place: float(k) for found_there in columns.values() for k, place in enumerate(found_there)
-    }
-    for sweep in range(24):
-        neighbours = before if sweep % 2 == 0 else after
-        for c in sorted(columns, reverse=bool(sweep % 2)):
-            wanted = {p: _mean([height[j] for j in neighbours[p]], height[p]) for p in columns[c]}
-            _spread(sorted(columns[c], key=lambda p: wanted[p]), wanted, height)
-    return {i: (column[i], height[i]) for i in nodes}, [
-        [(at[p], height[p]) for p in way] for way in ways
-    ]
-
-
-def _columns(nodes: list[int], found: list[Edge]) -> dict[int, int]:
-    before: dict[int, list[int]] = {i: [] for i in nodes}
-    after: dict[int, list[int]] = {i: [] for i in nodes}
-    for edge in found:
-        before[edge.end].append(edge.start)
-        after[edge.start].append(edge.end)
-    column: dict[int, int] = {}
-    for i in nodes:
-        column[i] = 1 + max((column[j] for j in before[i]), default=-1)
-    for i in reversed(nodes):
-        if after[i] and all(not before[j] and after[j] == [i] for j in before[i]):
-            column[i] = min(column[j] for j in after[i]) - 1
-    first = min(column.values())
-    return {i: c - first for i, c in column.items()}
-
-
-def _spread(order: list[Any], wanted: dict[Any, float], height: dict[Any, float]) -> None:
-    """Puts nodes as near to where they want to be as one unit of distance between them allows."""
-    for k, i in enumerate(order):
-        height[i] = wanted[i] if k == 0 else max(wanted[i], height[order[k - 1]] + 1)
-    shift = _mean([wanted[i] - height[i] for i in order], 0.0)
-    for i in order:
-        height[i] += shift
-
-
-def _mean(values: list[float], otherwise: float) -> float:
-    return sum(values) / len(values) if values else otherwise
-
-
-class Arranged(NamedTuple):
-    """Where everything stands, in inches, x to the right and y downward."""
-
-    centres: dict[int, tuple[float, float]]  # of the boxes
-    halves: dict[int, float]  # their widths, halved
-    ways: list[tuple[Edge, list[tuple[float, float]]]]
+    boxes: dict[Any, tuple[float, float]]  # the centre of each node's box
+    lines: list[tuple[Edge, list[Any]]]  # each edge with the corners of its line
     size: tuple[float, float]
 
 
-def arranged(graph: Graph) -> Arranged:
-    """The layout of a graph in inches; between boxes there is room for the widest text on an edge."""
-    from matplotlib.font_manager import FontProperties
-    from matplotlib.textpath import text_to_path
+Point: TypeAlias = "tuple[int, Node | Edge]"  # a column, and what stands in it or passes through it
 
-    def width(text: str) -> float:
-        return (
-            text_to_path.get_text_width_height_descent(text, FontProperties(size=FONT), False)[0]
-            / 72
-        )
 
-    nodes, found = shown(graph), edges(graph)
-    at, ways = layout(nodes, found)
-    # with the padding of `paint`
-    half = {i: width(label(graph, i)) / 2 + 0.35 * FONT / 72 for i in nodes}
-    gap = max([width(text) + 0.3 for edge in found for text in (edge.value, edge.gradient)] + [GAP])
-    widest = [
-        max(half[i] for i in nodes if at[i][0] == c)
-        for c in range(1 + max(c for c, _ in at.values()))
+def find_edges(graph: Graph) -> list[Edge]:
+    """Finds the edges of a graph with what they carry."""
+    flows = itertools.chain(*graph.try_sweep().flows.values())
+    gradients = {(flow.node, flow.place): write_value(flow.gradient) for flow in flows}
+    edges = []
+    for node in graph.nodes:
+        for place, source in enumerate(node.inputs):
+            if source.primitive != "constant":
+                edge = Edge(
+                    source,
+                    node,
+                    write_value(source.value),
+                    gradients.get((node, place), ""),
+                )
+                edges.append(edge)
+    return edges
+
+
+def write_label(graph: Graph, node: Node) -> str:
+    """Writes the text in a box: the node's name, what it does, and the value of a result."""
+    value = write_value(node.value)
+    if not node.inputs:
+        return f"{node.name} = {value}"
+    constants = [source.name if source.primitive == "constant" else "" for source in node.inputs]
+    parts = [f"{node.name}:", constants[0], node.label, *constants[1:]]
+    if node in graph.outputs:
+        parts.append(f"= {value}")
+    return " ".join(part for part in parts if part)
+
+
+def write_dot(graph: Graph) -> str:
+    """Writes the graph in DOT."""
+    lines = [
+        "digraph {",
+        "  rankdir=LR;",
+        "  node [shape=box, style=rounded];",
     ]
-    x = [sum(2 * w + gap for w in widest[:c]) + widest[c] + 0.2 for c in range(len(widest))]
-    rows = [y for way in ways for _, y in way] + [y for _, y in at.values()]
-    low, high = min(rows), max(rows)
+    numbers = {node: i for i, node in enumerate(graph.nodes)}
+    for node, i in numbers.items():
+        label = html.escape(write_label(graph, node))
+        lines.append(f"  n{i} [label=<{label}>];")
+    for edge in find_edges(graph):
+        label = f'<font color="{VALUE}">{html.escape(edge.value)}</font>'
+        if edge.gradient:
+            label += f'<br/><font color="{GRADIENT}">{edge.gradient}</font>'
+        start = numbers[edge.start]
+        end = numbers[edge.end]
+        lines.append(f"  n{start} -> n{end} [label=<{label}>];")
+    lines.append("}\n")
+    return "\n".join(lines)
 
-    def place(c: int, y: float) -> tuple[float, float]:
-        return x[c], ROW * (y - low) + 0.4
 
+def save(graph: Graph, path: Path) -> Path:
+    """Draws a graph with matplotlib into a file, and returns its path."""
+    from matplotlib.figure import Figure
+
+    picture = arrange(graph)
+    width, height = picture.size
+    fig = Figure(figsize=picture.size)
+    axes = fig.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(0, width), ylim=(height, 0))
+    axes.axis("off")
+    axes.text(0.1, 0.15, "above each line its value, below it the gradient of the result")
+    paint(axes, graph, picture)
+    fig.savefig(path, dpi=min(150, 12000 / max(picture.size)))
+    return path
+
+
+def arrange(graph: Graph) -> Picture:
+    """Places the boxes and lines of a graph, with room for the widest text on an edge."""
+    edges = find_edges(graph)
+    halves: dict[Any, float] = {}  # half the width of each box
+    for node in graph.nodes:
+        halves[node] = measure(write_label(graph, node)) / 2 + PADDING
+    texts = [text for edge in edges for text in (edge.value, edge.gradient)]
+    gap = 0.3 + max([0.5, *map(measure, texts)])
+    paths = find_paths(graph.nodes, edges)
+    rows = find_rows(paths)
+    widest: dict[int, float] = defaultdict(float)
+    for column, key in rows:
+        widest[column] = max(widest[column], halves.get(key, 0.0))
+    x = {}
+    right = 0.2
+    for column in sorted(widest):
+        x[column] = right + widest[column]
+        right += 2 * widest[column] + gap
+    positions = {}
+    for point, row in rows.items():
+        positions[point] = (x[point[0]], ROW * row + 0.4)
     lines = []
-    for edge, way in zip(found, ways, strict=True):
-        points = [place(c, y) for c, y in way]
-        points[0] = points[0][0] + half[edge.start], points[0][1]
-        points[-1] = points[-1][0] - half[edge.end], points[-1][1]
-        lines.append((edge, points))
-    return Arranged(
-        {i: place(*at[i]) for i in nodes},
-        half,
-        lines,
-        (x[-1] + widest[-1] + 0.2, ROW * (high - low) + 0.8),
-    )
+    for edge, path in zip(edges, paths[len(halves) :], strict=True):
+        corners = [np.array(positions[point]) for point in path]
+        corners[0][0] += halves[edge.start]
+        corners[-1][0] -= halves[edge.end]
+        lines.append((edge, corners))
+    boxes = {key: position for (_, key), position in positions.items() if key in halves}
+    size = (right - gap + 0.2, ROW * max(rows.values()) + 0.8)
+    return Picture(boxes, lines, size)
 
 
-def paint(axes: Any, graph: Graph, found: Arranged) -> None:
-    """Draws an arranged graph on matplotlib's axes, whose limits are to be set to its size."""
-    for edge, points in found.ways:
-        _draw_edge(axes, edge, points)
-    for i, (x, y) in found.centres.items():
-        thick = 2.2 if i in graph.outputs else 1.0
+def find_paths(nodes: list[Node], edges: list[Edge]) -> list[list[Point]]:
+    """Finds the points of each node, one, and of each edge, one in every column that it crosses.
+
+    A node stands just left of the first node that uses it.
+    """
+    column: dict[Node, int] = {}
+    for node in reversed(nodes):
+        users = [column[edge.end] for edge in edges if edge.start is node]
+        column[node] = min(users, default=0) - 1
+    paths: list[list[Point]] = [[(column[node], node)] for node in nodes]
+    for edge in edges:
+        start = column[edge.start]
+        end = column[edge.end]
+        passing = [(between, edge) for between in range(start + 1, end)]
+        paths.append([(start, edge.start), *passing, (end, edge.end)])
+    return paths
+
+
+def find_rows(paths: list[list[Point]]) -> dict[Point, float]:
+    """Finds the row of each point, near the mean of its neighbours' rows.
+
+    Sweeps over the columns from left to right and back. Points of a column stay a row apart.
+
+    Source: Sugiyama, Tagawa, Toda (1981), doi:10.1109/TSMC.1981.4308636.
+    """
+    before = defaultdict(list)
+    after = defaultdict(list)
+    for path in paths:
+        for left, right in itertools.pairwise(path):
+            after[left].append(right)
+            before[right].append(left)
+    columns: dict[int, list[Point]] = defaultdict(list)
+    rows: dict[Point, float] = {}
+    for point in dict.fromkeys(itertools.chain(*paths)):
+        rows[point] = len(columns[point[0]])
+        columns[point[0]].append(point)
+    forward = sorted(columns)
+    for order, neighbours in [(forward, before), (forward[::-1], after)] * 12:
+        for column in order:
+            wanted = {}
+            for point in columns[column]:
+                near = [rows[other] for other in neighbours[point]] or [rows[point]]
+                wanted[point] = sum(near) / len(near)
+            rows |= spread(wanted)
+    top = min(rows.values())
+    return {point: row - top for point, row in rows.items()}
+
+
+def spread(wanted: dict[Point, float]) -> dict[Point, float]:
+    """Moves the points of a column a row apart, and keeps the mean of their rows."""
+    points = sorted(wanted, key=lambda point: wanted[point])
+    heights = np.array([wanted[point] for point in points])
+    steps = np.arange(len(points))
+    rows = np.maximum.accumulate(heights - steps) + steps
+    rows += np.mean(heights - rows)
+    return dict(zip(points, rows.tolist(), strict=True))
+
+
+def paint(axes: Any, graph: Graph, picture: Picture) -> None:
+    """Draws a picture on matplotlib's axes, a unit an inch."""
+    for edge, corners in picture.lines:
+        _paint_edge(axes, edge, corners)
+    for node, (x, y) in picture.boxes.items():
         box = {
             "boxstyle": "round,pad=0.35",
-            "facecolor": _colour(graph.nodes[i]),
-            "edgecolor": "black",
-            "linewidth": thick,
+            "facecolor": "white" if node.inputs else "#E8F1F8",
+            "linewidth": 2.2 if node in graph.outputs else 1.0,
         }
-        text = label(graph, i).replace("-", "−")
         axes.text(
             x,
             y,
-            text,
+            _typeset(write_label(graph, node)),
             bbox=box,
             ha="center",
             va="center",
             fontsize=FONT,
-            zorder=3,
             parse_math=False,
         )
 
 
-def _with_matplotlib(graph: Graph, path: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def _paint_edge(axes: Any, edge: Edge, corners: list[Any]) -> None:
+    """Draws an arrow, and along its first piece the value above it and the gradient below."""
+    from matplotlib.patches import FancyArrowPatch
+    from matplotlib.path import Path
 
-    found = arranged(graph)
-    width, height = found.size[0], found.size[1] + 0.3
-    fig = Figure(figsize=(width, height))
-    FigureCanvasAgg(fig)
-    axes = fig.add_axes((0, 0, 1, 1))
-    axes.set(xlim=(0, width), ylim=(found.size[1], -0.3))
-    axes.axis("off")
-    paint(axes, graph, found)
-    axes.text(0.1, -0.1, "value", color=VALUE, fontsize=10, va="center", weight="bold")
-    axes.text(
-        0.65,
-        -0.1,
-        "gradient of the result",
-        color=GRADIENT,
-        fontsize=10,
-        va="center",
-        weight="bold",
+    arrow = FancyArrowPatch(
+        path=Path(corners),
+        arrowstyle="-|>",
+        mutation_scale=FONT,
+        color="#888888",
     )
-    fig.savefig(path, dpi=min(150, 12000 / max(width, height)))
-
-
-def _draw_edge(axes: Any, edge: Edge, points: list[tuple[float, float]]) -> None:
-    """A line with an arrow at its end.
-
-    Along its beginning the value on one side of it and the gradient on the other.
-    """
-    axes.plot(
-        *zip(*points, strict=True), color="#888888", linewidth=1, zorder=1, solid_joinstyle="round"
+    axes.add_patch(arrow)
+    middle = 0.55 * corners[0] + 0.45 * corners[1]
+    dx, dy = corners[1] - corners[0]
+    above = 3 * np.array([dy, dx]) / math.hypot(dx, dy)  # points, upward
+    style: dict[str, Any] = {
+        "rotation": math.degrees(math.atan2(-dy, dx)),
+        "rotation_mode": "anchor",
+        "textcoords": "offset points",
+        "ha": "center",
+        "fontsize": FONT,
+        "bbox": PAPER,
+    }
+    axes.annotate(
+        _typeset(edge.value),
+        middle,
+        above,
+        va="bottom",
+        color=VALUE,
+        **style,
     )
     axes.annotate(
-        "",
-        points[-1],
-        points[-2],
-        arrowprops={"arrowstyle": "-|>", "color": "#888888", "shrinkA": 0, "shrinkB": 0},
-        zorder=1,
+        _typeset(edge.gradient),
+        middle,
+        -above,
+        va="top",
+        color=GRADIENT,
+        **style,
     )
-    (x0, y0), (x1, y1) = points[:2]
-    dx, dy, length = x1 - x0, y1 - y0, math.hypot(x1 - x0, y1 - y0)
-    share = 0.45 if len(points) == 2 else 0.5
-    paper = {"facecolor": "white", "edgecolor": "none", "pad": 0.3, "alpha": 0.75}
-    turned = {
-        "rotation": math.degrees(math.atan2(dy, dx)),
-        "rotation_mode": "anchor",
-        "transform_rotates_text": True,
-        "ha": "center",
-    }
-    for text, colour, side, place in (
-        (edge.value, VALUE, -1, "bottom"),
-        (edge.gradient, GRADIENT, 1, "top"),
-    ):
-        if text:
-            at = (
-                x0 + share * dx - side * 0.04 * dy / length,
-                y0 + share * dy + side * 0.04 * dx / length,
-            )
-            text = "0" if text == "-0" else text.replace("-", "−")
-            axes.text(
-                *at, text, color=colour, va=place, fontsize=FONT, bbox=paper, zorder=2, **turned
-            )
 
 
-def _colour(node: Node) -> str:
-    return {"input": "#E8F1F8", "constant": "#F2F2F2"}.get(node.primitive, "white")
+def measure(text: str) -> float:
+    """The width of a text in inches."""
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import text_to_path
+
+    font = FontProperties(size=FONT)
+    width, _, _ = text_to_path.get_text_width_height_descent(text, font, False)
+    return width / 72
 
 
-def _quoted(text: str) -> str:
-    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
-
-
-def _escaped(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+def _typeset(text: str) -> str:
+    """A text with minus signs in place of hyphens."""
+    return text.replace("-", "−")

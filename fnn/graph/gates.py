@@ -1,399 +1,166 @@
-"""The gates: what each primitive does to a gradient that flows back through it, one line each.
+"""The gates: the formula of each primitive and the gradient that it passes back, a line each.
 
-A gate multiplies the gradient from above (upstream) by its local derivative. Add distributes, mul
-swaps the multipliers, max routes; a value that is used twice was copied, and copy adds.
+A gate multiplies the gradient from above by its local derivative. Add distributes, mul swaps the
+multipliers, max routes. Where a value is used twice, the gradients add up.
 
-A text such as `"{0} * {1}"` serves twice: names put in (`{all}` for all of them), it is the formula
-on the board; sympy's symbols put in, it is evaluated.
+The formulas are Python expressions in which `{0}` and `{1}` stand for the inputs and `{g}` for the
+gradient from above. The same text is printed with the names of nodes, evaluated with their values,
+and differentiated with sympy's symbols: what is printed is what is computed.
 
 Source: lecture 002 (chain rule, general gate, gates in backward flow).
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jaxtyping import Float, Shaped
 
 from fnn.types import Array
 
-Values = Sequence[Array]
-Tangents = Sequence[Array | None]
-# the local derivative: as text, and `(*inputs, y) -> array`
-Partial = tuple[str, Callable[..., Array]]
-
 
 class Gate(NamedTuple):
-    """What a primitive does.
+    """What a primitive computes and what it passes back.
 
     Attributes:
-        text: the formula, with `{0}`, `{1}` for the inputs and `{name}` for parameters.
-        word: what it does to the gradient from above.
-        partials: as text, in the same terms, for each input (the last one for all that follow) the
-            local derivative, or, with `{g}` for the gradient from above, what comes back.
-        back: `(upstream, inputs, y, params, takes) -> gradient for each input`, None where nothing
-            flows; `takes` says which inputs a gradient is wanted for (0 x inf is NaN: what is not
-            wanted is not computed).
-        push: `(tangents, inputs, y, params, bind) -> tangent of y`, a tangent None where nothing
-            moves, as the result may be; `bind(*inputs)` applies the primitive.
+        formula: of the value.
+        back: for each input the formula of the gradient that comes back to it. Nothing comes back
+            to an input without one.
+        word: what the gate does to the gradient, in words.
+        symbol: the gate in a picture; the primitive's name if empty.
+        by_hand: whether `back` is evaluated. If not, it describes what `jax.vjp` of the primitive
+            computes.
     """
 
-    text: str
-    word: str
-    partials: tuple[str, ...]
-    back: Callable[[Array, Values, Array, dict[str, Any], Sequence[bool]], list[Array | None]]
-    push: Callable[[Tangents, Values, Array, dict[str, Any], Callable[..., Array]], Array | None]
+    formula: str
+    back: tuple[str, ...]
+    word: str = ""
+    symbol: str = ""
+    by_hand: bool = True
 
 
-def elementwise(text: str, word: str, *partials: Partial, uses: tuple[str, ...] = ()) -> Gate:
-    """A gate that acts entry by entry: its local derivatives are all that there is to say.
+_MAX = "max routes to the larger; a tie shares equally"
+_MIN = "min routes to the smaller; a tie shares equally"
+_SUM = "sum copies the gradient to every term"
+_PRODUCT = "product: each side gets the other"
+_REORDER = "puts entries back where they came from"
+_SELECT = "select routes to the one chosen"
+_CHOSEN = "{g} where chosen"
 
-    `uses` names parameters they are given too.
-    """
-
-    def local(d: Callable[..., Array], xs: Values, y: Array, params: dict[str, Any]) -> Array:
-        return d(*xs, y, *(params[name] for name in uses))
-
-    def back(
-        upstream: Array, xs: Values, y: Array, params: dict[str, Any], takes: Sequence[bool]
-    ) -> list[Array | None]:
-        return [
-            _summed_to(upstream * local(d, xs, y, params), x) if take else None
-            for x, (_, d), take in zip(xs, partials, takes, strict=True)
-        ]
-
-    def push(
-        tangents: Tangents, xs: Values, y: Array, params: dict[str, Any], bind: Callable[..., Array]
-    ) -> Array | None:
-        terms = [
-            local(d, xs, y, params) * t
-            for t, (_, d) in zip(tangents, partials, strict=True)
-            if t is not None
-        ]
-        return jnp.broadcast_to(sum(terms[1:], terms[0]), y.shape)
-
-    return Gate(text, word, tuple(t for t, _ in partials), back, push)
-
-
-def rearrangement(
-    text: str,
-    word: str,
-    upstream: str,
-    back: Callable[[Array, Values, dict[str, Any]], list[Array | None]],
-) -> Gate:
-    """A gate that is linear in all its inputs: a tangent goes through it as a value does.
-
-    `upstream` says what comes back of `{g}`.
-    """
-
-    def push(
-        tangents: Tangents, xs: Values, y: Array, params: dict[str, Any], bind: Callable[..., Array]
-    ) -> Array | None:
-        return bind(*_filled(tangents, xs))
-
-    return Gate(text, word, (upstream,), lambda g, xs, y, params, takes: back(g, xs, params), push)
-
-
-def flat(text: str, word: str = "flat: nothing passes") -> Gate:
-    """A gate through which nothing passes."""
-    return Gate(
-        text,
-        word,
-        ("0",),
-        lambda g, xs, y, params, takes: [None] * len(xs),
-        lambda ts, xs, y, params, bind: None,
-    )
-
-
-def _filled(tangents: Tangents, xs: Values) -> list[Array]:
-    return [jnp.zeros_like(x) if t is None else t for t, x in zip(tangents, xs, strict=True)]
-
-
-def _summed_to(g: Array, x: Array) -> Array:
-    """A scalar, or an axis of size 1, that met more entries was copied to all of them; copy adds."""
-    if x.ndim < g.ndim:
-        return g.sum()
-    stretched = tuple(i for i in range(x.ndim) if x.shape[i] != g.shape[i])
-    return g.sum(stretched, keepdims=True) if stretched else g
-
-
-def _ties(x: Array, y: Array, other: Array) -> Array:
-    """1 where x is the one chosen, 1/2 where both are equal: as `jax.grad` has it."""
-    return jnp.where(
-        x == y, jnp.where(other == y, jnp.full_like(y, 0.5), jnp.ones_like(y)), jnp.zeros_like(y)
-    )
-
-
-def _sign(x: Array) -> Array:
-    """1 at 0 too, as `jax.grad` has it."""
-    return jnp.where(x >= 0, jnp.ones_like(x), -jnp.ones_like(x))
-
-
-def _power(x: Array, n: Any) -> Array:
-    """`n x^(n - 1)` for a whole number n."""
-    return n * lax.integer_pow(x, n - 1) if n else jnp.zeros_like(x)
-
-
-def _pow_base(x: Array, p: Array, y: Array) -> Array:
-    less = p - jnp.ones_like(p)
-    if jnp.issubdtype(p.dtype, jnp.integer):  # 0 x^-1 is 0 at x = 0 too
-        less = jnp.where(p == 0, jnp.ones_like(p), less)
-    return p.astype(x.dtype) * lax.pow(x, less)
-
-
-def _pow_exponent(x: Array, p: Array, y: Array) -> Array:
-    return y * jnp.log(jnp.where(x == 0, jnp.ones_like(x), x))
-
-
-def _dot_back(
-    g: Array, xs: Values, y: Array, params: dict[str, Any], takes: Sequence[bool]
-) -> list[Array | None]:
-    """Each side gets the gradient multiplied by the other side, its axes put back into place (y = a
-    b: da = g b^T, db = a^T g)."""
-    a, b = xs
-    (over_a, over_b), (batch_a, batch_b) = params["dimension_numbers"]
-    precision = params["precision"]
-    turned = precision[::-1] if isinstance(precision, tuple) else precision
-    return [
-        _dot_side(g, a, b, (over_a, over_b, batch_a, batch_b), precision, False)
-        if takes[0]
-        else None,
-        _dot_side(g, b, a, (over_b, over_a, batch_b, batch_a), turned, True) if takes[1] else None,
-    ]
-
-
-def _dot_side(
-    g: Array, a: Array, b: Array, axes_of: tuple[Any, ...], precision: Any, right: bool
-) -> Array:
-    """The gradient for `a`.
-
-    `g` has the batch axes, then the free axes of the left side, then those of the right one.
-    """
-    over_a, over_b, batch_a, batch_b = axes_of
-    free_a = [i for i in range(a.ndim) if i not in (*over_a, *batch_a)]
-    free_b = [i for i in range(b.ndim) if i not in (*over_b, *batch_b)]
-    n = len(batch_a)
-    # where g has the free axes of b
-    of_b = [n + (i if right else len(free_a) + i) for i in range(len(free_b))]
-    numbers = (tuple(of_b), tuple(free_b)), (tuple(range(n)), tuple(batch_b))
-    product = lax.dot_general(g, b.astype(g.dtype), numbers, precision=precision).astype(a.dtype)
-    # product: batch, free of a, and the axes of b that were summed over, in the order of b
-    order = sorted(range(len(over_b)), key=lambda i: over_b[i])
-    axes = [*batch_a, *free_a, *(over_a[i] for i in order)]
-    return jnp.transpose(product, [axes.index(i) for i in range(a.ndim)])
-
-
-def _dot_push(
-    ts: Tangents, xs: Values, y: Array, params: dict[str, Any], bind: Callable[..., Array]
-) -> Array | None:
-    terms = ([] if ts[0] is None else [bind(ts[0], xs[1])]) + (
-        [] if ts[1] is None else [bind(xs[0], ts[1])]
-    )
-    return sum(terms[1:], terms[0])
-
-
-def _sum_back(g: Array, xs: Values, params: dict[str, Any]) -> list[Array | None]:
-    return [jnp.broadcast_to(jnp.expand_dims(g, params["axes"]), xs[0].shape)]
-
-
-def _largest(xs: Values, y: Array, params: dict[str, Any]) -> Array:
-    """The share of each entry in the largest (or smallest): 1, or 1 / ties."""
-    is_it = (xs[0] == jnp.expand_dims(y, params["axes"])).astype(y.dtype)
-    return is_it / is_it.sum(params["axes"], keepdims=True)
-
-
-def _extreme(text: str) -> Gate:
-    def back(
-        g: Array, xs: Values, y: Array, params: dict[str, Any], takes: Sequence[bool]
-    ) -> list[Array | None]:
-        return [_largest(xs, y, params) * jnp.expand_dims(g, params["axes"])]
-
-    def push(
-        ts: Tangents, xs: Values, y: Array, params: dict[str, Any], bind: Callable[..., Array]
-    ) -> Array | None:
-        return None if ts[0] is None else (_largest(xs, y, params) * ts[0]).sum(params["axes"])
-
-    return Gate(
-        text,
-        "routes to the one chosen; a tie shares equally",
-        ("{g} at the one chosen",),
-        back,
-        push,
-    )
-
-
-def _broadcast_back(g: Array, xs: Values, params: dict[str, Any]) -> list[Array | None]:
-    x, kept = xs[0], params["broadcast_dimensions"]
-    g = g.sum(tuple(i for i in range(g.ndim) if i not in kept))
-    stretched = tuple(i for i in range(x.ndim) if x.shape[i] == 1 and g.shape[i] != 1)
-    return [g.sum(stretched, keepdims=True)]
-
-
-def _concatenate_back(g: Array, xs: Values, params: dict[str, Any]) -> list[Array | None]:
-    axis = params["dimension"]
-    ends = [sum(x.shape[axis] for x in xs[: i + 1]) for i in range(len(xs))]
-    return [
-        lax.slice_in_dim(g, end - x.shape[axis], end, axis=axis)
-        for x, end in zip(xs, ends, strict=True)
-    ]
-
-
-def _slice_back(g: Array, xs: Values, params: dict[str, Any]) -> list[Array | None]:
-    starts, strides = params["start_indices"], params["strides"] or (1,) * g.ndim
-    inner = [(n - 1) * s + 1 if n else 0 for n, s in zip(g.shape, strides, strict=True)]
-    pads = [
-        (a, n - a - m, s - 1)
-        for a, n, m, s in zip(starts, xs[0].shape, inner, strides, strict=True)
-    ]
-    return [lax.pad(g, jnp.zeros((), g.dtype), pads)]
-
-
-def _select_back(
-    g: Array, xs: Values, y: Array, params: dict[str, Any], takes: Sequence[bool]
-) -> list[Array | None]:
-    which, *cases = xs
-    return [
-        None,
-        *(
-            jnp.where(which == jnp.asarray(i, which.dtype), g, jnp.zeros_like(g))
-            for i in range(len(cases))
-        ),
-    ]
-
-
-_ONE: Partial = ("1", lambda *xs: jnp.ones_like(xs[-1]))
-_ERF = 2 / math.sqrt(math.pi)
-_SHAPE = "puts entries back where they came from"
-
-
-GATES: dict[str, Gate] = {
-    "add": elementwise("{0} + {1}", "add distributes", _ONE, _ONE),
-    "add_any": elementwise("{0} + {1}", "add distributes", _ONE, _ONE),
-    "sub": elementwise(
-        "{0} - {1}",
-        "sub distributes, once with a minus",
-        _ONE,
-        ("(-1)", lambda a, b, y: -jnp.ones_like(y)),
-    ),
-    "mul": elementwise(
-        "{0} * {1}",
-        "mul swaps the multipliers",
-        ("{1}", lambda a, b, y: b),
-        ("{0}", lambda a, b, y: a),
-    ),
-    "div": elementwise(
-        "{0} / {1}",
-        "",
-        ("1 / {1}", lambda a, b, y: 1 / b),
-        ("(-{0} / {1}**2)", lambda a, b, y: -y / b),
-    ),
-    "neg": elementwise("-{0}", "neg turns the sign", ("(-1)", lambda a, y: -jnp.ones_like(y))),
-    "max": elementwise(
-        "Max({0}, {1})",
-        "max routes to the larger; a tie shares equally",
-        ("[{0} is larger]", lambda a, b, y: _ties(a, y, b)),
-        ("[{1} is larger]", lambda a, b, y: _ties(b, y, a)),
-    ),
-    "min": elementwise(
-        "Min({0}, {1})",
-        "min routes to the smaller; a tie shares equally",
-        ("[{0} is smaller]", lambda a, b, y: _ties(a, y, b)),
-        ("[{1} is smaller]", lambda a, b, y: _ties(b, y, a)),
-    ),
-    "exp": elementwise("exp({0})", "", ("exp({0})", lambda a, y: y)),
-    "exp2": elementwise("2**{0}", "", ("log(2) * 2**{0}", lambda a, y: math.log(2) * y)),
-    "log": elementwise("log({0})", "", ("1 / {0}", lambda a, y: 1 / a)),
-    "log1p": elementwise("log(1 + {0})", "", ("1 / (1 + {0})", lambda a, y: 1 / (1 + a))),
-    "expm1": elementwise("(exp({0}) - 1)", "", ("exp({0})", lambda a, y: y + 1)),
-    "sin": elementwise("sin({0})", "", ("cos({0})", lambda a, y: jnp.cos(a))),
-    "cos": elementwise("cos({0})", "", ("(-sin({0}))", lambda a, y: -jnp.sin(a))),
-    "tan": elementwise("tan({0})", "", ("(1 + tan({0})**2)", lambda a, y: 1 + y * y)),
-    "sinh": elementwise("sinh({0})", "", ("cosh({0})", lambda a, y: jnp.cosh(a))),
-    "cosh": elementwise("cosh({0})", "", ("sinh({0})", lambda a, y: jnp.sinh(a))),
-    "tanh": elementwise("tanh({0})", "", ("(1 - tanh({0})**2)", lambda a, y: 1 - y * y)),
-    "atan": elementwise("atan({0})", "", ("1 / (1 + {0}**2)", lambda a, y: 1 / (1 + a * a))),
-    "logistic": elementwise(
+FORMULAS = {
+    "add": Gate("{0} + {1}", ("{g}", "{g}"), "add distributes", "+"),
+    "add_any": Gate("{0} + {1}", ("{g}", "{g}"), "add distributes", "+"),
+    "sub": Gate("{0} - {1}", ("{g}", "(-{g})"), "sub distributes, once with a minus", "−"),
+    "mul": Gate("{0} * {1}", ("{g} * {1}", "{g} * {0}"), "mul swaps the multipliers", "×"),
+    "div": Gate("{0} / {1}", ("{g} / {1}", "{g} * (-{0} / {1}**2)"), symbol="÷"),
+    "neg": Gate("-{0}", ("(-{g})",), "neg turns the sign", "−"),
+    "exp": Gate("exp({0})", ("{g} * exp({0})",)),
+    "exp2": Gate("2**{0}", ("{g} * 2**{0} * log(2)",)),
+    "log": Gate("log({0})", ("{g} / {0}",)),
+    "log1p": Gate("log(1 + {0})", ("{g} / (1 + {0})",)),
+    "expm1": Gate("(exp({0}) - 1)", ("{g} * exp({0})",)),
+    "sin": Gate("sin({0})", ("{g} * cos({0})",)),
+    "cos": Gate("cos({0})", ("{g} * (-sin({0}))",)),
+    "tan": Gate("tan({0})", ("{g} * (1 + tan({0})**2)",)),
+    "sinh": Gate("sinh({0})", ("{g} * cosh({0})",)),
+    "cosh": Gate("cosh({0})", ("{g} * sinh({0})",)),
+    "tanh": Gate("tanh({0})", ("{g} / cosh({0})**2",)),
+    "atan": Gate("atan({0})", ("{g} / (1 + {0}**2)",)),
+    "erf": Gate("erf({0})", ("{g} * 2 / sqrt(pi) * exp(-{0}**2)",)),
+    "logistic": Gate(
         "1 / (1 + exp(-{0}))",
+        ("{g} * σ({0}) * (1 - σ({0}))",),
         "at most a quarter passes",
-        ("σ({0}) * (1 - σ({0}))", lambda a, y: y * (1 - y)),
+        "σ",
     ),
-    "erf": elementwise(
-        "erf({0})", "", ("2 / sqrt(pi) * exp(-{0}**2)", lambda a, y: _ERF * jnp.exp(-a * a))
-    ),
-    "pow": elementwise(
-        "{0}**{1}", "", ("{1} * {0}**({1} - 1)", _pow_base), ("{0}**{1} * log({0})", _pow_exponent)
-    ),
-    "integer_pow": elementwise(
-        "{0}**{y}", "", ("{y} * {0}**{less}", lambda a, y, n: _power(a, n)), uses=("y",)
-    ),
-    "square": elementwise("{0}**2", "", ("2 * {0}", lambda a, y: 2 * a)),
-    "sqrt": elementwise("sqrt({0})", "", ("1 / (2 * sqrt({0}))", lambda a, y: 0.5 / y)),
-    "rsqrt": elementwise("1 / sqrt({0})", "", ("(-{0}**(-3/2) / 2)", lambda a, y: -0.5 * y / a)),
-    "abs": elementwise(
-        "Abs({0})", "abs routes by the sign, at 0 as above it", ("sign({0})", lambda a, y: _sign(a))
-    ),
-    "sign": flat("sign({0})"),
-    "floor": flat("floor({0})"),
-    "ceil": flat("ceiling({0})"),
-    "round": flat("round({0})"),
-    "select_n": Gate(
-        "where({0}, {2}, {1})",
-        "select routes to the one chosen",
-        ("", "{g} where chosen"),
-        _select_back,
-        lambda ts, xs, y, params, bind: bind(xs[0], *_filled(ts[1:], xs[1:])),
-    ),
-    "dot_general": Gate(
-        "{0} @ {1}",
-        "product: each side gets the other",
-        ("{g} @ {1}^T", "{0}^T @ {g}"),
-        _dot_back,
-        _dot_push,
-    ),
-    "reduce_sum": rearrangement(
-        "sum({0})", "sum copies the gradient to every term", "copies of {g}", _sum_back
-    ),
-    "reduce_max": _extreme("max({0})"),
-    "reduce_min": _extreme("min({0})"),
-    "broadcast_in_dim": rearrangement("copies of {0}", "copy adds", "sum of {g}", _broadcast_back),
-    "reshape": rearrangement(
-        "reshape({0})", _SHAPE, "{g} reshaped", lambda g, xs, params: [g.reshape(xs[0].shape)]
-    ),
-    "squeeze": rearrangement(
-        "squeeze({0})", _SHAPE, "{g} reshaped", lambda g, xs, params: [g.reshape(xs[0].shape)]
-    ),
-    "transpose": rearrangement(
-        "{0}^T",
-        _SHAPE,
-        "{g}^T",
-        lambda g, xs, p: [jnp.transpose(g, [p["permutation"].index(i) for i in range(g.ndim)])],
-    ),
-    "concatenate": rearrangement(
-        "concatenate({all})", "each part gets its own piece", "a piece of {g}", _concatenate_back
-    ),
-    "slice": rearrangement(
-        "slice({0})", "0 for what was left out", "{g} in its place", _slice_back
-    ),
-    "rev": rearrangement(
-        "reverse({0})", _SHAPE, "{g} reversed", lambda g, xs, p: [lax.rev(g, p["dimensions"])]
-    ),
-    "convert_element_type": rearrangement(
-        "{0}", "another dtype", "{g}", lambda g, xs, p: [g.astype(xs[0].dtype)]
-    ),
-    "copy": rearrangement("{0}", "passes", "{g}", lambda g, xs, p: [g]),
-    "stop_gradient": flat("stop({0})", "nothing passes"),
+    "square": Gate("{0}**2", ("{g} * 2 * {0}",), symbol="^2"),
+    "sqrt": Gate("sqrt({0})", ("{g} / (2 * sqrt({0}))",)),
+    "rsqrt": Gate("1 / sqrt({0})", ("(-{g} / (2 * {0}) / sqrt({0}))",)),
 }
-"""Gates by the names of JAX's primitives. What is not here goes by its own `jax.vjp`, and the
-report says so."""
+
+# What `jax.vjp` computes: an exact rule at 0, at a tie or along the axes would be a long formula.
+DESCRIPTIONS = {
+    "pow": Gate("{0}**{1}", ("{g} * {1} * {0}**({1} - 1)", "{g} * {0}**{1} * log({0})")),
+    "abs": Gate("abs({0})", ("{g} * sign({0})",), "abs routes by the sign"),
+    "max": Gate("max({0}, {1})", ("{g} * [{0} is larger]", "{g} * [{1} is larger]"), _MAX),
+    "min": Gate("min({0}, {1})", ("{g} * [{0} is smaller]", "{g} * [{1} is smaller]"), _MIN),
+    "reduce_max": Gate("max({0})", ("{g} at the largest",), _MAX, "max"),
+    "reduce_min": Gate("min({0})", ("{g} at the smallest",), _MIN, "min"),
+    "reduce_sum": Gate("sum({0})", ("copies of {g}",), _SUM, "Σ"),
+    "broadcast_in_dim": Gate("copies of {0}", ("sum of {g}",), "copy adds", "copies"),
+    "dot_general": Gate("{0} @ {1}", ("{g} @ {1}^T", "{0}^T @ {g}"), _PRODUCT, "@"),
+    "reshape": Gate("reshape({0})", ("{g} reshaped",), _REORDER),
+    "squeeze": Gate("squeeze({0})", ("{g} reshaped",), _REORDER),
+    "transpose": Gate("transpose({0})", ("{g} transposed",), _REORDER),
+    "slice": Gate("slice({0})", ("{g} in its place",), "0 for what was left out"),
+    "select_n": Gate("where({0}, {2}, {1})", ("", _CHOSEN, _CHOSEN), _SELECT, "select"),
+    "convert_element_type": Gate("cast({0})", ("{g}",), "another dtype", "cast"),
+    "copy": Gate("{0}", ("{g}",)),
+    "sign": Gate("sign({0})", ()),
+    "floor": Gate("floor({0})", ()),
+    "ceil": Gate("ceiling({0})", ()),
+    "round": Gate("round({0})", ()),
+    "stop_gradient": Gate("stop({0})", (), symbol="stop"),
+}
+
+# Gates by the names of JAX's primitives. `jax.vjp` differentiates a primitive without a gate.
+# `integer_pow` has a gate of its own for each exponent; see `find_gate`.
+GATES = FORMULAS | {name: gate._replace(by_hand=False) for name, gate in DESCRIPTIONS.items()}
+
+# the names that a formula may use
+FUNCTIONS = vars(jnp) | {"σ": jax.nn.sigmoid}
 
 
-def is_differentiable(value: Any) -> bool:
-    """Whether a gradient flows into a value.
+def find_gate(
+    primitive: str,
+    params: dict[str, Any],
+    inputs: Sequence[Shaped[Array, " ..."]],
+) -> Gate | None:
+    """Finds the gate of a primitive; None where it has none or its formula does not fit."""
+    if any(jnp.issubdtype(x.dtype, jnp.complexfloating) for x in inputs):
+        return None
+    if primitive == "dot_general" and not _is_matrix_product(params, *inputs):
+        return None
+    if primitive == "select_n" and len(inputs) != 3:
+        return None
+    if primitive == "integer_pow":
+        return _power(params["y"])
+    return GATES.get(primitive)
 
-    An array of floating-point (or, inside, complex) numbers.
-    """
-    return jnp.issubdtype(jax.typeof(value).dtype, jnp.inexact)
+
+def evaluate(
+    formula: str,
+    inputs: Sequence[Shaped[Array, " ..."]],
+    g: Float[Array, " ..."],
+) -> Float[Array, " ..."]:
+    """Evaluates a formula of the table at one or two inputs and a gradient."""
+    known = FUNCTIONS | {"a": inputs[0], "b": inputs[-1], "g": g}
+    return eval(formula.format("a", "b", g="g"), known)
+
+
+def is_differentiable(value: Shaped[Array, " ..."]) -> bool:
+    """Whether a gradient flows into an array: its numbers are floating-point or complex ones."""
+    return jnp.issubdtype(value.dtype, jnp.inexact)
+
+
+def bracket(text: str) -> str:
+    """Puts a negative number or term in brackets."""
+    return f"({text})" if text.startswith("-") else text
+
+
+def _is_matrix_product(params: dict[str, Any], a: Array, b: Array) -> bool:
+    """Whether a product sums over the last axis of `a` and the first of `b`, as `a @ b` does."""
+    summed = (((a.ndim - 1,), (0,)), ((), ()))
+    return params["dimension_numbers"] == summed and a.ndim <= 2 and b.ndim <= 2
+
+
+def _power(n: int) -> Gate:
+    """The gate of `x**n`."""
+    if n == 0:
+        return Gate("{0}**0", ())
+    less = "{0}" if n == 2 else f"{{0}}**{bracket(str(n - 1))}"
+    exponent = bracket(str(n))
+    return Gate(f"{{0}}**{exponent}", (f"{{g}} * {exponent} * {less}",), symbol=f"^{n}")

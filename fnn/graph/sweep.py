@@ -1,364 +1,280 @@
-"""The graph with its two sweeps.
+"""The graph and its two sweeps.
 
-Backward, which gives every gradient at once, and forward, one direction at a time.
+The sweep backward gives all gradients at once. The sweep forward gives the derivative along one
+direction.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cached_property
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Inexact, PyTree, Shaped
 
-from fnn import _validate
-from fnn.graph import draw as drawing
-from fnn.graph import text as board
-from fnn.graph.gates import is_differentiable
-from fnn.graph.trace import Node, build, floating, what_depends
+from fnn.graph import draw, text
+from fnn.graph.gates import Gate, evaluate, is_differentiable
 from fnn.types import Array
 
 
-class NoReverseError(ValueError):
-    """A primitive that JAX cannot differentiate backward."""
+class NoGradientError(TypeError):
+    """The result has no gradient: it is not one number, or a primitive has no reverse mode."""
 
 
-class NoForwardError(TypeError):
-    """A primitive that JAX cannot differentiate forward."""
+@dataclass(eq=False, repr=False)
+class Node:
+    """A value in the graph and the primitive that computes it.
 
+    Attributes:
+        primitive: JAX's name of it; "input" or "constant" for a value that nothing computes.
+        value: an array of any shape.
+        inputs: the nodes that it is computed from.
+        apply: computes the value from those of the inputs.
+        gate: None where `jax.vjp` differentiates the primitive.
+        label: the gate's symbol, or what the primitive is called: the function's name if it has its
+            own derivative.
+        name: of an argument, or `z₁`, `z₂`, ... in the order of evaluation, or a constant's number.
+    """
 
-class NoNumberError(TypeError):
-    """The result is not one floating-point number, so that there is no gradient of it."""
+    primitive: str
+    value: Shaped[Array, " ..."]
+    inputs: Sequence[Node] = ()
+    apply: Callable[..., Any] = jnp.asarray
+    gate: Gate | None = None
+    label: str = ""
+    name: str = ""
+
+    def restrict(self, places: Sequence[int]) -> tuple[Callable[..., Any], list[Array]]:
+        """`apply` as a function of the inputs at some places alone, and the values of these."""
+
+        def f(*moving):
+            values = [node.value for node in self.inputs]
+            for place, value in zip(places, moving, strict=True):
+                values[place] = value
+            return self.apply(*values)
+
+        return f, [self.inputs[place].value for place in places]
 
 
 class Flow(NamedTuple):
-    """What flows back over one edge."""
+    """The gradient that a node passes back to one of its inputs."""
 
-    node: int  # that gives it
-    place: int  # which of that node's inputs
-    gradient: Array
+    node: Node
+    place: int  # of the input
+    gradient: Inexact[Array, " ..."]  # the shape of the input
 
 
 class Sweep(NamedTuple):
-    """A reverse sweep: of every node the gradient, and what it is the sum of."""
+    """A sweep backward: for each node its gradient, and the flows that add up to it."""
 
-    # an array, a tuple of them for a node of several outputs, None where nothing flows
-    gradients: list[Any]
-    flows: list[list[Flow]]
+    gradients: dict[Node, Array]
+    flows: dict[Node, list[Flow]]
+    reason: str = ""  # why there is no gradient, if so
 
 
+@dataclass(frozen=True, repr=False)
 class Graph:
-    """The computational graph of a function at a point. `print` it for the trace gate by gate.
+    """The computational graph of a function at a point. `print` shows it gate by gate.
 
     Attributes:
-        nodes: `Node`s in the order of evaluation.
-        inputs: the numbers of the nodes that are leaves of the arguments.
-        outputs: those of the leaves of the result.
+        nodes: in the order of evaluation, without constants that formulas contain.
+        inputs: the nodes of the leaves of the arguments.
+        outputs: the nodes of the leaves of the result.
+        arguments: the structure of the tuple of the arguments.
+        result: the structure of the result.
+        x64: whether the graph was traced with 64-bit numbers.
     """
 
-    def __init__(self, f: Callable[..., Any], args: tuple[Any, ...]) -> None:
-        self.nodes: list[Node]
-        self.nodes, self.inputs, self.outputs, self._out = build(f, args)
-        self._args = args
-        self._x64 = bool(jax.config.jax_enable_x64)  # pyright: ignore[reportAttributeAccessIssue]  # the precision of the values
+    nodes: list[Node]
+    inputs: list[Node]
+    outputs: list[Node]
+    arguments: Any
+    result: Any
+    x64: bool
 
     @property
-    def value(self) -> Any:
+    def value(self) -> PyTree[Shaped[Array, " ..."]]:
         """What the function returns."""
-        return jax.tree.unflatten(self._out, [self.nodes[i].value for i in self.outputs])
+        return jax.tree.unflatten(self.result, [node.value for node in self.outputs])
 
-    @cached_property
-    def swept(self) -> tuple[Sweep | None, str]:
-        """The sweep backward from a result that is one number; or None, and why there is none."""
-        try:
-            return self.sweep(), ""
-        except (NoReverseError, NoNumberError) as error:
-            return None, str(error)
-
-    @property
-    def untabled(self) -> list[Node]:
-        """The nodes whose primitive is not among the gates: their gradient is by JAX's own `vjp`."""
-        return [
-            n
-            for n in self.nodes
-            if n.gate is None
-            and n.primitive not in ("input", "constant", "part")
-            and any(map(is_differentiable, jax.tree.leaves(n.value)))
-            and any(
-                is_differentiable(v) for i in n.inputs for v in jax.tree.leaves(self.nodes[i].value)
-            )
-        ]
-
-    def _in_its_precision(self) -> Any:
-        """A graph that was traced in float64 is swept in it."""
-        return jax.enable_x64(self._x64)
-
-    def gradients(self, cotangent: Any = None) -> tuple[Any, ...]:
-        """The gradient with respect to every argument, by one sweep backward.
+    def gradients(self, cotangent: PyTree[Any] = None) -> tuple[Any, ...]:
+        """The gradient by every argument, from one sweep backward.
 
         Args:
-            cotangent: a tree like the result, where that is not one number: the gradient of what is
-                made of it.
+            cotangent: a tree like the result: the gradient by the result. May be left out where
+                the result is one number; it is 1 then.
 
         Returns:
-            A tuple with one tree per argument, as `jax.grad` with all `argnums`. Whole numbers have
-            zeros of `float0`.
+            One tree per argument, as `jax.grad` with all `argnums`. Whole numbers have zeros of
+            dtype `float0`.
 
         Raises:
-            TypeError, ValueError: the result is a tree or not one floating-point number, and there
-                is no cotangent; or that is not like the result.
+            TypeError: there is no cotangent and the result is not one floating-point number; a
+                primitive has no reverse mode; or the cotangent is not like the result.
         """
-        swept = self.sweep(cotangent)
-        with self._in_its_precision():
-            found = [self._as_input(i, swept.gradients[i]) for i in self.inputs]
-        return jax.tree.unflatten(jax.tree.structure(self._args), found)
+        found = self.sweep(cotangent).gradients
+        return self._unflatten(self.arguments, self.inputs, found)
 
-    def jvp(self, *tangents: Any) -> Any:
-        """The tangent of the result: its derivative along one direction, by one sweep forward.
+    def jvp(self, *tangents: PyTree[Any]) -> PyTree[Any]:
+        """The derivative of the result along a direction, from one sweep forward.
 
         Args:
-            *tangents: one tree per argument; for whole numbers anything of that structure.
+            *tangents: one tree per argument, each like it. Those of whole numbers have no effect.
 
         Returns:
-            A tree like the result.
+            A tree like the result, as `jax.jvp`.
+
+        Raises:
+            TypeError: the tangents are not like the arguments; or a primitive has no forward mode.
         """
-        if jax.tree.structure(tangents) != jax.tree.structure(self._args):
-            raise TypeError(
-                f"`tangents` must be one per argument, each like it: {_layout(self._args)}; got {_layout(tangents)}."
-            )
-        with self._in_its_precision():
-            return self._tangents(jax.tree.leaves(tangents))
+        with jax.enable_x64(self.x64):
+            found = dict(_read_tree("tangents", tangents, self.arguments, self.inputs))
+            for node in self.nodes:
+                places = [i for i, source in enumerate(node.inputs) if source in found]
+                if places and is_differentiable(node.value):
+                    f, point = node.restrict(places)
+                    direction = [found[node.inputs[place]] for place in places]
+                    found[node] = jax.jvp(f, point, direction)[1]
+        return self._unflatten(self.result, self.outputs, found)
 
-    def _tangents(self, tangents: list[Any]) -> Any:
-        found: list[Any] = [None] * len(self.nodes)
-        for i, t in zip(self.inputs, tangents, strict=True):
-            found[i] = (
-                self._like("tangents", t, self.nodes[i])
-                if is_differentiable(self.nodes[i].value)
-                else None
-            )
-        for i, node in enumerate(self.nodes):
-            if node.primitive != "input":
-                found[i] = self._pushed(node, found)
-        leaves = [
-            jnp.zeros_like(self.nodes[i].value) if found[i] is None else found[i]
-            for i in self.outputs
-        ]
-        return jax.tree.unflatten(self._out, leaves)
+    def sweep(self, cotangent: PyTree[Any] = None) -> Sweep:
+        """From the last node to the first, each passes its gradient back to its inputs.
 
-    def sweep(self, cotangent: Any = None) -> Sweep:
-        """The reverse sweep: from the last node to the first, each hands its gradient on to its
-        inputs; where several flow, they add up."""
-        with self._in_its_precision():
-            return self._backward(cotangent)
-
-    def _backward(self, cotangent: Any) -> Sweep:
-        flows: list[list[Flow]] = [[] for _ in self.nodes]
-        gradients: list[Any] = [None] * len(self.nodes)
-        for i, seed in zip(self.outputs, self._seeds(cotangent), strict=True):
-            gradients[i] = seed if gradients[i] is None or seed is None else gradients[i] + seed
-        for i in reversed(range(len(self.nodes))):
-            node = self.nodes[i]
-            for flow in flows[i]:
-                gradients[i] = self._added(node, gradients[i], flow)
-            if gradients[i] is None or not node.inputs:
-                continue
-            for place, g in enumerate(self._pulled(node, gradients[i])):
-                if g is not None:
-                    flows[node.inputs[place]].append(Flow(i, place, g))
+        Where several gradients reach a node, they add up.
+        """
+        gradients: dict[Node, Any] = {}
+        flows: dict[Node, list[Flow]] = defaultdict(list)
+        with jax.enable_x64(self.x64):
+            for node, seed in self._seeds(cotangent):
+                gradients[node] = gradients.get(node, 0) + seed
+            for node in reversed(self.nodes):
+                if node in gradients:
+                    for flow in pull(node, gradients[node]):
+                        source = node.inputs[flow.place]
+                        flows[source].append(flow)
+                        gradients[source] = gradients.get(source, 0) + flow.gradient
         return Sweep(gradients, flows)
 
+    def try_sweep(self) -> Sweep:
+        """The sweep from a result that is one number; an empty one with the reason if it is not."""
+        try:
+            return self.sweep()
+        except NoGradientError as error:
+            return Sweep({}, {}, str(error))
+
     def __str__(self) -> str:
-        return board.text(self)
+        """The trace gate by gate."""
+        return text.write(self)
 
     def to_dot(self) -> str:
-        """The graph in DOT, graphviz's language, with value and gradient on every edge."""
-        return drawing.dot(self)
+        """The graph in DOT, the language of graphviz, with value and gradient on every edge."""
+        return draw.write_dot(self)
 
     def draw(self, path: str | Path) -> Path:
-        """Draws the graph with value and gradient on every edge, with graphviz where it is
-        installed, else with matplotlib.
+        """Draws the graph with matplotlib, with value and gradient on every edge.
 
         Args:
-            path: a .svg, .png or .pdf file.
+            path: a file of a kind that matplotlib writes, such as .svg, .png or .pdf.
 
         Returns:
             The path.
         """
-        return drawing.draw(self, Path(path))
+        return draw.save(self, Path(path))
 
-    def _one_number(self) -> Array:
-        """The result, where it is one floating-point number."""
-        if not jax.tree_util.treedef_is_leaf(self._out):
-            raise NoNumberError(
-                f"`f` returns a tree of {len(self.outputs)} arrays, and not one number. Pass `cotangent`, a tree like it, or trace a "
-                "function that picks one."
-            )
-        y = self.nodes[self.outputs[0]].value
-        if not jnp.issubdtype(y.dtype, jnp.floating):
-            raise NoNumberError(
-                f"`f` returns {y.dtype}, which has no gradient. Are the arguments whole numbers? Pass floats, such as 2.0."
-            )
-        if y.ndim:
-            raise NoNumberError(
-                f"`f` returns an array of shape {tuple(y.shape)}, and not one number. Pass `cotangent` of that shape, "
-                "or trace `lambda x: f(x).sum()`."
-            )
-        return y
+    def _unflatten(
+        self,
+        structure: Any,
+        nodes: list[Node],
+        found: dict[Node, Any],
+    ) -> Any:
+        """A tree of what was found for some nodes, 0 where nothing was."""
+        with jax.enable_x64(self.x64):
+            leaves = [found.get(node, _zero(node)) for node in nodes]
+        return jax.tree.unflatten(structure, leaves)
 
-    def _seeds(self, cotangent: Any) -> list[Any]:
-        nodes = [self.nodes[i] for i in self.outputs]
-        if cotangent is None:
-            return [jnp.ones_like(self._one_number())]
-        if jax.tree.structure(cotangent) != self._out:
-            raise TypeError(
-                f"`cotangent` must be a tree like the result, {_layout(self.value)}; got {_layout(cotangent)}."
+    def _seeds(self, cotangent: Any) -> list[tuple[Node, Array]]:
+        """The gradients that a sweep begins with."""
+        if cotangent is not None:
+            return _read_tree("cotangent", cotangent, self.result, self.outputs)
+        values = [node.value for node in self.outputs]
+        is_number = len(values) == 1 and values[0].ndim == 0
+        if not is_number or not jnp.issubdtype(values[0].dtype, jnp.floating):
+            found = ", ".join(f"{value.dtype}{list(value.shape)}" for value in values)
+            raise NoGradientError(
+                f"`f` returns {found}, not one floating-point number. Pass floats, such as 2.0; or "
+                "trace a function that returns one number, such as `lambda x: f(x).sum()`; or pass "
+                "`cotangent`, a tree like the result."
             )
-        return [
-            self._like("cotangent", c, n) if is_differentiable(n.value) else None
-            for c, n in zip(jax.tree.leaves(cotangent), nodes, strict=True)
+        return [(self.outputs[0], jnp.ones_like(values[0]))]
+
+
+def pull(node: Node, gradient: Inexact[Array, " ..."]) -> list[Flow]:
+    """The gradients that a node passes back, given its own."""
+    gate = node.gate
+    values = [source.value for source in node.inputs]
+    places = [
+        place
+        for place, source in enumerate(node.inputs)
+        if source.primitive != "constant" and is_differentiable(source.value)
+    ]
+    if not places or (gate is not None and not gate.back):
+        return []
+    if gate is None or not gate.by_hand:
+        found = _pull_by_jax(node, places, gradient)
+    else:
+        found = [
+            _sum_to(values[place], evaluate(gate.back[place], values, gradient)) for place in places
         ]
+    return [Flow(node, place, g) for place, g in zip(places, found, strict=True)]
 
-    def _like(self, name: str, given: Any, node: Node) -> Array:
-        given = np.asarray(given) if not hasattr(given, "dtype") else given
-        _validate.is_array(name, given)
-        if given.shape != node.value.shape:
-            raise ValueError(
-                f"`{name}` has shape {given.shape} for {node.name}, expected {tuple(node.value.shape)}."
-            )
-        if jnp.issubdtype(given.dtype, jnp.complexfloating) and not jnp.issubdtype(
-            node.value.dtype, jnp.complexfloating
-        ):
-            raise TypeError(f"`{name}` for {node.name} is complex, expected {node.value.dtype}.")
-        return jnp.asarray(given).astype(node.value.dtype)
 
-    def _as_input(self, i: int, gradient: Any) -> Any:
-        value = self.nodes[i].value
-        if not is_differentiable(value):
-            return np.zeros(value.shape, jax.dtypes.float0)
-        return jnp.zeros_like(value) if gradient is None else gradient
+def _pull_by_jax(node: Node, places: list[int], gradient: Array) -> Sequence[Array]:
+    """The gradients for the inputs at some places, by `jax.vjp`."""
+    f, point = node.restrict(places)
+    try:
+        return jax.vjp(f, *point)[1](gradient)
+    except (ValueError, NotImplementedError) as error:
+        raise NoGradientError(
+            f"`{node.label}` ({node.name}) cannot be differentiated backward; "
+            f"perhaps `jvp` goes forward. JAX says: {error}"
+        ) from None
 
-    def _added(self, node: Node, so_far: Any, flow: Flow) -> Any:
-        if not isinstance(node.value, tuple):
-            return flow.gradient if so_far is None else so_far + flow.gradient
-        parts = list(so_far) if so_far is not None else [None] * len(node.value)
-        part = self.nodes[flow.node].params["part"]
-        parts[part] = flow.gradient if parts[part] is None else parts[part] + flow.gradient
-        return tuple(parts)
 
-    def _pulled(self, node: Node, upstream: Any) -> list[Any]:
-        """What a node hands to each of its inputs."""
-        if node.primitive == "part":
-            return [upstream]
-        values = [self.nodes[i].value for i in node.inputs]
-        takes = [
-            is_differentiable(v) and self.nodes[i].depends
-            for i, v in zip(node.inputs, values, strict=True)
-        ]
-        if not any(takes):
-            return [None] * len(values)
-        if node.gate is not None:
-            if not is_differentiable(node.value):
-                return [None] * len(values)
-            found = node.gate.back(upstream, values, node.value, node.params, takes)
-            return [g if take else None for g, take in zip(found, takes, strict=True)]
-        return self._pulled_by_jax(node, values, takes, upstream)
+def _sum_to(value: Array, gradient: Array) -> Array:
+    """Sums a gradient over the axes along which a value was copied to meet more entries."""
+    add = jax.linear_transpose(lambda x: jnp.broadcast_to(x, gradient.shape), value)
+    return add(gradient)[0]
 
-    def _pulled_by_jax(
-        self, node: Node, values: list[Array], takes: list[bool], upstream: Any
-    ) -> list[Any]:
-        seeds = list(upstream) if isinstance(node.value, tuple) else [upstream]
-        used = [k for k, seed in enumerate(seeds) if seed is not None]
-        floats, of = floating(
-            lambda *xs: [jax.tree.leaves(_bound(node)(*xs))[k] for k in used], values, takes
+
+def _zero(node: Node) -> Any:
+    """A zero gradient or tangent; that of whole numbers has dtype `float0`, as JAX's."""
+    if is_differentiable(node.value):
+        return jnp.zeros_like(node.value)
+    return np.zeros(node.value.shape, jax.dtypes.float0)
+
+
+def _read_tree(
+    name: str,
+    tree: Any,
+    structure: Any,
+    nodes: list[Node],
+) -> list[tuple[Node, Array]]:
+    """Pairs the differentiable nodes with the leaves of a tree like their values."""
+    leaves, found = jax.tree.flatten(tree)
+    shapes = [jnp.shape(leaf) for leaf in leaves]
+    expected = [node.value.shape for node in nodes]
+    if found != structure or shapes != expected:
+        raise TypeError(
+            f"`{name}` must have the structure {structure} with the shapes {expected}, "
+            f"got {found} with {shapes}."
         )
-        try:
-            found = iter(what_depends(jax.vjp(of, *floats)[1], [seeds[k] for k in used]))
-        except (ValueError, NotImplementedError) as error:
-            raise NoReverseError(
-                f"`{node.label}` ({node.name}) cannot be differentiated backward; perhaps `jvp` goes forward. JAX says: {error}"
-            ) from None
-        return [next(found) if take else None for take in takes]
-
-    def _pushed(self, node: Node, tangents: list[Any]) -> Any:
-        """The tangent of a node from those of its inputs; None where nothing moves."""
-        if node.primitive == "part":
-            whole = tangents[node.inputs[0]]
-            return (
-                None
-                if whole is None or not is_differentiable(node.value)
-                else whole[node.params["part"]]
-            )
-        values = [self.nodes[i].value for i in node.inputs]
-        given = [
-            tangents[i] if is_differentiable(v) else None
-            for i, v in zip(node.inputs, values, strict=True)
-        ]
-        moves = [t is not None for t in given]
-        if not any(moves) or not any(map(is_differentiable, jax.tree.leaves(node.value))):
-            return None
-        if node.gate is not None:
-            return node.gate.push(given, values, node.value, node.params, _bound(node))
-        floats, of = floating(_bound(node), values, moves)
-        try:
-            return jax.jvp(of, tuple(floats), tuple(t for t in given if t is not None))[1]
-        except (TypeError, ValueError, NotImplementedError) as error:
-            raise NoForwardError(
-                f"`{node.label}` ({node.name}) cannot be differentiated forward; perhaps `gradients` goes backward. JAX says: {error}"
-            ) from None
-
-
-def _layout(tree: Any) -> str:
-    """How a tree is built, with a star for every leaf."""
-    return str(jax.tree.structure(tree)).removeprefix("PyTreeDef(").removesuffix(")")
-
-
-def _bound(node: Node) -> Callable[..., Any]:
-    """A primitive as a function; that of several outputs gives a tuple."""
-    assert node.bind is not None
-    bind = node.bind
-    return (lambda *xs: tuple(bind(*xs))) if isinstance(node.value, tuple) else bind
-
-
-def trace(f: Callable[..., Any], *args: Any) -> Graph:
-    """The computational graph of a function at a point, from its jaxpr: nobody rewrites `f`.
-
-    Calls inside (`jit`, `custom_jvp`, `remat`) are opened up, unless a derivative of their own
-    differs, at this point, from that of what is inside. `scan`, `cond` and `while` are one node
-    each.
-
-    Args:
-        f: a function of numbers, arrays and trees of them, that JAX can trace.
-        *args: the point. Whole numbers are for indices and labels only.
-
-    Returns:
-        The graph: `g.value`, `g.gradients()`, `g.jvp(*tangents)`, `print(g)`, `g.to_dot()`,
-            `g.draw(path)`.
-
-    Raises:
-        TypeError: `f` is no function or cannot be traced; an argument is no number or array, or
-            holds whole numbers that are taken as real ones.
-
-    Source: lectures 000, 002, 003 (computational graphs, reverse-mode differentiation).
-
-    >>> g = trace(lambda x1, x2: x1 * x2 + jnp.sin(x1), 2.0, 5.0)
-    >>> [round(float(d), 6) for d in g.gradients()]
-    [4.583853, 2.0]
-    >>> print(g)
-    forward
-      x₁ = 2
-      x₂ = 5
-      z₁ = x₁ · x₂ = 10
-      z₂ = sin(x₁) = 0.909297
-      z₃ = z₁ + z₂ = 10.9093   the result
-    backward, ∂u for the derivative of the result with respect to u
-      ∂z₃ = 1
-      ∂z₂ = ∂z₃ = 1   add distributes
-      ∂z₁ = ∂z₃ = 1   add distributes
-      ∂x₂ = ∂z₁ · x₁ = 2   mul swaps the multipliers
-      ∂x₁ = ∂z₂ · cos(x₁) + ∂z₁ · x₂ = (-0.416147) + 5 = 4.58385   copy adds
-    """
-    return Graph(f, args)
+    return [
+        (node, jnp.asarray(leaf, node.value.dtype))
+        for node, leaf in zip(nodes, leaves, strict=True)
+        if is_differentiable(node.value)
+    ]

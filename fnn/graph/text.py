@@ -1,172 +1,111 @@
-"""A graph in words: the formula of every node, and the products that its gradient is the sum of, as
-a lecturer writes them."""
+"""The graph in words: the formula of every node and the products that add up to its gradient."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import itertools
+from typing import TYPE_CHECKING
 
+import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Shaped
 
-from fnn.graph.gates import is_differentiable
-from fnn.graph.trace import Node, number
+from fnn.graph.gates import bracket, is_differentiable
+from fnn.types import Array
 
 if TYPE_CHECKING:
-    from fnn.graph.sweep import Flow, Graph
+    from fnn.graph.sweep import Flow, Graph, Node
 
 
-def text(graph: Graph) -> str:
-    """The trace gate by gate: each node's value, then each gradient."""
+def write(graph: Graph) -> str:
+    """Writes the trace gate by gate: each node's value, then each gradient."""
     lines = ["forward"]
-    last = graph.nodes[graph.outputs[-1]].primitive != "input" and len(graph.outputs) == 1
-    for i, node in enumerate(graph.nodes):
-        if not is_number(node):
-            made = "" if node.primitive in ("input", "constant") else f"{formula(graph, i)} = "
-            lines.append(
-                f"  {node.name} = {made}{number(node.value)}{'   the result' if last and i == graph.outputs[0] else ''}"
-            )
-    lines += [
-        f"  {graph.nodes[i].name}   the result" for i in graph.outputs if is_number(graph.nodes[i])
-    ]
-    swept, why = graph.swept
-    if swept is None:
-        return "\n".join([*lines, f"no sweep backward: {why}"])
+    for node in graph.nodes:
+        line = f"  {node.name} = "
+        if node.inputs:
+            line += f"{write_formula(node)} = "
+        line += write_value(node.value)
+        if node in graph.outputs:
+            line += "   the result"
+        lines.append(line)
+    sweep = graph.try_sweep()
+    if sweep.reason:
+        lines.append(f"no sweep backward: {sweep.reason}")
+        return "\n".join(lines)
     lines.append("backward, ∂u for the derivative of the result with respect to u")
-    for i in reversed(range(len(graph.nodes))):
-        gradient = swept.gradients[i]
-        if gradient is None and i in graph.inputs and is_differentiable(graph.nodes[i].value):
-            gradient = jnp.zeros_like(graph.nodes[i].value)
-        if (
-            gradient is not None
-            and not is_number(graph.nodes[i])
-            and graph.nodes[i].primitive != "constant"
-        ):
-            lines.append(
-                f"  ∂{graph.nodes[i].name} = {products(graph, swept.flows[i])}{number(gradient)}{_word(graph, swept.flows[i])}"
-            )
-    lines += [
-        f"{n.name}: {n.label} is not among the gates; its gradient is by jax.vjp"
-        for n in graph.untabled
-    ]
+    for node in reversed(graph.nodes):
+        if node in sweep.gradients:
+            gradient = sweep.gradients[node]
+            lines.append(_write_gradient(node, gradient, sweep.flows[node]))
+    flows = itertools.chain(*sweep.flows.values())
+    labels = [flow.node.label for flow in flows if flow.node.gate is None]
+    for label in dict.fromkeys(labels):
+        lines.append(f"{label} is not among the gates; its gradient is by jax.vjp")
     return "\n".join(lines)
 
 
-def is_number(node: Node) -> bool:
-    """A constant that is written where it is used."""
-    return node.primitive == "constant" and node.value.ndim == 0 and node.name != "key"
+def write_value(value: Shaped[Array, " ..."]) -> str:
+    """Writes a number in six digits, an array by its shape and norm."""
+    shape = list(value.shape)
+    is_key = jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
+    if not shape and not is_key:
+        return f"{value.item() + 0.0:.6g}"  # + 0.0 turns -0 into 0
+    if not is_differentiable(value):
+        return f"{shape} {value.dtype}"
+    norm = np.linalg.norm(np.abs(value).astype(np.float64))
+    return f"{shape} |{norm:.4g}|"
 
 
-def formula(graph: Graph, i: int) -> str:
-    """How a node is made of its inputs."""
-    node = graph.nodes[i]
-    names = operands(graph, node)
-    if node.primitive == "part":
-        return f"{names[0]}[{node.params['part']}]"
+def write_formula(node: Node) -> str:
+    """Writes how a node is computed from its inputs."""
+    names = _input_names(node)
     if node.gate is None:
         return f"{node.label}({', '.join(names)})"
-    return _otherwise(graph, node, names) or pretty(
-        node.gate.text.format(*names, all=", ".join(names), **numbers(node.params))
-    )
+    return _typeset(node.gate.formula.format(*names))
 
 
-def back(graph: Graph, flow: Flow) -> str:
-    """What flows back over an edge, as a product: `∂z₂ · cos(x₁)`."""
-    node = graph.nodes[flow.node]
-    upstream, names = f"∂{node.name}", operands(graph, node)
-    if node.primitive == "part":
-        return upstream
-    if node.gate is None:
-        return f"vjp of {node.label} at {upstream}"
-    if node.primitive == "dot_general" and not _is_matrix_product(node):
-        a, b, out = _letters(graph, node)
-        mine, other = (a, b) if flow.place == 0 else (b, a)
-        return f"einsum({out},{other}->{mine}: {upstream}, {names[1 - flow.place]})"
-    template = node.gate.partials[min(flow.place, len(node.gate.partials) - 1)]
-    text = pretty(template.format(*names, g=upstream, **numbers(node.params)))
-    if "{g}" in template:
-        return text
-    product = upstream if text == "1" else f"{upstream} · {text}"
-    stretched = graph.nodes[node.inputs[flow.place]].value.shape != node.value.shape
-    return f"sum of {product}" if stretched else product
-
-
-def _otherwise(graph: Graph, node: Node, names: list[str]) -> str:
-    """What the table's one text does not fit, in words of its own; or nothing."""
-    if node.primitive == "dot_general" and not _is_matrix_product(node):
-        a, b, out = _letters(graph, node)
-        return f"einsum({a},{b}->{out}: {', '.join(names)})"
-    if node.primitive == "select_n" and len(names) > 3:
-        return f"select({', '.join(names)})"
-    if node.primitive == "transpose" and node.value.ndim != 2:
-        return f"transpose({names[0]}, {tuple(node.params['permutation'])})"
-    if node.primitive == "convert_element_type" and not is_differentiable(node.value):
-        return f"{node.value.dtype}({names[0]})"
-    return ""
-
-
-def _is_matrix_product(node: Node) -> bool:
-    return node.params["dimension_numbers"] == (((1,), (0,)), ((), ())) and node.value.ndim == 2
-
-
-def _letters(graph: Graph, node: Node) -> tuple[str, str, str]:
-    """The axes of both sides of a product and of the result, as `einsum` writes them."""
-    (over_a, over_b), (batch_a, batch_b) = node.params["dimension_numbers"]
-    letters = iter("ijklmnopqrstuvwxyzabcdefgh")
-    a = [next(letters) for _ in range(graph.nodes[node.inputs[0]].value.ndim)]
-    of_b = {j: a[i] for i, j in zip((*over_a, *batch_a), (*over_b, *batch_b), strict=True)}
-    b = [
-        of_b[j] if j in of_b else next(letters)
-        for j in range(graph.nodes[node.inputs[1]].value.ndim)
-    ]
-    batch = [a[i] for i in batch_a]
-    free = [c for i, c in enumerate(a) if i not in (*over_a, *batch_a)] + [
-        c for j, c in enumerate(b) if j not in of_b
-    ]
-    return "".join(a), "".join(b), "".join(batch + free)
-
-
-def products(graph: Graph, flows: list[Flow]) -> str:
-    """`∂z₂ · cos(x₁) + ∂z₁ · x₂ = `, and the terms as numbers where there are several."""
-    if not flows:
-        return ""
-    line = " + ".join(back(graph, flow) for flow in flows)
-    if len(flows) > 1 and all(f.gradient.ndim == 0 for f in flows):
-        line += " = " + " + ".join(_bracketed(number(f.gradient)) for f in flows)
-    return f"{line} = "
-
-
-def _word(graph: Graph, flows: list[Flow]) -> str:
+def _write_gradient(
+    node: Node,
+    gradient: Array,
+    flows: list[Flow],
+) -> str:
+    """`∂x₁ = ∂z₂ · cos(x₁) + ∂z₁ · x₂ = (-0.416147) + 5 = 4.58385   copy adds`."""
+    parts = [f"  ∂{node.name}"]
+    word = ""
+    for flow in flows:
+        if flow.node.gate is not None:
+            word = flow.node.gate.word
+    if flows:
+        products = [_write_flow(flow) for flow in flows]
+        parts.append(" + ".join(products))
     if len(flows) > 1:
-        return "   copy adds"
-    gate = graph.nodes[flows[0].node].gate if flows else None
-    return f"   {gate.word}" if gate is not None and gate.word else ""
+        word = "copy adds"
+        if gradient.ndim == 0:
+            numbers = [bracket(write_value(flow.gradient)) for flow in flows]
+            parts.append(" + ".join(numbers))
+    parts.append(write_value(gradient))
+    return f"{' = '.join(parts)}   {word}".rstrip()
 
 
-def operands(graph: Graph, node: Node) -> list[str]:
-    """The names of a node's inputs; a negative number in brackets."""
-    return [_bracketed(graph.nodes[j].name) for j in node.inputs]
+def _write_flow(flow: Flow) -> str:
+    """`∂z₂ · cos(x₁)`."""
+    node = flow.node
+    above = f"∂{node.name}"
+    if node.gate is None:
+        return f"vjp of {node.label} at {above}"
+    back = node.gate.back[flow.place]
+    product = _typeset(back.format(*_input_names(node), g=above))
+    if node.gate.by_hand and flow.gradient.shape != node.value.shape:
+        return f"sum of {product}"
+    return product
 
 
-def _bracketed(name: str) -> str:
-    return f"({name})" if name.startswith("-") else name
+def _input_names(node: Node) -> list[str]:
+    """The names of a node's inputs, negative numbers in brackets."""
+    return [bracket(source.name) for source in node.inputs]
 
 
-def numbers(params: dict[str, Any]) -> dict[str, Any]:
-    """The numbers among a primitive's parameters, and one less than an exponent."""
-    found = {key: value for key, value in params.items() if isinstance(value, int)}
-    found |= {"less": found["y"] - 1} if "y" in found else {}
-    return {key: f"({value})" if value < 0 else value for key, value in found.items()}
-
-
-def pretty(line: str) -> str:
-    """A formula in sympy's terms as it stands on the board."""
-    for old, new in (
-        (" * ", " · "),
-        ("**", "^"),
-        ("Max(", "max("),
-        ("Min(", "min("),
-        ("Abs(", "abs("),
-        ("sqrt(pi)", "sqrt(π)"),
-        ("^T", "ᵀ"),
-    ):
-        line = line.replace(old, new)
-    return line.removesuffix("^1")
+def _typeset(formula: str) -> str:
+    """A formula of Python as it is written by hand."""
+    formula = formula.replace(" * ", " · ")
+    return formula.replace("**", "^").replace("^T", "ᵀ")
