@@ -1,41 +1,54 @@
-"""Checks of derivatives.
+"""Checks of derivatives: a gradient by hand against independent means, array by array.
 
-A net's manual gradient against `jax.grad`, and any layer or loss by three independent means.
-
-`compare_gradients` measures in the dtype that it is given. `check_layer` and `check_loss` compute
-in float64: the adjoint identity <J t, c> = <t, J^T c> with J t by a central difference (no
-automatic differentiation in it), `jax.vjp`, and central differences coordinate by coordinate.
+`compare_gradients` holds the gradient of a net against `jax.grad`, in the dtype that it is given.
+`check_layer` and `check_loss` test one layer or one loss in float64 by three means: `jax.vjp`; the
+adjoint identity <J t, c> = <t, J^T c> for random directions t, with J t by central differences (no
+automatic differentiation in it); and central differences coordinate by coordinate.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
+from jaxtyping import Float, Shaped
 
 from fnn import _validate
-from fnn.backprop import mean_loss, value_and_grad
+from fnn.backprop import forward_pass, mean_loss, output_error, value_and_grad
+from fnn.factors import is_factor, keep, materialise, scale_rows, total
 from fnn.types import Array, ArrayLike, Key, Layer, Loss, Params
 
 TOLERANCES = {"float64": 1e-12, "float32": 1e-6, "bfloat16": 2e-2, "float16": 5e-3}
-"""Norm-wise relative error at which manual and automatic gradient count as equal, by dtype."""
+"""Relative error up to which a gradient by hand agrees with `jax.grad`, by dtype."""
+STEPS = np.cbrt(2.2e-16) * np.array([1 / 256, 1 / 4, 16])
+"""Steps of central differences, relative to the size of a coordinate."""
+NOTHING = "nothing was tested: the gradient is 0 here (`x` is 0, or at a kink?), or there is none"
+
+
+class Gradient(NamedTuple):
+    """A gradient; the path of an array begins with the name of its field."""
+
+    params: Any = ()
+    dx: Any = ()  # with respect to the input of a layer, or to the outputs for a loss
+    all: Any = ()  # its products with directions
 
 
 class LeafComparison(NamedTuple):
-    """One array of the gradient, manual against automatic."""
+    """One array of a gradient, held against the right one."""
 
-    path: str
-    shape: tuple[int, ...]
-    max_difference: float  # greatest |manual - automatic|
-    relative_error: float  # |manual - automatic| / |automatic|, Euclidean norms
-    cosine: float  # 1 where both are zero
-    exact: bool  # equal to the bit
-    # relative errors (manual, automatic) to the float64 gradient, where asked
-    against_float64: tuple[float, float] | None
+    path: str  # "params[0].w"
+    hint: str  # how it differs, and the likely slip; "" where both agree
+    shape: tuple[int, ...] = ()
+    against: str = ""  # what says the right one: "jax.grad"
+    relative_error: float = np.nan  # |ours - right| / |right|, Euclidean norms
+    exact: bool = False  # all numbers are equal
+    # relative errors (by hand, jax.grad) to the gradient in float64, where that decides
+    against_float64: tuple[float, float] | None = None
 
 
 class Cost(NamedTuple):
@@ -49,63 +62,62 @@ class Cost(NamedTuple):
 class GradientReport(NamedTuple):
     """What `compare_gradients` found; `print` it for a table."""
 
-    leaves: tuple[LeafComparison, ...]
-    relative_error: float  # over all leaves
-    cosine: float
-    value_difference: float  # |manual loss - automatic loss|
+    leaves: list[LeafComparison]
+    value_difference: float  # |loss by hand - loss by JAX|
     manual: Cost
     automatic: Cost
-    tolerance: float
+    tolerance: float  # greatest relative error of arrays that agree
     passed: bool
 
     def __str__(self) -> str:
-        wide = max([len(leaf.path) for leaf in self.leaves] + [4])
-        lines = [
-            f"{'leaf':<{wide}}  {'shape':<14}{'max |m - a|':>12}{'rel. error':>12}{'cosine':>12}  exact"
-        ]
-        for leaf in self.leaves:
-            truth = leaf.against_float64
-            note = (
-                ""
-                if truth is None
-                else f"   against float64: manual {truth[0]:.1e}, automatic {truth[1]:.1e}"
-            )
-            lines.append(
-                f"{leaf.path:<{wide}}  {leaf.shape!s:<14}{leaf.max_difference:>12.2e}{leaf.relative_error:>12.2e}"
-                f"{leaf.cosine:>12.8f}  {'yes' if leaf.exact else 'no'}{note}"
-            )
-        lines.append(
-            f"{'all':<{wide}}  {'':<14}{'':>12}{self.relative_error:>12.2e}{self.cosine:>12.8f}"
+        """A row for every array, and the compiled cost."""
+        return (
+            f"{_table('gradient by hand', self)}\n"
+            "relative error: |by hand - jax.grad| / |jax.grad|. Both agree up to "
+            f"{self.tolerance:.0e},\nor where the one by hand is at most twice as far from the "
+            "gradient in float64.\n"
+            f"The losses differ by {self.value_difference:.1e}.\n"
+            f"by hand:  {self.manual}\njax.grad: {self.automatic}"
         )
-        lines.append(
-            f"{'compiled cost':<22}{'flops':>14}{'bytes accessed':>16}{'temporary bytes':>17}"
-        )
-        for name, cost in (("manual", self.manual), ("automatic", self.automatic)):
-            lines.append(
-                f"{name:<22}{cost.flops:>14,.0f}{cost.bytes_accessed:>16,.0f}{cost.temporary_bytes:>17,}"
-            )
-        verdict = "agree" if self.passed else "DIFFER"
-        lines.append(
-            f"manual and automatic {verdict} (tolerance {self.tolerance:.0e}); losses differ by {self.value_difference:.1e}"
-        )
-        return "\n".join(lines)
+
+
+class CheckReport(NamedTuple):
+    """What `check_layer` or `check_loss` found; `print` it for a table."""
+
+    subject: str
+    leaves: list[LeafComparison]
+    kinks: int = 0  # coordinates at a kink, where the gradient jumps; they are not counted
+
+    @property
+    def passed(self) -> bool:
+        """Whether everything was tested, and agrees."""
+        return not any(leaf.hint for leaf in self.leaves)
+
+    def __str__(self) -> str:
+        """A row for every array and what it is held against."""
+        note = f"\n{self.kinks} numbers are at a kink: they are not counted." if self.kinks else ""
+        return _table(self.subject, self) + note
 
 
 def compare_gradients(
     net: Layer,
     loss: Loss,
     params: Params,
-    x: ArrayLike,
-    targets: ArrayLike,
+    x: Shaped[ArrayLike, "batch ..."],
+    targets: Shaped[ArrayLike, "batch ..."],
     *,
-    weights: ArrayLike | None = None,
+    weights: Shaped[ArrayLike, " batch"] | None = None,
     tolerance: float | None = None,
 ) -> GradientReport:
     """Holds the hand-written gradient of the mean loss against `jax.grad`, leaf by leaf.
 
     Args:
-        net, loss: as for `value_and_grad`.
-        params, x, targets, weights: as its function takes them.
+        net: any layer.
+        loss: any loss that takes its outputs.
+        params: a tree of floating-point arrays.
+        x: `[batch, ...]`.
+        targets: `[batch, ...]`.
+        weights: `[batch]`, as for `value_and_grad`.
         tolerance: greatest relative error of a leaf; by default `TOLERANCES` of the params' dtype.
 
     Returns:
@@ -114,98 +126,60 @@ def compare_gradients(
         both differ there).
 
     Raises:
-        TypeError, ValueError: as `value_and_grad`; `params` without any array.
+        TypeError, ValueError: as `value_and_grad`; `params` hold no array, or whole numbers.
 
     >>> import fnn
-    >>> net = fnn.mlp((3, 4, 2), "tanh")
+    >>> net, loss = fnn.mlp((3, 4, 2), "tanh"), fnn.losses.l2_loss
     >>> x = jnp.linspace(-1, 1, 15).reshape(5, 3)
-    >>> report = compare_gradients(net, fnn.losses.l2_loss, net.init(jax.random.key(0)), x, jnp.ones((5, 2)))
+    >>> report = compare_gradients(net, loss, net.init(jax.random.key(0)), x, jnp.ones((5, 2)))
     >>> report.passed, [leaf.path for leaf in report.leaves][:2]
-    (True, ['[0][0].w', '[0][0].b'])
+    (True, ['params[0][0].w', 'params[0][0].b'])
     """
-    manual_function, automatic_function = (
-        value_and_grad(net, loss),
-        jax.value_and_grad(mean_loss(net, loss)),
-    )
-    batch = (x, targets) if weights is None else (x, targets, weights)
-    (manual_value, manual), manual_cost = _compiled(manual_function, params, *batch)
-    (automatic_value, automatic), automatic_cost = _compiled(automatic_function, params, *batch)
-    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(manual)]
-    if not paths:
+    functions = value_and_grad(net, loss), jax.value_and_grad(mean_loss(net, loss))
+    dtypes = _float_dtypes(params)
+    if not dtypes:
         raise ValueError("`params` hold no array: there is no gradient to compare.")
     if tolerance is None:
-        tolerance = max(TOLERANCES[str(leaf.dtype)] for leaf in jax.tree.leaves(params))
-    pairs = list(zip(jax.tree.leaves(manual), jax.tree.leaves(automatic), strict=True))
-    leaves = [_compare_leaf(path, m, a) for path, (m, a) in zip(paths, pairs, strict=True)]
-    failed = [i for i, leaf in enumerate(leaves) if not leaf.relative_error <= tolerance]
-    if failed and all(leaf.dtype != jnp.float64 for leaf in jax.tree.leaves(params)):
-        truth = _float64_gradient(automatic_function, params, *batch)
-        for i in failed:
-            errors = tuple(_relative_error(_wide(g), truth[i]) for g in pairs[i])
-            leaves[i] = leaves[i]._replace(against_float64=errors)
-    flat_m, flat_a = (np.concatenate([_wide(pair[k]).ravel() for pair in pairs]) for k in (0, 1))
-    return GradientReport(
-        leaves=tuple(leaves),
-        relative_error=_relative_error(flat_m, flat_a),
-        cosine=_cosine(flat_m, flat_a),
-        value_difference=abs(float(manual_value) - float(automatic_value)),
-        manual=manual_cost,
-        automatic=automatic_cost,
-        tolerance=tolerance,
-        passed=all(_leaf_passes(leaf, tolerance) for leaf in leaves),
-    )
+        tolerance = max(TOLERANCES[dtype] for dtype in dtypes)
+    batch = (params, x, targets) if weights is None else (params, x, targets, weights)
+    (value, manual), manual_cost = _compiled(functions[0], *batch)
+    (reference, automatic), automatic_cost = _compiled(functions[1], *batch)
+    leaves = _compare("jax.grad", manual, automatic, tolerance, x.shape[0])
+    if any(leaf.hint for leaf in leaves) and "float64" not in dtypes:
+        with jax.enable_x64(True):
+            truth = Gradient(jax.jit(functions[1])(*_as_float64(batch))[1])
+        both = (_compare("", gradient, truth, 0.0) for gradient in (manual, automatic))
+        leaves = list(map(_decide, leaves, *both))
+    passed = not any(leaf.hint for leaf in leaves)
+    difference = abs(float(value) - float(reference))
+    return GradientReport(leaves, difference, manual_cost, automatic_cost, tolerance, passed)
 
 
-class Check(NamedTuple):
-    """One test of a derivative."""
+def check_layer(
+    layer: Layer, x: Shaped[ArrayLike, "batch ..."], *, key: Key, params: Params = None
+) -> CheckReport:
+    """Tests the `backward` of a layer, with respect to its params and its input, in float64.
 
-    name: str
-    error: float
-    tolerance: float
-
-    @property
-    def passed(self) -> bool:
-        return self.error <= self.tolerance
-
-
-class CheckReport(NamedTuple):
-    """What `check_layer` or `check_loss` found; `print` it for a table."""
-
-    subject: str
-    checks: tuple[Check, ...]
-
-    @property
-    def passed(self) -> bool:
-        return all(check.passed for check in self.checks)
-
-    def __str__(self) -> str:
-        lines = [f"{self.subject:<34}{'rel. error':>12}{'tolerance':>12}"]
-        lines += [
-            f"{c.name:<34}{c.error:>12.2e}{c.tolerance:>12.0e}  {'passed' if c.passed else 'FAILED'}"
-            for c in self.checks
-        ]
-        return "\n".join(lines)
-
-
-def check_layer(layer: Layer, x: Any, *, key: Key, params: Params = None) -> CheckReport:
-    """Tests a layer's `backward`, with respect to its params and its input, in float64.
+    It tests the gradient of every array by three means, and that `backward` hands its factors to
+    `reduce`: their total is the gradient, and each example has the gradient that it has alone.
 
     Args:
         layer: any layer, yours for instance.
-        x: an input, `[batch, ...]`; keep it away from kinks, where a central difference means
-            nothing.
+        x: an input, `[batch, ...]`, with several rows. A coordinate at a kink, where the gradient
+            jumps, is not counted.
         key: for the random directions, and for `params` if they are None.
         params: where to test; None draws them by `layer.init`.
 
     Returns:
-        A report with three checks, each by an error relative to the gradient's size: the adjoint
-        identity, `jax.vjp`, and central differences at up to 64 coordinates.
+        A report that prints as a table: for every array its error by each means, and the likely
+        slip. It does not pass where nothing was tested, as where the gradient is 0.
 
     Raises:
         TypeError, ValueError: `layer` is no Layer, or `x` does not fit it.
 
     >>> import fnn
-    >>> print(check_layer(fnn.activations.tanh, jnp.array([[0.3, -2.0]]), key=jax.random.key(0)).passed)
+    >>> x = jnp.array([[0.3, -2.0]])
+    >>> check_layer(fnn.activations.tanh, x, key=jax.random.key(0)).passed
     True
     """
     if not isinstance(layer, Layer):
@@ -214,41 +188,35 @@ def check_layer(layer: Layer, x: Any, *, key: Key, params: Params = None) -> Che
     _validate.is_key("key", key)
     with jax.enable_x64(True):
         params = _as_float64(layer.init(key) if params is None else params)
-        x = _as_float64(x)
-        whole = not jnp.issubdtype(x.dtype, jnp.floating)
-        point = (params,) if whole else (params, x)
-        y, residuals = layer.forward(params, x)
-        cotangent = jax.random.normal(jax.random.fold_in(key, 1), y.shape, y.dtype)
-        grads, dx = layer.backward(params, residuals, cotangent)
-        pulled = (grads,) if whole else (grads, dx)
-        return _three_checks(
-            layer.name,
-            lambda p, x=x: layer.apply(p, x),
-            point,
-            cotangent,
-            pulled,
-            jax.random.fold_in(key, 2),
-        )
+        _float_dtypes(params)
+        return _check(layer, params, key, _as_float64(x))
 
 
-def check_loss(loss: Loss, outputs: Any, targets: Any, *, key: Key) -> CheckReport:
-    """Tests a loss's `grad` against its `value`, in float64.
+def check_loss(
+    loss: Loss,
+    outputs: Float[ArrayLike, "batch ..."],
+    targets: Shaped[ArrayLike, "batch ..."],
+    *,
+    key: Key,
+) -> CheckReport:
+    """Tests the `grad` of a loss against its `value`, in float64.
 
     Args:
         loss: any loss, yours for instance.
-        outputs: `[batch, ...]`, away from kinks.
+        outputs: `[batch, ...]`, with several rows.
         targets: what the loss takes.
         key: for the random directions.
 
     Returns:
-        A report with three checks, as `check_layer`'s.
+        A report as that of `check_layer`.
 
     Raises:
         TypeError, ValueError: `loss` is no Loss, `value` is not `[batch]`, or the arrays do not
             fit.
 
     >>> import fnn
-    >>> print(check_loss(fnn.losses.l2_loss, jnp.array([[0.3, -2.0]]), jnp.zeros((1, 2)), key=jax.random.key(0)).passed)
+    >>> outputs, targets = jnp.array([[0.3, -2.0]]), jnp.zeros((1, 2))
+    >>> check_loss(fnn.losses.l2_loss, outputs, targets, key=jax.random.key(0)).passed
     True
     """
     if not isinstance(loss, Loss):
@@ -256,129 +224,238 @@ def check_loss(loss: Loss, outputs: Any, targets: Any, *, key: Key) -> CheckRepo
     _validate.is_float("outputs", outputs)
     _validate.is_array("targets", targets)
     _validate.is_key("key", key)
+
+    def forward(params, y, t=targets):
+        return forward_pass(lambda x: (x, ()), loss, y, t)[2], (y, t)
+
+    def backward(params, residuals, dy, reduce=total):
+        return (), scale_rows(output_error(loss, *residuals), dy)
+
+    layer = Layer(loss.name, lambda key: (), forward, backward)
     with jax.enable_x64(True):
-        outputs, targets = _as_float64(outputs), _as_float64(targets)
-        values = loss.value(outputs, targets)
-        if values.shape != outputs.shape[:1]:
-            raise ValueError(
-                f"{loss.name}: `value` must return one number per example, shape {outputs.shape[:1]}, got {values.shape}."
-            )
-        cotangent = jax.random.normal(jax.random.fold_in(key, 1), values.shape, values.dtype)
-        pulled = loss.grad(outputs, targets) * cotangent.reshape(-1, *(1,) * (outputs.ndim - 1))
-        return _three_checks(
-            loss.name,
-            lambda y: loss.value(y, targets),
-            (outputs,),
-            cotangent,
-            (pulled,),
-            jax.random.fold_in(key, 2),
-        )
+        return _check(layer, (), key, *_as_float64((outputs, targets)))
 
 
-def _three_checks(
-    name: str, f: Callable[..., Array], point: Any, cotangent: Array, pulled: Any, key: Key
-) -> CheckReport:
-    """Tests that `pulled` is J^T cotangent for the Jacobian J of `f` at `point`."""
-    flat, unravel = ravel_pytree(point)
-    ours = np.asarray(ravel_pytree(pulled)[0])
+def _check(layer: Layer, params: Params, key: Key, x: Array, *targets: Array) -> CheckReport:
+    """Tests the `backward` of a layer at one point, in float64; `forward` may take targets too."""
+    untested = CheckReport(layer.name, [LeafComparison("all", NOTHING)])
+    if not x.size:
+        return untested
+    floating = jnp.issubdtype(x.dtype, jnp.floating)
+    flat, unravel = ravel_pytree(Gradient(params, x if floating else ()))
+    sizes = ravel_pytree(_sizes(unravel(flat)))[0]
 
     @jax.jit
-    def scalar(z: Array) -> Array:  # <f(z), c>
-        return (f(*unravel(z)) * cotangent).sum()
+    def apply(z):  # z: the change of every coordinate, relative to its size
+        at = unravel(flat + sizes * z)
+        return layer.forward(at.params, at.dx if floating else x, *targets)[0]
 
-    def slope(direction: Array, h: float = 1e-6) -> float:
-        return float(scalar(flat + h * direction) - scalar(flat - h * direction)) / (2 * h)
+    @partial(jax.jit, static_argnames="reduce")
+    def pull(dy, x, *targets, reduce=()):
+        residuals = layer.forward(params, x, *targets)[1]
+        grads, dx = layer.backward(params, residuals, dy, *reduce)
+        return Gradient(grads, dx if floating else ())
 
-    direction = jax.random.normal(key, flat.shape, flat.dtype)
-    left, right = slope(direction), float(ours @ np.asarray(direction))  # <J t, c> and <t, J^T c>
-    scale = max(float(np.linalg.norm(ours)), 1e-8)
-    _, pullback = jax.vjp(f, *point)
-    automatic = np.asarray(ravel_pytree(pullback(cotangent))[0])
-    some = np.asarray(jax.random.permutation(jax.random.fold_in(key, 1), flat.size))[:64]
-    numeric = np.array([slope(jnp.zeros_like(flat).at[i].set(1)) for i in some])
-    return CheckReport(
-        name,
-        (
-            Check(
-                "adjoint <J t, c> = <t, J'c>",
-                abs(left - right) / (scale * float(np.linalg.norm(direction))),
-                1e-7,
-            ),
-            Check(
-                "against jax.vjp",
-                float(np.linalg.norm(ours - automatic))
-                / max(float(np.linalg.norm(automatic)), 1e-8),
-                1e-12,
-            ),
-            Check(
-                "against central differences",
-                float(np.linalg.norm(ours[some] - numeric)) / scale,
-                1e-6,
-            ),
-        ),
-    )
+    # a stream of its own, though the key may have the seed of the data
+    rng = np.random.default_rng([7, *np.asarray(jax.random.key_data(key))])
+    y = apply(0 * sizes)
+    dy = rng.normal(size=y.shape).astype(y.dtype)
+    ours = pull(dy, x, *targets)
+    gradient = jax.jit(lambda z: jax.vjp(apply, z)[1](dy)[0])
+    right = gradient(0 * sizes)
+    scale = float(np.linalg.norm(y) * np.linalg.norm(dy))  # rounding is relative to it
+    if jnp.abs(right).max(initial=0) <= 1e-12 * scale:
+        return untested
+    compare = partial(_compare, "jax.vjp", tolerance=1e-12, batch=len(x), zero=NOTHING)
+    leaves = compare(ours, unravel(right / sizes))
+    if [leaf.shape for leaf in leaves] != [a.shape for a in jax.tree.leaves(unravel(flat))]:
+        return CheckReport(layer.name, leaves)
+    hand = sizes * ravel_pytree(ours)[0]
+    rounding, kinks = _uncertain(gradient, right, scale, rng)
+    hand = jnp.where(jnp.abs(hand - right) <= rounding, right, hand)
+    leaves = compare(unravel(hand / sizes), unravel(right / sizes))
+    leaves += _check_slopes(apply, dy, hand, kinks, 2e-15 * scale, rng)
+    leaves += _check_factors(pull, dy, x, *targets)
+    return CheckReport(layer.name, leaves, int(kinks.sum()))
 
 
-def _compiled(function: Callable[..., Any], *args: Any) -> tuple[Any, Cost]:
-    """The function's result and its compiled cost; compiled once."""
-    compiled = jax.jit(function).lower(*args).compile()
-    analysis, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
-    temporary = 0 if memory is None else memory.temp_size_in_bytes
-    return compiled(*args), Cost(
-        analysis.get("flops", float("nan")), analysis.get("bytes accessed", float("nan")), temporary
-    )
+def _uncertain(
+    gradient: Callable[[Array], Array], right: Array, scale: float, rng: Any
+) -> tuple[Array, Array]:
+    """How far each number of a gradient can be off, and whether it is at a kink."""
+    shift = 1e-12 * rng.normal(size=right.shape)
+    # rounding, some 1e-16, changes a gradient by less than this; at a kink it jumps
+    jump, size = jnp.abs(gradient(shift) - gradient(-shift)), jnp.abs(right).max()
+    return 10 * jump + 1e-14 * (size + scale), jump > 1e-8 * size
 
 
-def _float64_gradient(
-    function: Callable[..., Any], params: Params, *batch: ArrayLike
-) -> list[np.ndarray]:
-    with jax.enable_x64(True):
-        return [
-            np.asarray(leaf)
-            for leaf in jax.tree.leaves(jax.jit(function)(*_as_float64((params, *batch)))[1])
-        ]
+def _check_slopes(
+    apply: Callable[..., Array], dy: Any, hand: Array, kinks: Array, rounding: float, rng: Any
+) -> list[LeafComparison]:
+    """Holds <t, J^T c> against <J t, c> by central differences, in directions without a kink."""
+    smooth, index = np.where(kinks, 0.0, 1.0), np.arange(hand.size)
+
+    def misfit(t):  # of the best step, beyond rounding
+        slopes = np.array([np.vdot(dy, apply(h * t) - apply(-h * t)) / (2 * h) for h in STEPS])
+        gaps = slopes - np.vdot(t, hand)
+        return min(gaps - np.clip(gaps, -rounding / STEPS, rounding / STEPS), key=abs)
+
+    def compare(against, slopes, misfits):
+        slip = "see jax.vjp; does that agree, and `forward` have a wrong derivative of its own?"
+        pair = Gradient(all=slopes), Gradient(all=slopes + misfits)
+        return _compare(against, *pair, 1e-6, slip=slip)
+
+    random = smooth * rng.normal(size=(4, hand.size))
+    some = np.argsort(rng.random(hand.size) + (np.asarray(hand) == 0))[:64]
+    errors = np.array([misfit(smooth * (index == i)) for i in some])
+    return [
+        *compare("adjoint identity", random @ hand, np.array([misfit(t) for t in random])),
+        *compare("central differences", hand[some], errors),
+    ]
+
+
+def _check_factors(pull: Callable[..., Gradient], *batch: Any) -> list[LeafComparison]:
+    """Tests the factors that `backward` hands to `reduce`, on up to 4 examples."""
+    batch = tuple(jnp.concatenate([a, a])[:4] for a in batch)
+    mend = "Hand every factor to `reduce`, its fourth argument: `reduce(PerExample(dy))`."
+    try:
+        kept = pull(*batch, reduce=(keep,))
+    except TypeError as error:
+        return [LeafComparison("backward", f"fails with `reduce`: {error}. {mend}")]
+    factors = jax.tree_util.tree_leaves_with_path(Gradient(kept.params), is_leaf=is_factor)
+    others = [jax.tree_util.keystr(path)[1:] for path, leaf in factors if not is_factor(leaf)]
+    if others:
+        return [LeafComparison(path, f"`backward` ignores `reduce`. {mend}") for path in others]
+    # in a loop: XLA for the CPU (jaxlib 0.10.2) aborts at some products under `vmap`
+    ones = [pull(*(a[i : i + 1] for a in batch)) for i in range(len(batch[0]))]
+    alone = jax.tree.map(lambda *arrays: jnp.stack(arrays), *ones)
+    alone = alone._replace(dx=jax.tree.map(lambda a: a[:, 0], alone.dx))
+    sums, whole = Gradient(total.tree(kept.params)), Gradient(pull(*batch).params)
+    parts = kept._replace(params=materialise.tree(kept.params))
+    floor = 1e-6 * float(jnp.linalg.norm(ravel_pytree(whole)[0]))  # below it is rounding
+    coupled = "its examples are coupled, or a factor has no batch axis"
+    return [
+        *_compare("sum of factors", sums, whole, 1e-9, floor=floor),
+        *_compare("examples alone", parts, alone, 1e-9, floor=floor, slip=coupled),
+    ]
+
+
+@np.errstate(all="ignore")
+def _compare(
+    against: str,
+    ours: Gradient,
+    right: Gradient,
+    tolerance: float,
+    batch: int = 1,
+    floor: float = 0.0,
+    zero: str = "",
+    slip: str = "no multiple of the right one: a missing transpose?",
+) -> list[LeafComparison]:
+    """Holds every array of a gradient against the right one.
+
+    Args:
+        against: what says the right one.
+        ours: the gradient that is tested.
+        right: the right one.
+        tolerance: greatest relative error of arrays that agree.
+        batch: the number of examples, for the hint.
+        floor: least norm that an error is relative to.
+        zero: the hint where the right one is 0.
+        slip: the hint where no other fits.
+    """
+    arrays, rights = _named(ours), _named(right)
+    if list(arrays) != list(rights):
+        raise ValueError(f"The gradient must be like the params, {[*rights]}, got {[*arrays]}.")
+    leaves = []
+    for path, a in arrays.items():
+        error, exact = _relative_error(a, rights[path], floor), np.array_equal(a, rights[path])
+        hint = "" if rights[path].any() else zero
+        if not error <= tolerance:
+            hint = _likely_slip(path, a, rights, batch) or slip
+        leaves.append(LeafComparison(path, hint, a.shape, against, error, exact))
+    return leaves
+
+
+def _relative_error(ours: np.ndarray, right: np.ndarray, floor: float = 0.0) -> float:
+    if ours.shape != right.shape:
+        return np.inf
+    difference = np.linalg.norm(ours - right)
+    return float(difference / np.maximum(np.linalg.norm(right), floor)) if difference else 0.0
+
+
+def _likely_slip(path: str, ours: np.ndarray, rights: dict[str, np.ndarray], batch: int) -> str:
+    """How a wrong array differs from the right one; "" where no usual slip fits."""
+    right = rights[path]
+    if ours.shape != right.shape:
+        return f"shape {ours.shape}, expected {right.shape}: not summed over the batch, axis 0?"
+    if not np.isfinite(ours).all():
+        return "NaN or infinity"
+    factor = np.vdot(right, ours) / np.vdot(right, right)
+    averaged = f": divided by the batch of {batch}? `backward` gets the gradient of the sum"
+    slips = {-1.0: ": a wrong sign?", round(1 / batch, 6): averaged, 1.0: ": nearly right"}
+    slip = f"{factor:.4g} x automatic{slips.get(round(factor, 6), '')}"
+    arrays = {slip: factor * right, "the transpose of the right one": right.T}
+    arrays |= {f"that of {other}: two arrays swapped?": array for other, array in rights.items()}
+    near = (slip for slip, array in arrays.items() if _relative_error(ours, array) < 1e-6)
+    return next(near, "")
+
+
+def _decide(
+    leaf: LeafComparison, manual: LeafComparison, automatic: LeafComparison
+) -> LeafComparison:
+    """Drops the hint where the gradient by hand is about as near to that in float64."""
+    errors = manual.relative_error, automatic.relative_error
+    hint = "" if errors[0] <= 2 * errors[1] else leaf.hint
+    return leaf._replace(hint=hint, against_float64=errors)
+
+
+def _named(tree: Any) -> dict[str, np.ndarray]:
+    """The arrays by path, in NumPy's float64."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path)[1:]: np.asarray(a).astype(float) for path, a in leaves}
+
+
+def _sizes(point: Gradient) -> Gradient:
+    """The size of every number; of its array where that is 0; of the smallest where all are 0."""
+    sizes = jax.tree.map(np.abs, point)
+    smallest = min((a.max() for a in jax.tree.leaves(sizes) if a.any()), default=1.0)
+    return jax.tree.map(lambda a: np.where(a > 0, a, a.max(initial=0) or smallest), sizes)
 
 
 def _as_float64(tree: Any) -> Any:
-    """Every floating-point array in float64; whole numbers as they are.
+    """Every floating-point array in float64, within `jax.enable_x64(True)`."""
 
-    Inside `jax.enable_x64(True)`.
-    """
-    return jax.tree.map(
-        lambda a: (
-            jnp.asarray(a, jnp.float64) if jnp.issubdtype(a.dtype, jnp.floating) else jnp.asarray(a)
-        ),
-        tree,
-    )
+    def widen(a):
+        return jnp.asarray(a, float if jnp.issubdtype(a.dtype, jnp.floating) else a.dtype)
+
+    return jax.tree.map(widen, tree)
 
 
-def _wide(a: Any) -> np.ndarray:
-    return np.asarray(a).astype(np.float64)
+def _float_dtypes(params: Params) -> set[str]:
+    """The dtypes of the params; raises a TypeError unless all are arrays of floating point."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    for path, leaf in leaves:
+        _validate.is_float(f"params{jax.tree_util.keystr(path)}", leaf)
+    return {str(_validate.canonical_dtype(leaf)) for _, leaf in leaves}
 
 
-def _relative_error(ours: np.ndarray, reference: np.ndarray) -> float:
-    difference, size = float(np.linalg.norm(ours - reference)), float(np.linalg.norm(reference))
-    return 0.0 if difference == 0 else difference / size if size else float("inf")
+def _compiled(function: Callable[..., Any], *args: Any) -> tuple[Any, Cost]:
+    """The value and gradient, and the compiled cost."""
+    compiled = jax.jit(function).lower(*args).compile()
+    costs, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
+    temporary = 0 if memory is None else memory.temp_size_in_bytes
+    cost = Cost(costs.get("flops", np.nan), costs.get("bytes accessed", np.nan), temporary)
+    value, grads = compiled(*args)
+    return (value, Gradient(grads)), cost
 
 
-def _cosine(ours: np.ndarray, reference: np.ndarray) -> float:
-    sizes = float(np.linalg.norm(ours)) * float(np.linalg.norm(reference))
-    return (
-        float(np.vdot(ours, reference)) / sizes if sizes else float(np.array_equal(ours, reference))
-    )
-
-
-def _compare_leaf(path: str, manual: Any, automatic: Any) -> LeafComparison:
-    exact = np.asarray(manual).tobytes() == np.asarray(automatic).tobytes()
-    m, a = _wide(manual), _wide(automatic)
-    return LeafComparison(
-        path, m.shape, float(np.abs(m - a).max()), _relative_error(m, a), _cosine(m, a), exact, None
-    )
-
-
-def _leaf_passes(leaf: LeafComparison, tolerance: float) -> bool:
-    if leaf.relative_error <= tolerance:
-        return True
-    return (
-        leaf.against_float64 is not None and leaf.against_float64[0] <= 2 * leaf.against_float64[1]
-    )
+def _table(title: str, report: GradientReport | CheckReport) -> str:
+    """A title and a line for every comparison."""
+    lines = [
+        f"{title}: {'passed' if report.passed else 'FAILED'}",
+        "array                shape          against              relative error",
+    ]
+    for leaf in report.leaves:
+        place = f"{leaf.path:<20} {leaf.shape!s:<14} {leaf.against:<20}"
+        lines.append(f"{place} {leaf.relative_error:<8.1e} {leaf.hint or 'agrees'}")
+    return "\n".join(lines)
