@@ -1,9 +1,9 @@
-"""How near a rule's update comes to the true gradient: cosines, angles and norms, layer by layer.
+"""How near the update of a rule is to the true gradient: angles, cosines and norms by layer.
 
-Every function here makes a record for `fnn.fit(..., record=..., record_every=...)`, `(params,
-rule_state, x, targets, weights=None)`, and can be called by itself. A layer is a block of the net
-(`fnn.blocks`). An angle with a vector of zeros is NaN; in float32 an angle below 0.02 degrees is
-rounding.
+`update_alignment`, `weight_angles`, `delta_angles` and `goodness` return a `Record`,
+`(params, rule_state, x, targets, weights=None) -> arrays`, for `fnn.fit(..., record=...)` or for a
+call by itself. A layer is a block of the net (`fnn.nets.blocks`). The angle of a vector of zeros is
+NaN.
 
 Source: Lillicrap et al. (2016), doi:10.1038/ncomms13276 (angles of deltas and weights); lecture 003
 (alternatives to backprop).
@@ -11,48 +11,47 @@ Source: Lillicrap et al. (2016), doi:10.1038/ncomms13276 (angles of deltas and w
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
+from optax import tree
 
-from fnn.backprop import output_error, value_and_grad, weighted_mean
-from fnn.factors import Outer, Scatter, is_factor, keep
+from fnn.backprop import value_and_grad, weighted_mean
+from fnn.factors import Outer, Reducer, Scatter
 from fnn.nets.blocks import blocks
 from fnn.nets.combinators import check_net
 from fnn.rules._blockwise import LocalRule
+from fnn.rules.feedback_alignment import feedback_alignment
 from fnn.rules.forward_forward import ForwardForward
-from fnn.types import Array, Layer, Params, Rule, at_least_float32
-
-Record = Callable[..., Any]
+from fnn.types import Array, Layer, Params, Record, Rule, widen
 
 
 class Alignment(NamedTuple):
-    """A rule's vector beside the true one."""
+    """The update of a rule beside the true gradient."""
 
     cosine: Array  # [layers]
     angle: Array  # [layers], in degrees
-    ratio: Array  # [layers], norm over the true one's norm
+    ratio: Array  # [layers], norm over the norm of the true gradient
     cosine_of_all: Array  # [], all layers together
     angle_of_all: Array  # []
     ratio_of_all: Array  # []
 
 
 class Goodness(NamedTuple):
-    """What forward-forward's layers tell real examples from wrong ones by."""
+    """How well the layers of forward-forward separate right labels from wrong ones."""
 
-    gap: Array  # [layers], mean goodness of real examples less that of wrong ones
+    gap: Array  # [layers], mean goodness with right labels less that with wrong ones
     accuracy: Array  # [layers], share of examples on the right side of the threshold
 
 
 def update_alignment(rule: Rule, net: Layer) -> Record:
-    """The rule's gradient beside the true gradient of its loss, on the same batch.
+    """The update of a rule beside the true gradient of its loss, on the same batch.
 
-    Costs one step of backprop.
-
-    The loss is that of what the rule predicts: of `net.apply` for all rules but forward-forward,
-    which writes labels into its inputs.
+    Costs one step of backprop. The loss is that of `rule.predict`: of `net.apply` for all rules but
+    forward-forward, which writes labels into its inputs.
 
     Args:
         rule: any rule for `net`.
@@ -61,30 +60,33 @@ def update_alignment(rule: Rule, net: Layer) -> Record:
     Returns:
         `(params, rule_state, x, targets, weights=None) -> Alignment`.
 
+    Raises:
+        TypeError: `rule` is no Rule or `net` no Layer.
+
     >>> import fnn
     >>> net = fnn.mlp((3, 4, 2), "tanh")
     >>> rule = fnn.rules.feedback_alignment(net, fnn.losses.l2_loss)
     >>> params = net.init(jax.random.key(0))
     >>> found = update_alignment(rule, net)(params, params, jnp.ones((5, 3)), jnp.ones((5, 2)))
-    >>> found.cosine.round(4)  # its state, the feedback matrices, are the weights: this is backprop
+    >>> found.cosine.round(4)  # with the weights as feedback matrices, this is backprop
     Array([1., 1.], dtype=float32)
     """
-    _check_rule(rule, Rule)
+    _check_rule(rule, "predict")
     check_net(net)
 
-    def mean(params: Params, x: Array, targets: Array, weights: Array | None) -> Array:
-        return weighted_mean(rule.loss.value(rule.predict(params, x), targets), weights)
+    # `jax.vjp` is a forward pass: it returns outputs, and a function that carries an error back.
+    predict = Layer(
+        "predict",
+        net.init,
+        functools.partial(jax.vjp, rule.predict),
+        lambda params, carry_back, dy, reduce=None: carry_back(dy),
+    )
+    backprop = value_and_grad(predict, rule.loss)
 
-    true = value_and_grad(net, rule.loss) if rule.predict == net.apply else jax.value_and_grad(mean)
-
-    def record(
-        params: Params, state: Any, x: Array, targets: Array, weights: Array | None = None
-    ) -> Alignment:
-        ours, exact = (
-            f(params, *s, x, targets, weights)[1]
-            for f, s in ((rule.value_and_grad, (state,)), (true, ()))
-        )
-        return compare(net, ours, exact)
+    def record(params, state, x, targets, weights=None):
+        ours = rule.value_and_grad(params, state, x, targets, weights)[1]
+        true = backprop(params, x, targets, weights)[1]
+        return compare(net, ours, true)
 
     return record
 
@@ -92,33 +94,40 @@ def update_alignment(rule: Rule, net: Layer) -> Record:
 def compare(net: Layer, ours: Params, true: Params) -> Alignment:
     """Two trees like the params of a net, layer by layer.
 
+    Args:
+        net: any layer.
+        ours: a tree like its params.
+        true: another one, the true gradient.
+
+    Returns:
+        An `Alignment`; angles are exact to rounding, also near 0 and 180 degrees.
+
     >>> import fnn
     >>> net = fnn.mlp((3, 4, 2), "tanh")
     >>> params = net.init(jax.random.key(0))
     >>> compare(net, jax.tree.map(lambda p: -2 * p, params), params).angle.round()
     Array([180., 180.], dtype=float32)
     """
-    chain = blocks(net)
-    dots, squares, true_squares = (
-        jnp.stack(
-            [_inner(a, b) for a, b in zip(chain.split(left), chain.split(right), strict=True)]
-        )
-        for left, right in ((ours, true), (ours, ours), (true, true))
-    )
-    each = _cosine(dots, squares, true_squares)
-    of_all = _cosine(dots.sum(), squares.sum(), true_squares.sum())
-    ratios = (
-        jnp.sqrt(a / b) for a, b in ((squares, true_squares), (squares.sum(), true_squares.sum()))
-    )
-    ratio, ratio_of_all = ratios
-    return Alignment(each, degrees(each), ratio, of_all, degrees(of_all), ratio_of_all)
+    split = blocks(net).split
+    by_layer = map(_measure, split(ours), split(true))
+    layers = map(jnp.stack, zip(*by_layer, strict=True))
+    return Alignment._make([*layers, *_measure(ours, true)])
 
 
 def weight_angles(rule: LocalRule, net: Layer) -> Record:
-    """The angle between every layer's weights and the feedback matrices in their place, in degrees,
-    `[layers]`.
+    """The angles between the weights of every layer and its feedback matrices.
 
-    The first layer's is not in use: it hands its error to nobody.
+    The rule does not use those of the first layer: nothing is below it.
+
+    Args:
+        rule: one that carries the error back through matrices like the weights.
+        net: the net of the rule.
+
+    Returns:
+        `(params, rule_state, x, targets, weights=None) -> [layers]`, in degrees.
+
+    Raises:
+        TypeError: `rule` has no such matrices.
 
     >>> import fnn
     >>> net = fnn.mlp((3, 4, 2), "tanh")
@@ -127,33 +136,35 @@ def weight_angles(rule: LocalRule, net: Layer) -> Record:
     >>> weight_angles(rule, net)(params, params, None, None).round()
     Array([0., 0.], dtype=float32)
     """
-    _check_rule(rule, LocalRule)
-    check_net(net)
-    matrices = rule.matrices
-    if matrices is None:
-        raise TypeError(
-            f"`rule` must carry the error back through matrices like the weights, {rule} does not; feedback_alignment does."
-        )
-    chain = blocks(net)
+    _check_rule(rule, "matrices")
+    feedback: Any = rule.matrices
 
-    def only(tree: Params) -> list[Array]:
-        return [leaf for leaf in jax.tree.leaves(tree) if leaf.ndim > 1]
+    def matrices(params):
+        return jax.tree.map(lambda a: a if a.ndim > 1 else jnp.zeros_like(a), params)
 
-    def record(
-        params: Params, state: Any, x: Array, targets: Array, weights: Array | None = None
-    ) -> Array:
-        pairs = list(zip(chain.split(params), chain.split(matrices(params, state, x)), strict=True))
-        return jnp.stack([degrees(_cosine_of(only(w), only(b))) for w, b in pairs])
+    def record(params, state, x, targets, weights=None):
+        return compare(net, matrices(params), matrices(feedback(params, state, x))).angle
 
     return record
 
 
 def delta_angles(rule: LocalRule, net: Layer) -> Record:
-    """The mean over the batch of the angle between a layer's deltas, the rule's and the true ones,
-    in degrees, `[layers]`.
+    """The mean angles between the deltas of a rule and the true ones, by layer.
 
-    A delta is an example's gradient at the pre-activations z_l: dy (.) f'(z_l), of its own loss.
-    Examples whose true or own delta is 0 do not count. An embedding's are its dy.
+    A delta is the gradient of the loss of an example at the pre-activations z_l: dy (.) f'(z_l);
+    for an embedding, dy.
+
+    Args:
+        rule: one that gives each block an error.
+        net: the net of the rule.
+
+    Returns:
+        `(params, rule_state, x, targets, weights=None) -> [layers]`, in degrees: weighted means
+        over the examples whose angle is defined, where neither delta is 0; NaN where there is
+        none, as for a block without a dense layer or an embedding.
+
+    Raises:
+        TypeError: `rule` gives no errors to blocks.
 
     >>> import fnn
     >>> net = fnn.mlp((3, 4, 2), "tanh")
@@ -162,63 +173,74 @@ def delta_angles(rule: LocalRule, net: Layer) -> Record:
     >>> delta_angles(rule, net)(params, params, jnp.ones((5, 3)), jnp.ones((5, 2))).round()
     Array([0., 0.], dtype=float32)
     """
-    _check_rule(rule, LocalRule)
-    check_net(net)
+    _check_rule(rule, "signals")
     chain = blocks(net)
+    backprop = feedback_alignment(net, rule.loss)  # it is, with the params in place of B
 
-    def record(
-        params: Params, state: Any, x: Array, targets: Array, weights: Array | None = None
-    ) -> Array:
+    def record(params, state, x, targets, weights=None):
         parts = chain.split(params)
-        hs, residuals = chain.forward(parts, x)
-        dy, true = output_error(rule.loss, hs[-1], targets), []
-        for layer, p, kept in reversed(list(zip(chain.layers, parts, residuals, strict=True))):
-            grads, dx = layer.backward(p, kept, dy, keep)
-            true.insert(0, _deltas(grads))
-            dy = dx
-        signals = rule.signals(params, state, x, targets)
-        ours = [
-            _deltas(f.backward(p, r, dy, keep)[0])
-            for f, p, r, dy in zip(chain.layers, parts, residuals, signals, strict=True)
-        ]
-        return jnp.stack([_mean_angle(a, b, weights) for a, b in zip(ours, true, strict=True)])
+        _, residuals = chain.forward(parts, x)
+
+        def deltas(errors):
+            return chain.split(chain.backward(parts, residuals, errors, DELTAS))
+
+        ours = deltas(rule.signals(params, state, x, targets))
+        true = deltas(backprop.signals(params, params, x, targets))
+        found = jnp.stack(
+            [jax.vmap(_measure)(a, b)[1] for a, b in zip(ours, true, strict=True)],
+            axis=1,
+        )
+        known = jnp.isfinite(found)
+        mean = weighted_mean(jnp.where(known, found, 0), weights)
+        return mean / weighted_mean(known.astype(found.dtype), weights)
 
     return record
 
 
 def goodness(rule: ForwardForward) -> Record:
-    """Forward-forward's gap of goodness and its accuracy at telling right labels from wrong ones,
-    `[layers]` each.
+    """How well forward-forward separates right labels from wrong ones, by layer.
+
+    Args:
+        rule: `fnn.rules.forward_forward(...)`.
+
+    Returns:
+        `(params, rule_state, x, targets, weights=None) -> Goodness`.
+
+    Raises:
+        TypeError: `rule` is another rule.
 
     >>> import fnn
     >>> net = fnn.mlp((3, 4, 2), "tanh")
     >>> rule = fnn.rules.forward_forward(net, fnn.losses.softmax_cross_entropy_with_integer_labels)
-    >>> params = net.init(jax.random.key(0))
-    >>> goodness(rule)(params, rule.init(jax.random.key(1), params), jnp.ones((5, 3)), jnp.zeros(5, int)).gap.shape
+    >>> params, state = net.init(jax.random.key(0)), jax.random.key(1)
+    >>> goodness(rule)(params, state, jnp.ones((5, 3)), jnp.zeros(5, int)).gap.shape
     (1,)
     """
-    _check_rule(rule, ForwardForward)
+    _check_rule(rule, "goodness")
 
-    def record(
-        params: Params, state: Any, x: Array, targets: Array, weights: Array | None = None
-    ) -> Goodness:
+    def record(params, state, x, targets, weights=None):
         right, wrong, thresholds = rule.goodness(params, state, x, targets)
-        w = (
-            jnp.ones(right.shape[1], right.dtype)
-            if weights is None
-            else weights.astype(right.dtype)
+        limits = thresholds[:, None]
+        sides = jnp.stack([right > limits, wrong < limits]).mean(0)
+        return Goodness(
+            weighted_mean((right - wrong).T, weights),
+            weighted_mean(sides.T, weights),
         )
-        share = (w / w.sum())[None]
-        sides = (right > thresholds[:, None]).astype(w.dtype) + (
-            wrong < thresholds[:, None]
-        ).astype(w.dtype)
-        return Goodness(((right - wrong) * share).sum(1), (sides * share).sum(1) / 2)
 
     return record
 
 
-def degrees(cosine: Array) -> Array:
+def degrees(cosine: Float[Array, "..."]) -> Float[Array, "..."]:
     """The angle of a cosine, in degrees.
+
+    Near 0 and 180 degrees a cosine keeps only half of the digits of its angle; `compare` starts
+    from the vectors.
+
+    Args:
+        cosine: `[...]`; values beyond -1 ... 1 count as -1 and 1.
+
+    Returns:
+        `[...]`, 0 ... 180.
 
     >>> degrees(jnp.array([1.0, 0.0, -1.0]))
     Array([  0.,  90., 180.], dtype=float32)
@@ -226,50 +248,37 @@ def degrees(cosine: Array) -> Array:
     return jnp.degrees(jnp.arccos(jnp.clip(cosine, -1, 1)))
 
 
-def _inner(a: Params, b: Params) -> Array:
-    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-    return jnp.stack([(at_least_float32(u) * at_least_float32(v)).sum() for u, v in pairs]).sum()
+def _measure(ours, true):
+    """Cosine, angle in degrees and ratio of norms of two trees, each as one vector.
+
+    The angle of unit vectors u and v is 2 atan2(|u - v|, |u + v|).
+
+    Source: Kahan (2006), "How futile are mindless assessments of roundoff in floating-point
+    computation?", section "Mangled angles".
+    """
+    ours, true = jax.tree.map(widen, (ours, true))
+    norm = tree.norm(ours)
+    true_norm = tree.norm(true)
+    u = tree.scale(1 / norm, ours)
+    v = tree.scale(1 / true_norm, true)
+    angle = 2 * jnp.arctan2(tree.norm(tree.sub(u, v)), tree.norm(tree.add(u, v)))
+    return jnp.cos(angle), jnp.degrees(angle), norm / true_norm
 
 
-def _cosine(dot: Array, square: Array, other_square: Array) -> Array:
-    return dot / jnp.sqrt(square) / jnp.sqrt(other_square)
+def _delta(factor):
+    """`[batch, ...]`: the gradient at the output of a weight; zeros for a bias or a scale."""
+    if isinstance(factor, Outer):
+        return factor.dz
+    return factor.dy if isinstance(factor, Scatter) else jnp.zeros_like(factor.gradient)
 
 
-def _cosine_of(a: Params, b: Params) -> Array:
-    return _cosine(_inner(a, b), _inner(a, a), _inner(b, b))
-
-
-def _deltas(factors: Params) -> Array:
-    """`[batch, numbers]`: what every weight of a block was given at its output."""
-    kept = jax.tree.leaves(factors, is_leaf=is_factor)
-    found = [
-        f.dz if isinstance(f, Outer) else f.dy for f in kept if isinstance(f, (Outer, Scatter))
-    ]
-    if not found:
-        raise ValueError(
-            "`net` has a block without a dense layer or an embedding: what its deltas are, its factors do not say."
-        )
-    return jnp.concatenate([dz.reshape(dz.shape[0], -1) for dz in found], axis=1)
-
-
-def _mean_angle(a: Array, b: Array, weights: Array | None) -> Array:
-    wide_a, wide_b = at_least_float32(a), at_least_float32(b)
-    dots, squares, other = (
-        (u * v).sum(1) for u, v in ((wide_a, wide_b), (wide_a, wide_a), (wide_b, wide_b))
-    )
-    counts = (squares > 0) & (other > 0)
-    w = (
-        counts.astype(dots.dtype)
-        if weights is None
-        else counts.astype(dots.dtype) * weights.astype(dots.dtype)
-    )
-    one = jnp.ones_like(squares)
-    angles = degrees(_cosine(dots, jnp.where(counts, squares, one), jnp.where(counts, other, one)))
-    return (w * angles).sum() / w.sum()
-
-
-def _check_rule(rule: Any, kind: type) -> None:
-    if not isinstance(rule, kind):
+def _check_rule(rule, name):
+    """Raises unless a rule shows what is measured."""
+    if getattr(rule, name, None) is None:
         raise TypeError(
-            f"`rule` must be a {kind.__name__}, got {rule!r:.80}: it does not show what is measured here."
+            f"`rule` must be one with `{name}`, got {rule!r:.80}: it does not show what is "
+            "measured here."
         )
+
+
+DELTAS = Reducer("deltas", _delta, lambda deltas: jnp.moveaxis(deltas, 0, 1))

@@ -1,21 +1,22 @@
-"""Reservoirs: features or states of a random net that stays as it was drawn, and a linear readout
-by ridge regression in closed form.
+"""Reservoirs: the states of a fixed random net, and a linear readout by ridge regression.
 
-`ridge` and `NormalEquations` find the readout. Features may be the outputs of any net that was not
-trained (`fnn.rules.extreme_learning`), or the states of an echo-state network: samples are rows, so
+`ridge` fits the readout to a whole batch, `NormalEquations` to batch after batch. The features are
+the states of an echo-state network, or the outputs of any other net without training
+(`fnn.rules.extreme_learning`). Samples are rows:
 
     s_t = (1 - leak) s_{t-1} + leak tanh(s_{t-1} w + u_t w_in + b)
+    readout: minimise over w, b:  sum_i weight_i |t_i - s_i w - b|^2 + penalty |w|^2
 
-Products are taken at JAX's highest precision: a readout tells states apart that differ little.
+Products are at JAX's highest precision, since a readout depends on small differences of states.
 
 Source: Jaeger (2001), GMD report 148; with leak Jaeger, Lukosevicius, Popovici, Siewert (2007),
-doi:10.1016/j.neunet.2007.04.016; lecture 003 (reservoir computing).
+doi:10.1016/j.neunet.2007.04.016; lecture 003 (reservoir computing); Hoerl, Kennard (1970),
+doi:10.1080/00401706.1970.10488634 (ridge regression).
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,14 +25,142 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.core import Tracer
+from jax.numpy import linalg
+from jax.scipy.linalg import solve_triangular
+from jax.scipy.special import entr
+from jax.scipy.stats import rankdata
+from jaxtyping import Float
 
 from fnn import _validate
-from fnn._ridge import NormalEquations as NormalEquations
-from fnn._ridge import check_rows
-from fnn._ridge import ridge as ridge
-from fnn.factors.rows import centred
+from fnn.backprop import weighted_mean
+from fnn.factors import scale_rows, shares
 from fnn.nets.layers import Dense
-from fnn.types import Array, ArrayLike, Key, at_least_float32
+from fnn.types import Array, ArrayLike, Key, widen
+
+# Relative singular values below 32 eps count as 0, those from squares below sqrt(32 eps). Dependent
+# features gave up to 15 eps and sqrt(7 eps) (20,000 examples, 500 features, both dtypes).
+ROUNDING = 32
+
+# A readout depends on small differences of states.
+_product = functools.partial(jnp.matmul, precision="highest")
+
+
+def ridge(
+    features: Float[ArrayLike, "examples features"],
+    targets: Float[ArrayLike, "examples outputs"],
+    penalty: Any,
+    *,
+    intercept: bool = True,
+    weights: ArrayLike | None = None,
+) -> Dense:
+    """The linear readout of least squares with a penalty on its weights.
+
+    It minimises `sum(weights * |t - x w - b|^2) + penalty |w|^2`, as scikit-learn's
+    `Ridge(alpha=penalty)`. With X and T centred, this is least squares on [X; sqrt(penalty) I],
+    here by a QR decomposition. Normal equations are several times as fast, but square the condition
+    number.
+
+    Args:
+        features: `[examples, features]`.
+        targets: `[examples, outputs]`, in the dtype of the features.
+        penalty: at least 0; a JAX scalar may be traced or mapped over. It does not grow with the
+            number of examples: squared errors are summed, not averaged.
+        intercept: False for a readout through 0, whose `b` is None.
+        weights: `[examples]`, not negative. Weight 0 is padding, whatever the row holds.
+
+    Returns:
+        `Dense(w=[features, outputs], b=[outputs])` in the dtype of the features, for
+        `features @ w + b`. Computed in float32 at least.
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes or the penalty are invalid; numbers are not finite;
+            the solution is not unique to rounding (fewer examples than features, a constant
+            feature, dependent features) and the penalty is 0 or too small. Under `jit` such a
+            readout is NaN instead.
+
+    Source: Hoerl, Kennard (1970), doi:10.1080/00401706.1970.10488634.
+
+    >>> x = jnp.arange(5.0)[:, None]
+    >>> readout = ridge(x, 2 * x + 1, 0.0)
+    >>> readout.w.round(5), readout.b.round(5)
+    (Array([[2.]], dtype=float32), Array([1.], dtype=float32))
+    """
+    _check_batch(features, targets, "features")
+    readout = _readout(
+        _centre(features, targets, weights),
+        features.shape[1],
+        penalty,
+        intercept,
+        squared=False,
+    )
+    return jax.tree.map(lambda a: a.astype(_validate.canonical_dtype(features)), readout)
+
+
+class NormalEquations(NamedTuple):
+    """The sums over examples that ridge regression needs, about the means.
+
+    A pytree, to carry through a scan or to merge across devices. `z = [x, t]` is an example with
+    its targets.
+
+    Products of features keep only half of the digits: they square the condition number. Where
+    features depend on each other, the penalty must be above about `eps` times their sum of squares
+    (1e-7 in float32), for `ridge` above `(32 eps)^2` times it (1e-11). Use `ridge` where all
+    examples fit into memory.
+
+    Source: merging: Chan, Golub, LeVeque (1983), doi:10.1080/00031305.1983.10483115.
+
+    >>> equations = NormalEquations.start(1, 1)
+    >>> for x in jnp.arange(6.0).reshape(3, 2, 1):
+    ...     equations = equations.add(x, 2 * x + 1)
+    >>> equations.solve(0.0).w.round(5)
+    Array([[2.]], dtype=float32)
+    """
+
+    weight: Array  # []: the sum of the weights of the examples
+    mean: Array  # [features + outputs]: of z
+    products: Array  # [features, features + outputs]: sum of weight (x - mean x)^T (z - mean z)
+
+    @staticmethod
+    def start(
+        features: int,
+        outputs: int,
+        dtype: Any = float,
+    ) -> NormalEquations:
+        """The sums over no example, in float32 at least."""
+        products = widen(jnp.zeros((features, features + outputs), dtype))
+        return NormalEquations(jnp.zeros((), products.dtype), products[0], products)
+
+    def add(
+        self,
+        features: Float[ArrayLike, "batch features"],
+        targets: Float[ArrayLike, "batch outputs"],
+        weights: ArrayLike | None = None,
+    ) -> NormalEquations:
+        """The sums with one more batch; arguments are those of `ridge`."""
+        _check_batch(features, targets, len(self.products))
+        weight, mean, z = _centre(features, targets, weights)
+        return self.merge(NormalEquations(weight, mean, _product(z[:, : features.shape[1]].T, z)))
+
+    def merge(self, other: NormalEquations) -> NormalEquations:
+        """The sums over the examples of both.
+
+        With n = n_1 + n_2 and d = mean_2 - mean_1:
+
+            mean = mean_1 + d n_2 / n,    C = C_1 + C_2 + d^T d n_1 n_2 / n
+        """
+        weight = self.weight + other.weight
+        share = other.weight / jnp.where(weight > 0, weight, 1)
+        d = other.mean - self.mean
+        between = self.weight * share * jnp.outer(d[: len(self.products)], d)
+        return NormalEquations(
+            weight,
+            self.mean + d * share,
+            self.products + other.products + between,
+        )
+
+    def solve(self, penalty: Any, *, intercept: bool = True) -> Dense:
+        """The readout of all examples so far; arguments and errors are those of `ridge`."""
+        return _readout(self, len(self.products), penalty, intercept, squared=True)
 
 
 class Reservoir(NamedTuple):
@@ -48,69 +177,31 @@ class Reservoir(NamedTuple):
 
 @dataclass(frozen=True)
 class EchoState:
-    """An echo-state network as pure functions.
+    """An echo-state network: a random recurrent net without training.
 
-    All but `init` get their settings from the reservoir's arrays: they are the same functions for
-    every network, so that `jax.jit` of them compiles once per shape. `vmap` them for several
-    series, starts or reservoirs.
-
-    Attributes:
-        name: what tables call it.
-        init: `(key) -> Reservoir`.
-        step: `(reservoir, state [units], u [inputs]) -> state`: the formula above.
-        states: `(reservoir, inputs [time, inputs], initial=None, *, warm_up=0) -> [time - warm_up,
-            units]`: the state after every input, from `initial [units]` (0 if None), but for the
-            first `warm_up` ones, which still remember it.
-        forecast: `(reservoir, readout, state [units], steps) -> [steps, inputs]`: runs free. The
-            readout, trained to tell the next input from the state, is the next input; the first row
-            is what it tells from `state`.
-    """
-
-    name: str
-    init: Callable[[Key], Reservoir]
-    step: Callable[[Reservoir, Array, Array], Array]
-    states: Callable[..., Array]
-    forecast: Callable[[Reservoir, Dense, Array, int], Array]
-
-
-def echo_state(
-    inputs: int,
-    units: int,
-    *,
-    spectral_radius: float = 0.9,
-    leak: float = 1.0,
-    input_scaling: float = 1.0,
-    density: float = 0.1,
-    bias_scaling: float = 0.2,
-) -> EchoState:
-    """An echo-state network: a random recurrent net, which is never trained.
+    `init` draws a `Reservoir`, with eigenvalues of `w`: some seconds for 1,000 units. `states` and
+    `forecast` are the same functions for all networks, so `jax.jit` of them compiles once per
+    shape. `vmap` them over series, states or reservoirs.
 
     Args:
-        inputs: numbers that enter at a time, at least 1. Standardise them: `input_scaling` is meant
-            for numbers of size 1.
+        inputs: how many numbers enter at a time, at least 1. Standardise them: `input_scaling`
+            expects numbers of size 1.
         units: at least 1.
-        spectral_radius: the largest modulus of an eigenvalue of `w`, at least 0: the larger, the
-            longer states remember. Above 1, with `leak` 1, no input and no bias, the state 0 is
-            unstable: what a state is may then depend on `initial` for ever, a warm-up does not make
-            it forget, and states may go round by themselves or be chaotic, unless strong inputs
-            hold them. Below 1 is the rule of thumb and no proof either (Yildiz, Jaeger, Kiebel
-            2012); for that the largest singular value must be below 1.
-        leak: above 0, at most 1; the smaller, the slower states move.
-        input_scaling: `w_in` is uniform in -+ this; at least 0. Small: tanh is nearly linear;
-            large: it saturates.
-        density: what share of the units a unit hears, above 0, at most 1: the same number for all
-            units, at least one.
-        bias_scaling: `b` is uniform in -+ this; at least 0. Without biases states change sign with
-            the inputs, so that a readout of them is an odd function of the inputs but for its
-            intercept.
-
-    Returns:
-        An `EchoState`. Its `init` finds the eigenvalues on the host in float64, outside of `jit`:
-        some seconds for 1,000 units.
+        spectral_radius: the largest modulus of an eigenvalue of `w`, at least 0; the larger, the
+            longer the memory. Above 1 the state 0 is unstable (for leak 1, no input, no bias):
+            states may depend on `initial` for ever, oscillate or be chaotic, unless strong inputs
+            dominate. Below 1 states usually forget `initial`; that is certain only if the largest
+            singular value is below 1 (Yildiz, Jaeger, Kiebel 2012).
+        leak: above 0, at most 1; the smaller, the slower states change.
+        input_scaling: `w_in` is uniform in -+ this; at least 0. For small values tanh is nearly
+            linear, for large ones it saturates.
+        density: the share of units that each unit gets input from, at least 0, at most 1. Their
+            number is the same for all units, at least one.
+        bias_scaling: `b` is uniform in -+ this; at least 0. Without biases states are odd
+            functions of the inputs.
 
     Raises:
-        TypeError, ValueError: a setting is out of its range; at the call, shapes or dtypes do not
-            fit, or `warm_up` leaves no state.
+        TypeError, ValueError: a setting is out of its range.
 
     Source: Jaeger (2001), GMD report 148; Jaeger et al. (2007), doi:10.1016/j.neunet.2007.04.016;
     Yildiz, Jaeger, Kiebel (2012), doi:10.1016/j.neunet.2012.07.005.
@@ -122,184 +213,249 @@ def echo_state(
     >>> net.forecast(reservoir, readout, states[-1], 30).shape
     (30, 1)
     """
-    _validate.positive("inputs", inputs, whole=True)
-    _validate.positive("units", units, whole=True)
-    for name, value in (
-        ("spectral_radius", spectral_radius),
-        ("input_scaling", input_scaling),
-        ("bias_scaling", bias_scaling),
-    ):
-        _validate.not_negative(name, value)
-    for name, value in (("leak", leak), ("density", density)):
-        _validate.positive(name, value)
-        if value > 1:
-            raise ValueError(f"`{name}` must be above 0 and at most 1, got {value!r}.")
 
-    def init(key: Key) -> Reservoir:
+    inputs: int
+    units: int
+    spectral_radius: float = 0.9
+    leak: float = 1.0
+    input_scaling: float = 1.0
+    density: float = 0.1
+    bias_scaling: float = 0.2
+
+    def __post_init__(self) -> None:
+        """Checks the settings."""
+        _validate.positive("inputs", self.inputs, whole=True)
+        _validate.positive("units", self.units, whole=True)
+        _validate.positive("leak", self.leak)
+        for name, value in vars(self).items():
+            _validate.not_negative(name, value)
+        if max(self.leak, self.density) > 1:
+            raise ValueError(f"`leak` and `density` must be at most 1, got {self}.")
+
+    def init(self, key: Key) -> Reservoir:
+        """Draws the weights of a reservoir.
+
+        Args:
+            key: from `jax.random.key`.
+
+        Returns:
+            A `Reservoir` in JAX's default dtype.
+        """
         _validate.is_key("key", key)
-        if isinstance(key, Tracer):
-            raise TypeError(
-                "`init` of an echo-state network finds eigenvalues on the host and cannot be traced. Call it outside of `jax.jit`. Several "
-                "reservoirs at once? `jax.tree.map(lambda *a: jnp.stack(a), *[net.init(key) for key in keys])`."
-            )
-        keys, shapes = (
-            jax.random.split(key, 4),
-            ((units, units), (units, units), (inputs, units), (units,)),
+        units = self.units
+        shapes = (
+            (units, units),
+            (units, units),
+            (self.inputs, units),
+            (units,),
         )
         order, w, w_in, b = (
-            jax.random.uniform(k, shape, minval=-1.0) for k, shape in zip(keys, shapes, strict=True)
+            jax.random.uniform(k, shape, minval=-1.0)
+            for k, shape in zip(jax.random.split(key, 4), shapes, strict=True)
         )
-        # every unit hears as many others: so there is a ring of units somewhere, and the radius is
-        # above 0
-        heard = np.argsort(np.argsort(order, axis=0), axis=0) < max(1, round(density * units))
-        wide = np.where(heard, np.asarray(w, np.float64), 0.0)
-        scaled = wide * (spectral_radius / np.abs(np.linalg.eigvals(wide)).max())
+        # Every unit has as many inputs: so there is a cycle, and the radius is above 0.
+        w = jnp.where(rankdata(order, axis=0) <= max(1, round(self.density * units)), w, 0)
+        radius = jnp.abs(linalg.eigvals(w)).max()
         return Reservoir(
-            jnp.asarray(scaled, w.dtype),
-            w_in * input_scaling,
-            b * bias_scaling,
-            jnp.full((), leak, w.dtype),
+            w * (self.spectral_radius / radius),
+            w_in * self.input_scaling,
+            b * self.bias_scaling,
+            jnp.asarray(self.leak, w.dtype),
         )
 
-    return EchoState(f"echo_state({inputs}, {units})", init, _step, _states, _forecast)
+    @staticmethod
+    def states(
+        reservoir: Reservoir,
+        inputs: Float[ArrayLike, "time inputs"],
+        initial: Float[ArrayLike, " units"] | None = None,
+        *,
+        warm_up: int = 0,
+    ) -> Float[Array, "rest units"]:
+        """The state after every input.
+
+        Args:
+            reservoir: what `init` returned.
+            inputs: `[time, inputs]`, at least one row.
+            initial: `[units]`, the state before the first input; None for 0.
+            warm_up: how many of the first states to leave out, since they depend on `initial`.
+
+        Returns:
+            `[time - warm_up, units]`.
+
+        Raises:
+            TypeError, ValueError: shapes or dtypes do not fit, or `warm_up` is negative.
+        """
+        _check_shape("inputs", inputs, f"time {len(reservoir.w_in)}")
+        _validate.same_dtype("inputs", inputs, "w", reservoir.w)
+        _validate.not_negative("warm_up", warm_up)
+        if initial is None:
+            initial = jnp.zeros_like(reservoir.b)
+        return _run(reservoir, initial, inputs, None, None)[0][warm_up:]
+
+    @staticmethod
+    def forecast(
+        reservoir: Reservoir,
+        readout: Dense,
+        state: Float[ArrayLike, " units"],
+        steps: int,
+    ) -> Float[Array, "steps inputs"]:
+        """Runs freely: each output of the readout is the next input.
+
+        Args:
+            reservoir: what `init` returned.
+            readout: `w` is `[units, inputs]`; it predicts the next input from a state.
+            state: `[units]`, the last known state.
+            steps: how many.
+
+        Returns:
+            `[steps, inputs]`; the first row is the readout of `state`.
+
+        Raises:
+            TypeError, ValueError: shapes or dtypes do not fit.
+        """
+        inputs, units = reservoir.w_in.shape
+        _check_shape("readout.w", readout.w, f"{units} {inputs}")
+        return _run(reservoir, state, None, readout, steps)[1]
+
+
+echo_state = EchoState  # constructors are in lower case
 
 
 class Diagnostics(NamedTuple):
     """How rich states are."""
 
-    # []: singular values above rounding: how many directions a readout could use at all
-    rank: Array
-    # []: how many directions share the variance, from 1 to the number of units
-    effective_rank: Array
-    # []: share of the numbers that are beyond +-0.95, where tanh is flatter than 0.1
-    saturation: Array
+    rank: Array  # []: singular values above rounding, directions that a readout can use
+    effective_rank: Array  # []: directions that share the variance, 1 ... units
+    saturation: Array  # []: share of numbers beyond +-0.95, where tanh' is below 0.1
 
 
-def diagnose(states: Array) -> Diagnostics:
+def diagnose(states: Float[ArrayLike, "time units"]) -> Diagnostics:
     """Rank and saturation of reservoir states, or of any features in -1 ... 1.
 
     Args:
-        states: `[time, units]`, at least two rows. They are centred first: what is constant is the
-            intercept's.
+        states: `[time, units]`. They are centred first: the intercept takes what is constant.
 
     Returns:
-        `Diagnostics`. `rank` counts singular values above `max(time, units) * eps * largest`, as
-        `np.linalg.matrix_rank`; it depends on the dtype. `effective_rank` is `exp(-sum p ln p)`,
-        `p` the singular values over their sum; both are 0 for constant states. With a leak below 1
-        states are running means of tanh, and `saturation` is at most the share of saturated units.
+        `Diagnostics`. `rank` counts singular values above `32 eps |states|`; it depends on the
+        dtype. `effective_rank` is `exp(-sum p ln p)`, `p` the singular values over their sum. Both
+        are 0 for constant states. With a leak below 1 states are running means of tanh, and
+        `saturation` is at most the share of saturated units.
+
+    Raises:
+        TypeError, ValueError: `states` is no floating-point array `[time, units]`.
 
     Source: Roy, Vetterli (2007), "The effective rank", EUSIPCO.
 
-    >>> [number.item() for number in diagnose(jnp.array([[0.5, 0.0], [-0.5, 0.0], [0.99, 0.0]]))][::2]
-    [1, 0.1666666716337204]
+    >>> found = diagnose(jnp.array([[0.5, 0.0], [-0.5, 0.0], [0.99, 0.0], [0.99, 0.0]]))
+    >>> found.rank.item(), found.saturation.item()
+    (1, 0.25)
     """
-    check_rows("states", states, None)
-    if states.shape[0] < 2:
-        raise ValueError(
-            "`states` has one row: its rank is undefined. Pass the states of a whole series, [time, units]."
-        )
-    return _diagnosed(states)
-
-
-@jax.jit
-def _diagnosed(states: Array) -> Diagnostics:
-    s = at_least_float32(states)
-    saturation = (jnp.abs(s) > 0.95).astype(s.dtype).mean()
-    _, s = centred(s, jnp.full(len(s), 1 / len(s), s.dtype))
-    values = jnp.linalg.svd(s, compute_uv=False)
-    p = values / jnp.where(values[0] > 0, values.sum(), jnp.ones_like(values[0]))
-    entropy = jax.scipy.special.entr(p).sum()
-    effective = jnp.where(values[0] > 0, jnp.exp(entropy), jnp.zeros_like(entropy))
-    rank = (values > max(s.shape) * float(jnp.finfo(s.dtype).eps) * values[0]).sum(dtype=jnp.int32)
-    return Diagnostics(rank, effective, saturation)
-
-
-def _step(reservoir: Reservoir, state: Array, u: Array) -> Array:
-    with jax.default_matmul_precision("highest"):
-        return _moved(reservoir, state, u @ reservoir.w_in + reservoir.b)
-
-
-def _states(
-    reservoir: Reservoir, inputs: ArrayLike, initial: ArrayLike | None = None, *, warm_up: int = 0
-) -> Array:
-    _check_reservoir(reservoir)
-    check_rows("inputs", inputs, len(reservoir.w_in))
-    _validate.same_dtype("inputs", inputs, "w", reservoir.w)
-    if (
-        isinstance(warm_up, bool)
-        or not isinstance(warm_up, (int, np.integer))
-        or not 0 <= warm_up < len(inputs)
-    ):
-        raise ValueError(
-            f"`warm_up` must be a whole number in 0 ... {len(inputs) - 1} for {len(inputs)} inputs, got {warm_up!r}."
-        )
-    start = (
-        jnp.zeros_like(reservoir.b) if initial is None else _state("initial", initial, reservoir)
+    _check_shape("states", states, "time units")
+    s = widen(jnp.asarray(states))
+    values = linalg.svd(s - s.mean(0, keepdims=True), compute_uv=False)
+    rank = (values > ROUNDING * jnp.finfo(s.dtype).eps * linalg.norm(s)).sum()
+    return Diagnostics(
+        rank,
+        jnp.where(rank > 0, jnp.exp(entr(shares(values)).sum()), 0),
+        (jnp.abs(s) > 0.95).mean(),
     )
-    return _driven(reservoir, inputs, start)[warm_up:]
+
+
+def _readout(sums, features, penalty, intercept, squared):
+    """Checks the penalty, solves, and raises where the readout is NaN but not traced.
+
+    `sums` is the weight, the mean, and the products or the rows of z, with that many features.
+    """
+    if not isinstance(penalty, Tracer):
+        penalty = np.asarray(penalty).tolist()
+        _validate.not_negative("penalty", penalty)
+    readout = _solve(sums, features, penalty, intercept, squared)
+    if isinstance(readout.w, Tracer) or not jnp.isnan(readout.w).any():
+        return readout
+    if not jnp.isfinite(sums[2]).all():
+        raise ValueError("Features, targets or weights hold NaN or Inf, or a weight is below 0.")
+    raise ValueError(
+        f"The readout is not unique in {readout.w.dtype} with `penalty` {penalty:.3g}: fewer "
+        f"examples than the {features} features, a constant feature, or features that depend on "
+        "each other. Pass a larger `penalty`, or use float64."
+    )
+
+
+@jax.jit(static_argnames=("features", "intercept", "squared"))
+def _solve(sums, features, penalty, intercept, squared):
+    """The readout from the products or the rows of z; NaN where it is not unique.
+
+    Both give a triangular system R w = v. Its solution is unique if the penalty is large enough, or
+    if R has full rank. The rank is that of R with columns of norm 1, so that the scales of features
+    do not matter. Rounding is relative to the features before centring: constant ones are found.
+    """
+    weight, mean, z = sums
+    offset = jnp.sqrt(weight) * mean
+    # The 1 of a target does not change R and v. It keeps the derivative of QR finite.
+    root = jnp.where(jnp.arange(len(mean)) < features, jnp.sqrt(penalty), 1)
+    if squared:  # X^T X + penalty I = R^T R, v = R^-T X^T T
+        z += jnp.diag(root**2)[:features]
+        z += 0 if intercept else jnp.outer(offset[:features], offset)
+        r = linalg.cholesky(z[:, :features], upper=True)
+        v = solve_triangular(r, z[:, features:], trans=1)
+    else:  # [X; sqrt(penalty) I] = Q R, v = Q^T [T; 0]
+        about_zero = [] if intercept else [offset[None]]
+        rows = jnp.concatenate([z, jnp.diag(root), *about_zero])
+        system = linalg.qr(rows, mode="r")[:features]
+        r, v = jnp.split(system, [features], axis=1)
+    noise = ROUNDING * jnp.finfo(z.dtype).eps
+    norm = linalg.norm(r, axis=0)
+    size = jnp.hypot(norm, offset[:features])  # before centring
+    large = jnp.sqrt(penalty) > noise * size.max()
+    tolerance = (noise * (size / norm).max()) ** (0.5 if squared else 1)
+    unique = lax.cond(
+        large,
+        lambda: large,
+        lambda: linalg.matrix_rank(r / norm[None], tolerance) == features,
+    )
+    w = jnp.where(unique, solve_triangular(r, v), jnp.nan)
+    return Dense(w, mean[features:] - _product(mean[:features], w) if intercept else None)
 
 
 @jax.jit
-def _driven(reservoir: Reservoir, inputs: Array, start: Array) -> Array:
-    """The state after every input."""
-
-    def body(state: Array, z: Array) -> tuple[Array, Array]:
-        state = _moved(reservoir, state, z)
-        return state, state
-
-    with jax.default_matmul_precision("highest"):
-        z = inputs @ reservoir.w_in
-        return lax.scan(body, start, z + jnp.broadcast_to(reservoir.b, z.shape))[1]
-
-
-def _forecast(reservoir: Reservoir, readout: Dense, state: ArrayLike, steps: int) -> Array:
-    _check_reservoir(reservoir)
-    _validate.positive("steps", steps, whole=True)
-    expected = reservoir.w_in.shape[::-1]
-    if not isinstance(readout, Dense) or readout.w.shape != expected:
-        came = (
-            f"w of shape {readout.w.shape}"
-            if isinstance(readout, Dense)
-            else type(readout).__name__
-        )
-        raise ValueError(
-            f"`readout` must be a Dense with w of shape {expected}, [units, inputs], since it tells the next input; got {came}."
-        )
-    return _free(reservoir, readout, _state("state", state, reservoir), int(steps))
+def _centre(features, targets, weights):
+    """The sum of the weights, the mean of z, and its centred rows times the root of the weights."""
+    z = widen(jnp.concatenate([features, targets], axis=1))
+    weights = jnp.ones_like(z[:, 0]) if weights is None else weights.astype(z.dtype)
+    mean = weighted_mean(z, weights)
+    z = z - mean[None]
+    rest = weighted_mean(z, weights)  # the rounding of the mean
+    z = scale_rows(z - rest[None], jnp.sqrt(weights))
+    return weights.sum(), mean + rest, z
 
 
-@functools.partial(jax.jit, static_argnums=3)
-def _free(reservoir: Reservoir, readout: Dense, state: Array, steps: int) -> Array:
-    """What the readout tells, step by step, while it is the input."""
+@jax.jit(static_argnames="steps")
+def _run(reservoir, state, inputs, readout, steps):
+    """All states and inputs. Without `inputs`, the readout of each state is the next input."""
+    w, w_in, b, leak = reservoir
 
-    def body(state: Array, _: None) -> tuple[Array, Array]:
-        u = state @ readout.w if readout.b is None else state @ readout.w + readout.b
-        return _step(reservoir, state, u), u
+    def body(state, u):
+        if u is None:
+            u = _product(state, readout.w) + (0 if readout.b is None else readout.b)
+        z = _product(state, w) + _product(u, w_in) + b
+        state = (1 - leak) * state + leak * jnp.tanh(z)
+        return state, (state, u)
 
-    with jax.default_matmul_precision("highest"):
-        return lax.scan(body, state, None, length=steps)[1]
-
-
-def _moved(reservoir: Reservoir, state: Array, driven: Array) -> Array:
-    return (1 - reservoir.leak) * state + reservoir.leak * jnp.tanh(state @ reservoir.w + driven)
-
-
-def _check_reservoir(reservoir: Any) -> None:
-    if not isinstance(reservoir, Reservoir):
-        raise TypeError(
-            f"`reservoir` must be a Reservoir, got {type(reservoir).__name__}. Draw one: `echo_state(inputs, units).init(key)`."
-        )
-    if reservoir.w.ndim != 2:
-        raise ValueError(
-            f"`w` must be [units, units], got shape {reservoir.w.shape}. Several reservoirs? `jax.vmap` over them."
-        )
+    return lax.scan(body, state, inputs, steps)[1]
 
 
-def _state(name: str, value: Any, reservoir: Reservoir) -> Array:
+def _check_batch(features, targets, width):
+    _check_shape("features", features, f"examples {width}")
+    _check_shape("targets", targets, f"{features.shape[0]} outputs")
+    _validate.same_dtype("targets", targets, "features", features)
+
+
+def _check_shape(name, value, shape):
+    """Raises unless `value` is floating-point, not empty and of this shape (jaxtyping's)."""
     _validate.is_float(name, value)
-    _validate.same_dtype(name, value, "w", reservoir.w)
-    if value.shape != reservoir.b.shape:
+    expected: Any = Float[Any, shape]
+    if value.size == 0 or not isinstance(value, expected):
         raise ValueError(
-            f"`{name}` must be one state, {reservoir.b.shape}, got shape {tuple(value.shape)}. Of several? `states[-1]`."
+            f"`{name}` must have axes `{shape}`, not empty, got shape {value.shape}. One column? "
+            f"Pass `{name}[:, None]`. Several series or reservoirs? `jax.vmap` over them."
         )
-    return jnp.asarray(value)
