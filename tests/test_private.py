@@ -4,6 +4,7 @@ and epsilon is the published one."""
 import builtins
 import dataclasses
 import math
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from test_train import KEY, LOSS, NET, PARAMS, blobs
 import fnn
 from experiments import privacy_audit
 from fnn.data import poisson_batches, shuffled_batches
-from fnn.rules import private_sgd
+from fnn.rules import PrivateState, private_sgd
 
 TINY = fnn.mlp((2, 2))  # 6 parameters
 TINY_PARAMS = jax.jit(TINY.init)(jax.random.key(3))
@@ -42,12 +43,89 @@ def clipped_by_definition(params, x, t, max_norm):
     return g * np.minimum(1, max_norm / np.linalg.norm(g, axis=1, keepdims=True))
 
 
+PRIVATE_SGD = sys.modules["fnn.rules.private_sgd"]  # the name in `fnn.rules` is the function's
+
+
 @pytest.mark.parametrize(("accountant", "expected"), [("rdp", 2.594), ("pld", 2.380)])
-def test_epsilon_is_the_published_one(accountant, expected):
+def test_epsilon_is_the_published_one_where_no_batch_is_cut_off(monkeypatch, accountant, expected):
+    monkeypatch.setattr(PRIVATE_SGD, "CUT_OFF", 0.0)
     rule = private_sgd(NET, LOSS, noise_multiplier=1.1)
-    assert rule.epsilon(60 * (60_000 // 256), 256 / 60_000, 1e-5, accountant) == pytest.approx(
-        expected, abs=1e-3
+    found = rule.epsilon(60 * (60_000 // 256), 256 / 60_000, 1e-5, accountant)
+    assert found == pytest.approx(expected, abs=1e-3)
+
+
+def test_epsilon_charges_delta_with_the_probability_of_a_cut_off_batch(monkeypatch):
+    """A batch is cut off with probability p in n steps: delta grows by n p (1 + e^epsilon)."""
+    rule, steps, rate = private_sgd(NET, LOSS, noise_multiplier=1.1), 60 * 234, 256 / 60_000
+    found = rule.epsilon(steps, rate, 1e-5)
+    charge = steps * PRIVATE_SGD.CUT_OFF * (1 + math.exp(found))
+    monkeypatch.setattr(PRIVATE_SGD, "CUT_OFF", 0.0)
+    assert 0 < charge < 1e-5
+    assert found == pytest.approx(rule.epsilon(steps, rate, 1e-5 - charge), abs=1e-5)
+    assert found > rule.epsilon(steps, rate, 1e-5)
+
+
+def test_epsilon_is_infinite_where_delta_does_not_cover_the_charge():
+    rule = private_sgd(NET, LOSS, noise_multiplier=1.1)
+    assert rule.epsilon(1000, 0.01, 1e-10) == math.inf
+    assert rule.epsilon(1000, 1.0, 1e-10) < math.inf  # a whole batch is never cut off
+
+
+@pytest.mark.parametrize("accountant", ["pld", "rdp"])
+def test_noise_for_is_the_least_multiplier_that_reaches_epsilon(accountant):
+    terms = {"steps": 200, "sampling_rate": 0.05, "delta": 1e-5, "accountant": accountant}
+    noise = fnn.rules.noise_for(2.0, **terms)
+    assert private_sgd(NET, LOSS, 1.0, noise).epsilon(**terms) <= 2.0
+    assert private_sgd(NET, LOSS, 1.0, noise - 2e-3).epsilon(**terms) > 2.0
+
+
+def test_epsilon_of_a_schedule_composes_its_steps():
+    terms = {"sampling_rate": 0.05, "delta": 1e-5, "accountant": "rdp"}
+    rule = private_sgd(NET, LOSS, 1.0, lambda step: jnp.where(step < 50, 2.0, 1.0))
+    lower, upper = (private_sgd(NET, LOSS, 1.0, noise) for noise in (2.0, 1.0))
+    assert rule.epsilon(50, **terms) == pytest.approx(lower.epsilon(50, **terms))
+    assert lower.epsilon(100, **terms) < rule.epsilon(100, **terms) < upper.epsilon(100, **terms)
+    assert rule.epsilon(100, **terms) > upper.epsilon(50, **terms)
+    none_at_last = private_sgd(NET, LOSS, 1.0, lambda step: jnp.where(step < 50, 2.0, 0.0))
+    assert none_at_last.epsilon(51, **terms) == math.inf
+
+
+def test_schedules_are_of_the_step(x64):
+    """Step by step, the rule with schedules is the rule with that step's numbers."""
+    x, t = blobs(6)
+    x, params = jnp.asarray(x, jnp.float64), cast(PARAMS, jnp.float64)
+    rule = private_sgd(
+        NET, LOSS, lambda s: 0.5 / (s.astype(float) + 1), lambda s: 1.0 + s.astype(float)
     )
+    step, state = jax.jit(rule.value_and_grad), rule.init(KEY, params)
+    for i in range(3):
+        same = private_sgd(NET, LOSS, 0.5 / (i + 1), 1.0 + i)
+        expected = same.value_and_grad(params, state, x, t)[1]
+        _, found, state = step(params, state, x, t)
+        assert error([flat(found)], [flat(expected)]) <= 1e-12
+        assert state.step == i + 1
+
+
+@pytest.mark.parametrize("microbatch_size", [None, 3])
+def test_per_layer_clips_every_layer_so_that_the_whole_stays_in_bounds(x64, microbatch_size):
+    x, t = blobs(8)
+    x, params = jnp.asarray(x, jnp.float64), cast(PARAMS, jnp.float64)
+    each = clipped_by_definition(params, x, t, math.inf)
+    ends = np.cumsum([sum(leaf.size for leaf in jax.tree.leaves(layer)) for layer in params])
+    layers = np.split(each, ends[:-1], axis=1)
+    assert len(layers) == 2
+    bound = 0.3 / math.sqrt(2)
+    expected = [
+        (g * np.minimum(1, bound / np.linalg.norm(g, axis=1, keepdims=True))).sum(0) / 8
+        for g in layers
+    ]
+    rule = private_sgd(NET, LOSS, 0.3, 0.0, per_layer=True, microbatch_size=microbatch_size)
+    found = flat(jax.jit(gradient, static_argnums=0)(rule, params, KEY, x, t))
+    assert error([found], [np.concatenate(expected)]) <= 1e-12
+    one = private_sgd(NET, LOSS, 0.3, 0.0, per_layer=True, batch_size=1)
+    for i in range(len(x)):
+        share = flat(gradient(one, params, KEY, x[i : i + 1], t[i : i + 1]))
+        assert np.linalg.norm(share) <= 0.3 * (1 + 1e-12)
 
 
 def test_epsilon_falls_with_noise_and_grows_with_steps_and_rate():
@@ -130,7 +208,7 @@ def test_the_noise_differs_between_steps_and_is_the_same_for_the_same_key():
     _, second, after = step(PARAMS, state, x, t)
     np.testing.assert_array_equal(flat(first), flat(again))
     assert (flat(first) != flat(second)).all()
-    keys = [tuple(jax.random.key_data(k).tolist()) for k in (KEY, state, after)]
+    keys = [tuple(jax.random.key_data(k).tolist()) for k in (KEY, state.key, after.key)]
     assert len(set(keys)) == 3
 
 
@@ -163,9 +241,10 @@ def test_an_example_that_is_not_finite_counts_nothing(bad, microbatch_size):
     )
     x[2] = bad
     present = np.ones(7, np.float32)
-    value, found, _ = step(PARAMS, KEY, x, t, present)
+    state = PrivateState(KEY, jnp.int32(0))
+    value, found, _ = step(PARAMS, state, x, t, present)
     present = np.asarray([1, 1, 0, 1, 1, 1, 1], np.float32)
-    expected_value, expected, _ = step(PARAMS, KEY, x, t, present)
+    expected_value, expected, _ = step(PARAMS, state, x, t, present)
     assert np.isfinite([*flat(found), value]).all()
     assert value == expected_value
     np.testing.assert_array_equal(flat(found), flat(expected))
@@ -173,9 +252,9 @@ def test_an_example_that_is_not_finite_counts_nothing(bad, microbatch_size):
 
 def test_a_batch_without_examples_is_noise_alone():
     x, t = blobs(4)
-    value, found, _ = private_sgd(NET, LOSS).value_and_grad(
-        PARAMS, KEY, x, t, np.zeros(4, np.float32)
-    )
+    rule = private_sgd(NET, LOSS)
+    state = rule.init(KEY, PARAMS)
+    value, found, _ = rule.value_and_grad(PARAMS, state, x, t, np.zeros(4, np.float32))
     assert value == 0
     # 1 / 4 in 57 coordinates: by chance about once in 50
     assert 0.8 < flat(found).std() / 0.25 < 1.2

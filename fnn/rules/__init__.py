@@ -29,6 +29,8 @@ from fnn.rules.per_example_sgd import per_example_sgd as per_example_sgd
 from fnn.rules.perturbation import node_perturbation as node_perturbation
 from fnn.rules.perturbation import weight_perturbation as weight_perturbation
 from fnn.rules.private_sgd import PrivateRule as PrivateRule
+from fnn.rules.private_sgd import PrivateState as PrivateState
+from fnn.rules.private_sgd import noise_for as noise_for
 from fnn.rules.private_sgd import private_sgd as private_sgd
 from fnn.rules.target_propagation import target_propagation as target_propagation
 

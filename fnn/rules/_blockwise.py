@@ -1,4 +1,4 @@
-"""What rules that hand every block an error of its own have in common."""
+"""What rules have in common that give every block of a net an error of its own."""
 
 from __future__ import annotations
 
@@ -6,17 +6,27 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from fnn.backprop import forward_pass, output_error
-from fnn.nets.blocks import Blocks
-from fnn.types import Array, Loss, Params, Rule
+import jax
+import jax.numpy as jnp
+
+from fnn.backprop import (
+    check_net_and_loss,
+    clear_rows,
+    forward_pass,
+    output_error,
+    share_rows,
+    weighted_mean,
+)
+from fnn.nets.blocks import Blocks, hidden_blocks
+from fnn.types import Array, Layer, Loss, Params, Rule
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class LocalRule(Rule):
-    """A `Rule` that shows what it tells each block, for `fnn.alignment`.
+    """A `Rule` that shows the error it gives to each block, for `fnn.alignment`.
 
     Attributes:
-        signals: `(params, state, x, targets) -> [dy_1, ..., dy_L]`: what stands in the place of
+        signals: `(params, state, x, targets) -> [dy_1, ..., dy_L]`: what the rule takes for
             dE_i/dh_l, of each example's own loss, at the output `[batch, ...]` of each of the net's
             `fnn.blocks`.
         matrices: `(params, state, x) -> B`, a tree like the params that the error is carried back
@@ -28,22 +38,96 @@ class LocalRule(Rule):
 
 
 class BlockPass(NamedTuple):
-    """A forward pass block by block, up to the error at the outputs."""
+    """A batch and its forward pass block by block, up to the error at the outputs.
 
-    parts: tuple[Params, ...]  # the params of every block
+    Rows of weight 0 have inputs and errors of 0, whatever they hold.
+    """
+
+    chain: Blocks
+    params: tuple[Params, ...]  # of every block
     hs: list[Array]  # [h_0, ..., h_L], each [batch, ...]
     residuals: list[Any]  # of every block
-    values: Array  # [batch], the losses
     error: Array  # like h_L: dE_i/dh_L, of each example's own loss
+    values: Array  # [batch], the losses
+    targets: Array  # [batch, ...]
+    weights: Any  # [batch] or None
+
+    def backward(self, i: int, dy: Array) -> tuple[Params, Array]:
+        """The backward pass of block i."""
+        return self.chain.layers[i].backward(self.params[i], self.residuals[i], dy)
+
+    def gradient(self, i: int, dy: Array) -> Params:
+        """The gradient of block i in the mean, from the error of each example's own loss."""
+        return self.backward(i, share_rows(dy, self.weights))[0]
 
 
-def block_pass(chain: Blocks, params: Params, loss: Loss, x: Array, targets: Array) -> BlockPass:
-    """The forward pass of a net by its blocks; shapes are checked as by `fnn.value_and_grad`."""
+def block_pass(
+    chain: Blocks, loss: Loss, params: Params, x: Any, targets: Any, weights: Any = None
+) -> BlockPass:
+    """Checks a batch and runs a net on it block by block."""
     parts = chain.split(params)
 
-    def forward(x: Array) -> tuple[Array, tuple[list[Array], list[Any]]]:
+    def forward(x):
         hs, residuals = chain.forward(parts, x)
         return hs[-1], (hs, residuals)
 
-    outputs, (hs, residuals), values = forward_pass(forward, loss, x, targets)
-    return BlockPass(parts, hs, residuals, values, output_error(loss, outputs, targets))
+    outputs, (hs, residuals), values = forward_pass(forward, loss, x, targets, weights)
+    error = clear_rows(output_error(loss, outputs, targets), weights)
+    t = jnp.asarray(targets)
+    return BlockPass(chain, parts, hs, residuals, error, values, t, weights)
+
+
+def block_rule(
+    name: str, net: Layer, loss: Loss, chain: Blocks, init: Callable, gradients: Callable
+) -> Rule:
+    """A rule from `gradients(block pass, state) -> (gradients of every block, next state)`."""
+
+    def value_and_grad(params, state, x, targets, weights=None):
+        batch = block_pass(chain, loss, params, x, targets, weights)
+        grads, state = gradients(batch, state)
+        return weighted_mean(batch.values, weights), chain.join(grads), state
+
+    return Rule(name, init, value_and_grad, net.apply, loss)
+
+
+def local_rule(
+    name: str, net: Layer, loss: Loss, chain: Blocks, init: Callable, errors: Callable
+) -> LocalRule:
+    """A rule where every block learns by its own backward pass from an error of its own.
+
+    Args:
+        name: of the rule.
+        net: any chain.
+        loss: any loss that takes its outputs.
+        chain: the blocks of the net.
+        init: `(key, params) -> state`.
+        errors: `(block pass, state) -> (dys, next state)`, for every block the error of each
+            example's own loss.
+    """
+
+    def gradients(batch, state):
+        dys, state = errors(batch, state)
+        return [batch.gradient(i, dy) for i, dy in enumerate(dys)], state
+
+    def signals(params, state, x, targets):
+        return errors(block_pass(chain, loss, params, x, targets), state)[0]
+
+    rule = block_rule(name, net, loss, chain, init, gradients)
+    return LocalRule(name, init, rule.value_and_grad, net.apply, loss, signals)
+
+
+def hidden_chain(rule: str, net: Layer, loss: Loss) -> Blocks:
+    """The blocks of a net that has hidden ones.
+
+    Raises:
+        TypeError, ValueError: `net` or `loss` is invalid, or `net` is one block.
+    """
+    check_net_and_loss(net, loss)
+    return hidden_blocks(rule, net)
+
+
+def targets_like(outputs: Array, loss: Loss, targets: Array) -> Array:
+    """Targets shaped and typed like the outputs: labels as one-hot rows."""
+    if loss.targets == "labels":
+        return jax.nn.one_hot(targets, outputs.shape[-1], dtype=outputs.dtype)
+    return targets.astype(outputs.dtype)

@@ -1,4 +1,4 @@
-"""The same gradient by JAX's own reverse mode: what `backprop` is held against."""
+"""The same gradient by JAX's own reverse mode, to compare `backprop` with."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import jax
 
 from fnn.backprop import mean_loss
 from fnn.rules.backprop import stateless, warn_if_flat
-from fnn.types import Layer, Loss, Rule
+from fnn.types import Layer, Loss, Rule, by_recipe
 
 
+@by_recipe
 def autodiff(net: Layer, loss: Loss) -> Rule:
     """The gradient of the mean loss by `jax.value_and_grad`.
 
@@ -28,6 +29,6 @@ def autodiff(net: Layer, loss: Loss) -> Rule:
     >>> autodiff(fnn.mlp((3, 2)), fnn.losses.l2_loss)
     autodiff
     """
-    function = jax.value_and_grad(mean_loss(net, loss))
+    by_jax = jax.value_and_grad(mean_loss(net, loss))
     warn_if_flat("autodiff", net)
-    return stateless("autodiff", net, loss, function)
+    return stateless("autodiff", net, loss, by_jax)

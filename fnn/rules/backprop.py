@@ -1,7 +1,7 @@
 """Backpropagation, by the hand-written backward passes.
 
-    dz_L = dE/dz_L,    dz_l = (dz_{l+1} w_{l+1}^T) (.) f'(z_l),    dw_l = a_{l-1}^T dz_l,    db_l =
-    sum over the batch of dz_l
+    dz_L = dE/dz_L,    dz_l = (dz_{l+1} w_{l+1}^T) (.) f'(z_l),
+    dw_l = a_{l-1}^T dz_l,    db_l = sum over the batch of dz_l
 
 Source: Rumelhart, Hinton, Williams (1986), doi:10.1038/323533a0; lectures 001 and 004 eqs 21-28.
 """
@@ -9,14 +9,14 @@ Source: Rumelhart, Hinton, Williams (1986), doi:10.1038/323533a0; lectures 001 a
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
 
 from fnn.backprop import value_and_grad
 from fnn.nets.activations import Elementwise, is_flat
-from fnn.types import Array, Layer, Loss, Params, Rule
+from fnn.types import Layer, Loss, Rule, by_recipe
 
 
+@by_recipe
 def backprop(net: Layer, loss: Loss) -> Rule:
     """The gradient of the mean loss, by `net.backward`.
 
@@ -34,42 +34,40 @@ def backprop(net: Layer, loss: Loss) -> Rule:
     >>> net = fnn.mlp((3, 2))
     >>> rule = backprop(net, fnn.losses.l2_loss)
     >>> params = net.init(jax.random.key(0))
-    >>> value, grads, state = rule.value_and_grad(params, rule.init(jax.random.key(1), params), jnp.ones((5, 3)), jnp.ones((5, 2)))
+    >>> x, targets = jnp.ones((5, 3)), jnp.ones((5, 2))
+    >>> value, grads, state = rule.value_and_grad(params, (), x, targets)
     """
     function = value_and_grad(net, loss)
     warn_if_flat("backprop", net)
     return stateless("backprop", net, loss, function)
 
 
-def warn_if_flat(rule: str, net: Layer) -> None:
-    """Warns where an activation's derivative is 0 everywhere: no error passes it.
+def stateless(name: str, net: Layer, loss: Loss, function: Callable) -> Rule:
+    """A rule without state from `(params, x, targets, weights) -> (value, grads)`."""
 
-    To be called by a rule's constructor.
+    def with_state(params, state, x, targets, weights=None):
+        return *function(params, x, targets, weights), state
+
+    return Rule(name, lambda key, params: (), with_state, net.apply, loss)
+
+
+def warn_if_flat(rule: str, net: Layer) -> None:
+    """Warns where the derivative of an activation is 0 everywhere: no error passes it.
+
+    Call it in the constructor of a rule that is decorated by `by_recipe`.
     """
-    flat = next(
-        (layer for layer in _all_layers(net) if isinstance(layer, Elementwise) and is_flat(layer)),
-        None,
-    )
-    if flat is not None:
-        warnings.warn(
-            f"{rule}: the derivative of `{flat.name}` is 0 everywhere, so that nothing before it will be learned. Take another activation, "
-            "or a rule that needs no derivative, such as `fnn.rules.evolution_strategies`.",
-            stacklevel=3,
-        )
+    for layer in _all_layers(net):
+        if isinstance(layer, Elementwise) and is_flat(layer):
+            warnings.warn(
+                f"{rule}: the derivative of `{layer.name}` is 0 everywhere, so no layer before it "
+                "learns. Take another activation, or a rule that needs no derivative, such as "
+                "`fnn.rules.evolution_strategies`.",
+                stacklevel=4,
+            )
+            return
 
 
 def _all_layers(net: Layer) -> Iterator[Layer]:
     yield net
     for layer in net.layers:
         yield from _all_layers(layer)
-
-
-def stateless(name: str, net: Layer, loss: Loss, function: Any) -> Rule:
-    """A rule without state from `(params, x, targets, weights) -> (value, grads)`."""
-
-    def with_state(
-        params: Params, state: Any, x: Array, targets: Array, weights: Array | None = None
-    ) -> tuple[Array, Params, Any]:
-        return *function(params, x, targets, weights), state
-
-    return Rule(name, lambda key, params: (), with_state, net.apply, loss)

@@ -1,34 +1,31 @@
-"""Evolution: the loss of whole nets around the parameters, by forward passes alone, says where to
-go. No backward pass, no derivative.
+"""Evolution: the loss of whole nets around the parameters says where to go. No derivative is taken.
 
 Parameters are one vector theta `[d]`, noise is a matrix E `[m, d]` of independent N(0, 1) with rows
-e_k, and f(theta) is the mean loss over the batch; all n members of a generation are judged on the
-same batch.
+e_k, and f(theta) is the mean loss over the batch, the same batch for all n members of a generation.
 
-    evolution_strategies   members theta + std e_k, theta - std e_k (n = 2m);    grads = E^T (s+ -
-    s-) / (n std)
-    snes                   members theta + sigma (.) e_k (n = m);                grads = -sigma (.)
-    (E^T u)
-                           sigma <- sigma (.) exp(eta / 2 (E (.) E - 1)^T u),    eta = (3 + log d) /
-                           (5 sqrt d)
-    genetic_algorithm      children = a parent + std e_k (n = m = lambda);       the best mu are the
-    next parents; grads = theta - best
+    evolution_strategies   members theta + std e_k, theta - std e_k (n = 2m);
+                           grads = E^T (s+ - s-) / (n std)
+    snes                   members theta + sigma (.) e_k (n = m);
+                           grads = -sigma (.) (E^T u),
+                           sigma <- sigma (.) exp(eta / 2 (E (.) E - 1)^T u),
+                           eta = (3 + log d) / (5 sqrt d)
+    genetic_algorithm      children = a parent + std e_k (n = m = lambda);
+                           the best mu are the next parents; grads = theta - best
 
 s are the members' losses ("raw"), or their ranks 0 ... n - 1, best first, as rank / (n - 1) - 1/2
 ("centred_ranks"). u_k is the utility max(0, log(n/2 + 1) - log k) / sum_j max(0, log(n/2 + 1) - log
-j) - 1/n of the k-th best. Members of equal loss share the mean of their ranks or utilities: a
-generation without differences moves nothing. A loss that is not finite ranks last; with "raw" its
-pair is left out.
+j) - 1/n of the k-th best. Members of equal loss share their mean rank: a generation without
+differences moves nothing. A loss that is not finite ranks last; with "raw" its pair counts 0.
 
 With "raw" and std -> 0, grads of evolution_strategies become the forward gradient, mean over k of
 (grad f . e_k) e_k: right on average, but of a cosine with the gradient of only about sqrt(m / (m +
 d + 1)). With larger std it is the gradient of f smoothed by N(0, std^2).
 
 Cost of a step: n forward passes, and one more for the value, the loss of the unperturbed parameters
-(genetic_algorithm: of the best). Members are judged `chunk` at a time, and memory is that of so
-many members, their rows of E and their forward passes (genetic_algorithm: and of its parents, old
-and new): the rows are drawn a second time, from the same keys, to be added up, as the workers of
-Salimans et al. do. The chunk changes results by rounding alone.
+(genetic_algorithm: of the best). Memory is that of `chunk` members, their rows of E and their
+forward passes (genetic_algorithm: and of its parents, old and new). The rows are drawn a second
+time, from the same keys, to be added up, as the workers of Salimans et al. do. The chunk changes
+results by rounding alone.
 
 Source: Salimans, Ho, Chen, Sidor, Sutskever (2017), arXiv:1703.03864, algorithm 1 and section 2.1
 (there F_i = -s_i, sigma = std); Wierstra, Schaul, Glasmachers, Sun, Peters, Schmidhuber (2014),
@@ -42,26 +39,29 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+import optax
 from jax import lax
+from jax.scipy.stats import rankdata
 
 from fnn import _validate
-from fnn.backprop import check_net_and_loss, forward_pass, mean_loss, weighted_mean
-from fnn.nets.blocks import Blocks, blocks
-from fnn.types import Array, Key, Layer, Loss, Params, Rule, State, at_least_float32
+from fnn.backprop import check_net_and_loss, forward_pass, forward_with, weighted_mean
+from fnn.rules._noise import keep_key, normal_like, weighted_sum
+from fnn.types import Array, Key, Layer, Loss, Params, Rule, State, by_recipe, widen
+
+Fitness = Literal["centred_ranks", "raw"]
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class EvolutionRule(Rule):
     """A `Rule` that can show its population.
 
     Attributes:
-        members: `(params, state) -> tree like params, leaves [members, ...]`: those that
-            `value_and_grad` judges if given that state.
+        members: `(params, state) -> tree like params, leaves [members, ...]`: the members whose
+            losses `value_and_grad` compares if it gets that state.
     """
 
     members: Callable[[Params, State], Params]
@@ -81,88 +81,87 @@ class GeneticState(NamedTuple):
     parents: Params  # leaves [parents, ...], best first
 
 
+@by_recipe
 def evolution_strategies(
     net: Layer,
     loss: Loss,
     *,
     population: int = 128,
     std: float = 0.02,
-    fitness: str = "centred_ranks",
+    fitness: Fitness = "centred_ranks",
     chunk: int | None = 16,
 ) -> EvolutionRule:
     """OpenAI's evolution strategy.
 
-    Antithetic Gaussian perturbations of all parameters, weighed by their fitness.
+    Antithetic Gaussian perturbations of all parameters, weighted by their fitness.
 
     Args:
         net: any layer.
         loss: any loss that takes its outputs.
-        population: members of a generation, an even number: each perturbation is tried with both
+        population: members of a generation, an even number: each perturbation comes with both
             signs.
         std: standard deviation of the perturbations, the same for every parameter.
         fitness: `"centred_ranks"`, which neither an outlier nor the scale of the loss changes; or
             `"raw"`, the losses themselves, whose differences cancel in float32 where `std` is
             small.
-        chunk: members judged at a time; few are fastest on a CPU, None, all at once, on an
-            accelerator.
+        chunk: members at a time; few are fastest on a CPU, None, all at once, on an accelerator.
 
     Returns:
         A rule whose state is a key, split at every step; for any optax optimiser. By ranks, grads
         do not get shorter near a minimum: a learning rate that falls lets it settle.
 
     Raises:
-        TypeError, ValueError: an argument cannot be meant.
+        TypeError, ValueError: an argument is invalid.
 
     >>> import fnn
     >>> net = fnn.mlp((3, 2))
     >>> rule = evolution_strategies(net, fnn.losses.l2_loss, population=8)
-    >>> params = net.init(jax.random.key(0))
-    >>> value, grads, state = rule.value_and_grad(params, rule.init(jax.random.key(1), params), jnp.ones((5, 3)), jnp.ones((5, 2)))
+    >>> params, state = net.init(jax.random.key(0)), jax.random.key(1)
     >>> rule.members(params, state)[-1].w.shape
     (8, 3, 2)
+    >>> x, targets = jnp.ones((5, 3)), jnp.ones((5, 2))
+    >>> value, grads, state = rule.value_and_grad(params, state, x, targets)
     """
     check_net_and_loss(net, loss)
-    _check_members("population", population, std, chunk, pairs=True)
-    _validate.one_of("fitness", fitness, ("centred_ranks", "raw"))
-    parts, std, ranks = blocks(net), float(std), np.linspace(-0.5, 0.5, population)
-    size = max((chunk or population) // 2, 1)  # pairs at a time
-
-    def value_and_grad(
-        params: Params, state: Key, x: Array, targets: Array, weights: Any = None
-    ) -> tuple[Array, Params, Key]:
-        value = mean_loss(net, loss)(params, x, targets, weights)
-        theta, tree, draw = _flattened(parts, params)
-        f = _fitness(net, loss, x, targets, weights)
-        state, keys = _split(state, population // 2)
-
-        def judged(key: Key) -> Array:
-            e = std * draw(key)
-            return jax.vmap(lambda step: f(tree(theta + step)))(jnp.stack([e, -e]))
-
-        losses = lax.map(judged, keys, batch_size=size)  # [pairs, 2]
-        finite = jnp.isfinite(losses).all(1)
-        if fitness == "raw":
-            s, count = jnp.where(finite[:, None], losses, 0.0), 2 * jnp.maximum(finite.sum(), 1)
-        else:
-            s, count = (
-                _by_rank(losses.ravel(), ranks).reshape(losses.shape),
-                jnp.asarray(population),
-            )
-        (grads,) = _totals(
-            lambda e: (e,), (s[:, 0] - s[:, 1]).astype(theta.dtype), draw, keys, size
+    _validate.positive("std", std)
+    _validate.positive("population", population, whole=True)
+    if population % 2:
+        raise ValueError(
+            "`population` must be an even number, since every perturbation comes with both signs; "
+            f"got {population}. Pass {population + 1}."
         )
-        return value, tree(grads / (std * count.astype(theta.dtype))), state
+    _validate.one_of("fitness", fitness, get_args(Fitness))
+    step = float(std)  # a NumPy number would widen the arrays
+    size = (chunk or population) // 2 or 1  # pairs at a time
 
-    def members(params: Params, state: Key) -> Params:
-        theta, tree, draw = _flattened(parts, params)
-        noise = jax.vmap(draw)(_split(state, population // 2)[1])
-        return jax.vmap(lambda e: tree(theta + std * e))(jnp.concatenate([noise, -noise]))
+    def pair(params, key):
+        noise = normal_like(key, params)
+        plus = optax.tree.add_scale(params, step, noise)
+        minus = optax.tree.add_scale(params, -step, noise)
+        return jax.tree.map(lambda *both: jnp.stack(both), plus, minus)
 
-    return EvolutionRule(
-        "evolution_strategies", lambda key, params: key, value_and_grad, net.apply, loss, members
-    )
+    def value_and_grad(params, state, x, targets, weights=None):
+        state, keys = _split(state, population // 2)
+        f = _mean(net, loss, x, targets, weights)
+        noise = partial(normal_like, tree=params)
+        s = lax.map(lambda key: jax.vmap(f)(pair(params, key)), keys, batch_size=size)
+        if fitness == "centred_ranks":
+            s = _ranks(s) / (population - 1)
+        gaps = s[:, 0] - s[:, 1]
+        gaps = jnp.where(jnp.isfinite(gaps), gaps, 0)
+        shares = gaps / (population * step)
+        return f(params), weighted_sum(noise, shares, keys, size), state
+
+    def members(params, state):
+        _, keys = _split(state, population // 2)
+        pairs = jax.vmap(partial(pair, params))(keys)
+        return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), pairs)
+
+    name = "evolution_strategies"
+    return EvolutionRule(name, keep_key, value_and_grad, net.apply, loss, members)
 
 
+@by_recipe
 def snes(
     net: Layer,
     loss: Loss,
@@ -176,69 +175,71 @@ def snes(
     The natural gradient for the mean and for every parameter's own standard deviation.
 
     Args:
-        net, loss: as above.
+        net: any layer.
+        loss: any loss that takes its outputs.
         population: members of a generation, at least 2; the paper's 4 + floor(3 log d) for d
             parameters, if None.
         std: first standard deviation, of every parameter.
-        chunk: as above.
+        chunk: members at a time; None for all at once.
 
     Returns:
         A rule whose state is a `SnesState`. `optax.sgd(1.0)` makes the paper's update of the mean
         (its eta_mu = 1).
 
     Raises:
-        TypeError, ValueError: an argument cannot be meant.
+        TypeError, ValueError: an argument is invalid.
 
     >>> import fnn
     >>> net = fnn.mlp((3, 2))
     >>> rule = snes(net, fnn.losses.l2_loss, std=0.1)
     >>> params = net.init(jax.random.key(0))
-    >>> value, grads, state = rule.value_and_grad(params, rule.init(jax.random.key(1), params), jnp.ones((5, 3)), jnp.ones((5, 2)))
+    >>> state, x, targets = rule.init(jax.random.key(1), params), jnp.ones((5, 3)), jnp.ones((5, 2))
+    >>> value, grads, state = rule.value_and_grad(params, state, x, targets)
     >>> state.std[-1].w.shape, rule.members(params, state)[-1].w.shape
     ((3, 2), (10, 3, 2))
     """
     check_net_and_loss(net, loss)
-    _check_members("population", 4 if population is None else population, std, chunk)
-    parts, first = blocks(net), float(std)
+    _validate.positive("std", std)
+    _validate.positive("population", 2 if population is None else population, whole=True)
 
-    def drawn(state: SnesState, theta: Array) -> tuple[Key, Key]:
-        """The next state's key, and every member's."""
-        return _split(state.key, population or 4 + math.floor(3 * math.log(theta.size)))
+    def init(key, params):
+        wide = jax.tree.map(widen, params)
+        return SnesState(key, optax.tree.full_like(wide, float(std)))
 
-    def init(key: Key, params: Params) -> SnesState:
-        return SnesState(
-            key, jax.tree.map(lambda p: jnp.full_like(at_least_float32(p), first), params)
-        )
+    def split(params, state):
+        d = optax.tree.size(params)
+        return _split(state.key, population or 4 + math.floor(3 * math.log(d)))
 
-    def value_and_grad(
-        params: Params, state: SnesState, x: Array, targets: Array, weights: Any = None
-    ) -> tuple[Array, Params, SnesState]:
-        value = mean_loss(net, loss)(params, x, targets, weights)
-        (theta, tree, draw), (sigma, std_tree, _) = (
-            _flattened(parts, params),
-            _flattened(parts, state.std),
-        )
-        f = _fitness(net, loss, x, targets, weights)
-        key, keys = drawn(state, theta)
-        losses = lax.map(
-            lambda key: f(tree(theta + sigma * draw(key))), keys, batch_size=chunk or len(keys)
-        )
-        u = _by_rank(losses, _utilities(len(keys))).astype(theta.dtype)
-        for_mean, for_std = _totals(lambda e: (e, e * e - 1), u, draw, keys, chunk or len(keys))
-        eta = (3 + math.log(theta.size)) / (5 * math.sqrt(theta.size))
-        return (
-            value,
-            tree(-sigma * for_mean),
-            SnesState(key, std_tree(sigma * jnp.exp(eta / 2 * for_std))),
-        )
+    def member(params, state, key):
+        step = optax.tree.mul(state.std, normal_like(key, state.std))
+        return optax.tree.add(params, optax.tree.cast_like(step, params))
 
-    def members(params: Params, state: SnesState) -> Params:
-        (theta, tree, draw), (sigma, _, _) = _flattened(parts, params), _flattened(parts, state.std)
-        return jax.vmap(lambda key: tree(theta + sigma * draw(key)))(drawn(state, theta)[1])
+    def value_and_grad(params, state, x, targets, weights=None):
+        key, keys = split(params, state)
+        f = _mean(net, loss, x, targets, weights)
+        size, d = chunk or len(keys), optax.tree.size(params)
+        losses = lax.map(lambda key: f(member(params, state, key)), keys, batch_size=size)
+
+        def terms(key):
+            e = normal_like(key, state.std)
+            return e, jax.tree.map(lambda a: a * a - 1, e)
+
+        for_mean, for_std = weighted_sum(terms, _utilities(losses), keys, size)
+        eta = (3 + math.log(d)) / (5 * math.sqrt(d))
+        growth = jax.tree.map(lambda a: jnp.exp(eta / 2 * a), for_std)
+        after = SnesState(key, optax.tree.mul(state.std, growth))
+        step = optax.tree.mul(state.std, for_mean)
+        grads = jax.tree.map(jnp.negative, step)
+        return f(params), optax.tree.cast_like(grads, params), after
+
+    def members(params, state):
+        _, keys = split(params, state)
+        return jax.vmap(partial(member, params, state))(keys)
 
     return EvolutionRule("snes", init, value_and_grad, net.apply, loss, members)
 
 
+@by_recipe
 def genetic_algorithm(
     net: Layer,
     loss: Loss,
@@ -253,13 +254,14 @@ def genetic_algorithm(
     No crossover, no adaptation of `std`.
 
     Args:
-        net, loss: as above.
+        net: any layer.
+        loss: any loss that takes its outputs.
         parents: mu, how many children become parents; they live in the state, at first as copies of
             the params.
         children: lambda, mutated copies of parents chosen at random, at least `parents`. No parent
             outlives a generation.
         std: standard deviation of a mutation, the same for every parameter.
-        chunk: as above.
+        chunk: children at a time; None for all at once.
 
     Returns:
         A rule whose state is a `GeneticState`. Its value is the best child's loss, the first one's
@@ -267,7 +269,7 @@ def genetic_algorithm(
         on from the parents in the state, whatever the optimiser makes of the params.
 
     Raises:
-        TypeError, ValueError: an argument cannot be meant.
+        TypeError, ValueError: an argument is invalid.
 
     >>> import fnn
     >>> net = fnn.mlp((3, 2))
@@ -276,153 +278,77 @@ def genetic_algorithm(
     (2, 3, 2)
     """
     check_net_and_loss(net, loss)
-    _check_members("children", children, std, chunk)
+    _validate.positive("std", std)
+    _validate.positive("children", children, whole=True)
     _validate.positive("parents", parents, whole=True)
     if parents > children:
         raise ValueError(
-            f"`parents` must be at most `children`, out of whom they are chosen; got {parents} of {children}."
+            "`parents` must be at most `children`, of whom they are the best; got "
+            f"{parents} of {children}."
         )
-    parts, std = blocks(net), float(std)
+    step = float(std)  # a NumPy number would widen the arrays
 
-    def init(key: Key, params: Params) -> GeneticState:
+    def init(key, params):
         return GeneticState(key, jax.tree.map(lambda p: jnp.stack([p] * parents), params))
 
-    def begun(params: Params, state: GeneticState) -> tuple[Any, ...]:
-        _, tree, draw = _flattened(parts, params)
-        old = jax.vmap(lambda p: _flattened(parts, p)[0])(state.parents)  # [parents, d]
-        state_key, keys = _split(state.key, children + 1)
-        seeds = keys[1:], jax.random.randint(keys[0], (children,), 0, parents)
-        return state_key, seeds, lambda seed: tree(old[seed[1]] + std * draw(seed[0]))
+    def seeds(state):
+        """The next key, and for every child a key and the index of its parent."""
+        key, keys = _split(state.key, children + 1)
+        chosen = jax.random.randint(keys[0], (children,), 0, parents)
+        return key, (keys[1:], chosen)
 
-    def value_and_grad(
-        params: Params, state: GeneticState, x: Array, targets: Array, weights: Any = None
-    ) -> tuple[Any, ...]:
-        key, seeds, child = begun(params, state)
-        f = _fitness(net, loss, x, targets, weights)
-        losses = lax.map(lambda seed: f(child(seed)), seeds, batch_size=chunk or children)
-        first = jnp.argsort(losses)[:parents]  # stable: the first among equals
-        chosen = jax.vmap(child)(jax.tree.map(lambda a: a[first], seeds))
-        best = jax.tree.map(lambda p: p[0], chosen)
-        value = mean_loss(net, loss)(best, x, targets, weights)
-        return value, jax.tree.map(jnp.subtract, params, best), GeneticState(key, chosen)
+    def child(state, seed):
+        key, i = seed
+        parent = jax.tree.map(lambda p: p[i], state.parents)
+        return optax.tree.add_scale(parent, step, normal_like(key, parent))
 
-    def members(params: Params, state: GeneticState) -> Params:
-        _, seeds, child = begun(params, state)
-        return jax.vmap(child)(seeds)
+    def value_and_grad(params, state, x, targets, weights=None):
+        key, every = seeds(state)
+        f = _mean(net, loss, x, targets, weights)
+        size = chunk or children
+        losses = lax.map(lambda seed: f(child(state, seed)), every, batch_size=size)
+        first = jnp.argsort(_ranks(losses))[:parents]  # stable: the first among equals
+        best = jax.tree.map(lambda a: a[first], every)
+        new = jax.vmap(partial(child, state))(best)
+        grads = jax.tree.map(lambda p, chosen: p - chosen[0], params, new)
+        return losses[first[0]], grads, GeneticState(key, new)
+
+    def members(params, state):
+        return jax.vmap(partial(child, state))(seeds(state)[1])
 
     return EvolutionRule("genetic_algorithm", init, value_and_grad, net.apply, loss, members)
-
-
-def _flattened(
-    parts: Blocks, params: Params
-) -> tuple[Array, Callable[[Array], Params], Callable[[Key], Array]]:
-    """The params as one vector `[d]`, float32 at least.
-
-    The way back, `vector -> tree` in the dtypes they had; and `key -> a row of E`.
-
-    It goes block by block, so that every way to write the same net has the same vector.
-    """
-    leaves, tree = jax.tree.flatten(parts.split(params))
-    if not leaves:
-        raise ValueError(
-            "`params` has no arrays, so nothing can evolve. Give the net a layer with parameters, such as `fnn.dense`."
-        )
-    leaves = [jnp.asarray(leaf) for leaf in leaves]
-    dtype = max((at_least_float32(leaf).dtype for leaf in leaves), key=lambda dtype: dtype.itemsize)
-    theta = jnp.concatenate([leaf.ravel().astype(dtype) for leaf in leaves])
-
-    def back(vector: Array) -> Params:
-        each = zip(
-            jnp.split(vector, np.cumsum([leaf.size for leaf in leaves])[:-1]), leaves, strict=True
-        )
-        return parts.join(
-            jax.tree.unflatten(
-                tree, [piece.reshape(leaf.shape).astype(leaf.dtype) for piece, leaf in each]
-            )
-        )
-
-    return theta, back, lambda key: jax.random.normal(key, theta.shape, dtype)
-
-
-def _fitness(
-    net: Layer, loss: Loss, x: Array, targets: Array, weights: Any
-) -> Callable[[Params], Array]:
-    """f: the mean loss of a member, float32 at least, since rounding makes ties.
-
-    Infinite where it is not finite, and so the last.
-    """
-
-    def f(params: Params) -> Array:
-        _, _, values = forward_pass(partial(net.forward, params), loss, x, targets)
-        mean = weighted_mean(at_least_float32(values), weights)
-        return jnp.where(jnp.isfinite(mean), mean, jnp.inf)
-
-    return f
 
 
 def _split(key: Key, count: int) -> tuple[Key, Array]:
     """The next state's key, and one for every row of E.
 
-    Of threefry, whose numbers do not depend on how many are drawn at a time.
+    Those are threefry keys: other kinds give other numbers under `vmap` (rbg, as on TPUs), and a
+    row is drawn more than once, beside other rows.
     """
     state, key = jax.random.split(key)
-    return state, jax.random.split(
-        jax.random.wrap_key_data(jax.random.bits(key, (2,), jnp.uint32), impl="threefry2x32"), count
-    )
+    threefry = jax.random.key(jax.random.bits(key), impl="threefry2x32")
+    return state, jax.random.split(threefry, count)
 
 
-def _totals(
-    parts: Callable[[Array], tuple[Array, ...]],
-    c: Array,
-    draw: Callable[[Key], Array],
-    keys: Array,
-    size: int,
-) -> Any:
-    """`c^T` times each part of E, so many rows of it at a time."""
-    count, size = len(keys), min(size, len(keys))
-    rows = jnp.arange(-(-count // size) * size).reshape(-1, size)
+def _mean(net: Layer, loss: Loss, x: Any, targets: Any, weights: Any) -> Callable:
+    """f, the mean loss of a member; float32 at least, since rounding makes ties."""
 
-    def block(rows: Array) -> tuple[Array, ...]:
-        share = jnp.where(rows < count, c[rows % count], 0.0)  # the last block may be filled up
-        return tuple(share @ part for part in parts(jax.vmap(draw)(keys[rows % count])))
+    def f(params):
+        values = forward_pass(forward_with(net, params), loss, x, targets, weights)[2]
+        return weighted_mean(widen(values), weights)
 
-    def add(so_far: Any, rows: Array) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, so_far, block(rows)), None
-
-    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(block, rows[0]))
-    return lax.scan(add, zeros, rows)[0]
+    return f
 
 
-def _by_rank(losses: Array, table: np.ndarray) -> Array:
-    """For every member the entry of the table at its rank, best first.
-
-    Members of equal loss share the mean of theirs. `[n]`.
-    """
-    first, end = (
-        jnp.searchsorted(jnp.sort(losses), losses, side=side) for side in ("left", "right")
-    )
-    sums = jnp.asarray(np.append(0.0, np.cumsum(table)), losses.dtype)
-    shared = (sums[end] - sums[first]) / (end - first).astype(losses.dtype)
-    return jnp.where(end - first > 1, shared, jnp.asarray(table, losses.dtype)[first])
+def _utilities(losses: Array) -> Array:
+    """U of every member; they add up to 0."""
+    n = len(losses)
+    u = math.log(n / 2 + 1) - jnp.log(_ranks(losses))
+    u = jnp.maximum(0, u)
+    return u / u.sum() - 1 / n
 
 
-def _utilities(count: int) -> np.ndarray:
-    """u_1 ... u_n, best first; they add up to 0."""
-    raw = np.maximum(0, math.log(count / 2 + 1) - np.log(np.arange(1, count + 1)))
-    return raw / raw.sum() - 1 / count
-
-
-def _check_members(name: str, count: Any, std: Any, chunk: Any, pairs: bool = False) -> None:
-    """Raises unless there can be so many members, of such a standard deviation, judged so many at a
-    time."""
-    _validate.positive("std", std)
-    _validate.positive(name, count, whole=True)
-    if count < 2 or (pairs and count % 2):
-        expected = (
-            "an even number, since every perturbation is tried with both signs"
-            if pairs
-            else "at least 2, to be compared"
-        )
-        raise ValueError(f"`{name}` must be {expected}; got {count}. Pass {count + 1}.")
-    if chunk is not None:
-        _validate.positive("chunk", chunk, whole=True)
+def _ranks(losses: Array) -> Array:
+    """1 for the best ... n; equals share the mean of theirs, and a loss not finite is the worst."""
+    finite = jnp.where(jnp.isfinite(losses), losses, jnp.inf)
+    return rankdata(finite).reshape(losses.shape).astype(losses.dtype)

@@ -1,20 +1,17 @@
-"""Extreme learning: the hidden blocks stay as they were drawn, the last one is set by ridge
-regression. No error goes back.
+"""Extreme learning: random hidden blocks, and a last one by ridge regression. No error goes back.
 
-    h_i = the last hidden block's output for example i;    minimise over w, b:  sum_i |t_i - h_i w -
-    b|^2 + penalty |w|^2
+    h_i = the last hidden block's output for example i;
+    minimise over w, b:  sum_i |t_i - h_i w - b|^2 + penalty |w|^2
 
-over the examples of all batches seen so far, whose normal equations are the state
-(`fnn.reservoir`). The targets t are one-hot rows where the loss takes labels, 2 t - 1 for
-`sigmoid_binary_cross_entropy`, whose outputs part the classes at 0, and else those of the loss. So
-outputs are least-squares fits of the targets, for classes too: compare their accuracy, for as
-logits they are far too cautious.
+over the examples of all batches so far, whose normal equations are the state (`fnn.reservoir`). The
+targets t are those of the loss, but labels become one-hot rows, and for a loss of bits, whose
+outputs are logits with the boundary at 0, t is 2 t - 1. The outputs are least-squares fits of the
+targets, for classes too: compare their accuracy, since as logits they are far too cautious.
 
 `grads` is params - solution for the last block and 0 for the others: `optax.sgd(1.0)` sets the
-block to the solution at every step; no other optimiser does, and none that moves hidden weights
-(weight decay) may be used, for the state remembers their features. One epoch is all that is to be
-learned. In another the same examples are added again: after E of them the solution is that of
-penalty / E.
+block to the solution at every step. No other optimiser does. None that moves hidden weights (weight
+decay) may be used, since the state holds their features. One epoch learns everything. Another adds
+the same examples again: after E epochs the solution is that of penalty / E.
 
 Source: Huang, Zhu, Siew (2006), doi:10.1016/j.neucom.2005.12.126 (by a pseudoinverse); lecture 003
 (reservoir computing).
@@ -22,32 +19,35 @@ Source: Huang, Zhu, Siew (2006), doi:10.1016/j.neucom.2005.12.126 (by a pseudoin
 
 from __future__ import annotations
 
-import jax
+from typing import Any
+
 import jax.numpy as jnp
+import optax
 
 from fnn import _validate
-from fnn.backprop import check_net_and_loss, weighted_mean
+from fnn.backprop import check_net_and_loss
 from fnn.nets.blocks import Blocks, begins_with_dense, hidden_blocks
+from fnn.nets.layers import Dense
 from fnn.reservoir import NormalEquations
-from fnn.rules._blockwise import block_pass
-from fnn.types import Array, Key, Layer, Loss, Params, Rule
+from fnn.rules._blockwise import block_rule, targets_like
+from fnn.types import Array, Layer, Loss, Rule, by_recipe
 
 
+@by_recipe
 def extreme_learning(net: Layer, loss: Loss, *, penalty: float = 1e-2) -> Rule:
     """Random hidden blocks, and a last one in closed form.
 
-    To be trained by `optax.sgd(1.0)`, for one epoch.
+    Train it by `optax.sgd(1.0)`, for one epoch.
 
     Args:
         net: a chain of at least two blocks, of which the last is one dense layer. What the hidden
-            ones are drawn from decides what can be
-            learned: see docs/rules.md.
+            ones are drawn from decides what can be learned: see docs/rules.md.
         loss: any loss that takes its outputs; says what targets are, and measures the value, but is
             not what is minimised.
         penalty: of the squared weights, above 0, against a *sum* over examples.
 
     Returns:
-        A rule whose state is the `NormalEquations` of the examples seen. Its value is the loss
+        A rule whose state is the `NormalEquations` of the examples so far. Its value is the loss
         *before* the step, as of every rule.
 
     Raises:
@@ -56,13 +56,14 @@ def extreme_learning(net: Layer, loss: Loss, *, penalty: float = 1e-2) -> Rule:
 
     Source: Huang, Zhu, Siew (2006), doi:10.1016/j.neucom.2005.12.126.
 
-    >>> import fnn, optax
+    >>> import fnn, jax, optax
     >>> net = fnn.mlp((1, 32, 1), "tanh", bias_init=jax.nn.initializers.normal(1.0))
     >>> x = jnp.linspace(-2, 2, 100)[:, None]
     >>> rule = extreme_learning(net, fnn.losses.l2_loss, penalty=1e-3)
     >>> settings = {"epochs": 1, "batch_size": 50, "key": jax.random.key(2)}
-    >>> params, history = fnn.fit(rule, optax.sgd(1.0), net.init(jax.random.key(1)), (x, jnp.sin(x)), **settings)
-    >>> fnn.evaluate(rule, params, (x, jnp.sin(x)))["loss"] < 1e-4
+    >>> params, data = net.init(jax.random.key(1)), (x, jnp.sin(x))
+    >>> params, history = fnn.fit(rule, optax.sgd(1.0), params, data, **settings)
+    >>> fnn.evaluate(rule, params, data)["loss"] < 1e-4
     True
     """
     check_net_and_loss(net, loss)
@@ -70,51 +71,41 @@ def extreme_learning(net: Layer, loss: Loss, *, penalty: float = 1e-2) -> Rule:
     chain = hidden_blocks("extreme_learning", net)
     _check_last(chain)
 
-    def init(key: Key, params: Params) -> NormalEquations:
+    def init(key, params):
         (last,) = chain.split(params)[-1]
         features, outputs = last.w.shape
         return NormalEquations.start(features, outputs, _validate.canonical_dtype(last.w))
 
-    def value_and_grad(
-        params: Params,
-        state: NormalEquations,
-        x: Array,
-        targets: Array,
-        weights: Array | None = None,
-    ) -> tuple[Array, Params, NormalEquations]:
-        parts, (*_, h, outputs), _, values, _ = block_pass(chain, params, loss, x, targets)
-        each = (
-            None
-            if weights is None
-            else jnp.broadcast_to(weights.reshape(-1, *(1,) * (h.ndim - 2)), h.shape[:-1]).reshape(
-                -1
-            )
-        )
-        state = state.add(_rows(h), _rows(_coded(loss, outputs, targets)), each)
-        (last,) = parts[-1]
-        solution = state.solve(float(penalty), intercept=last.b is not None)
-        seen = state.weight > 0  # else nothing is known: the block stays
-        step = jax.tree.map(
-            lambda p, s: jnp.where(seen, p - s.astype(p.dtype), jnp.zeros_like(p)), last, solution
-        )
-        still = [jax.tree.map(jnp.zeros_like, part) for part in parts[:-1]]
-        return weighted_mean(values, weights), chain.join([*still, (step,)]), state
+    def gradients(batch, state):
+        h, outputs = batch.hs[-2:]
+        t = targets_like(outputs, loss, batch.targets)
+        if loss.targets == "bits":
+            t = 2 * t - 1
+        state = _add(state, h, t, batch.weights)
+        *hidden, (last,) = batch.params
+        grads = optax.tree.zeros_like(hidden)
+        return [*grads, (_step(state, last, float(penalty)),)], state
 
-    return Rule("extreme_learning", init, value_and_grad, net.apply, loss)
+    return block_rule("extreme_learning", net, loss, chain, init, gradients)
 
 
-def _coded(loss: Loss, outputs: Array, targets: Array) -> Array:
-    """What is regressed on, shaped and typed like the outputs."""
-    t = jnp.asarray(targets)
-    if t.ndim < outputs.ndim:  # labels: the loss has checked that nothing else is
-        return jax.nn.one_hot(t, outputs.shape[-1], dtype=outputs.dtype)
-    t = t.astype(outputs.dtype)
-    return 2 * t - 1 if loss.name == "sigmoid_binary_cross_entropy" else t
+def _add(equations: NormalEquations, h: Array, t: Array, weights: Any) -> NormalEquations:
+    """The equations with a batch more; positions are examples."""
+    rows = h.reshape(-1, h.shape[-1])
+    targets = t.reshape(-1, t.shape[-1])
+    if weights is not None:
+        positions = rows.shape[0] // h.shape[0]
+        weights = jnp.repeat(jnp.asarray(weights), positions)
+    return equations.add(rows, targets, weights)
 
 
-def _rows(a: Array) -> Array:
-    """Positions are examples: `[batch, ..., features]` as `[rows, features]`."""
-    return a.reshape(-1, a.shape[-1])
+def _step(equations: NormalEquations, last: Dense, penalty: float) -> Dense:
+    """The last block minus the solution; 0 where there are no examples yet."""
+    solution = equations.solve(penalty, intercept=last.b is not None)
+    solution = optax.tree.cast_like(solution, last)
+    step = optax.tree.sub(last, solution)
+    known = equations.weight > 0
+    return optax.tree.where(known, step, optax.tree.zeros_like(step))
 
 
 def _check_last(chain: Blocks) -> None:
@@ -123,6 +114,7 @@ def _check_last(chain: Blocks) -> None:
     if len(last.layers) != 1 or not begins_with_dense(last):
         came = ", ".join(layer.name for layer in last.layers)
         raise ValueError(
-            f"the last block of `net` of extreme_learning must be one dense layer, got {came}: its weights are solved for, which what "
-            "follows them would undo. End the net with `fnn.dense(features, outputs)`, as `fnn.mlp` does."
+            f"the last block of `net` of extreme_learning must be one dense layer, got {came}: the "
+            "rule solves for its weights. End the net with `fnn.dense(features, outputs)`, as "
+            "`fnn.mlp` does."
         )

@@ -1,14 +1,14 @@
 """Forward-forward: two forward passes and no backward one.
 
-Every block learns for itself to tell right labels from wrong ones.
+Every block learns on its own to tell right labels from wrong ones.
 
 The label is written over the first inputs. Positive examples carry the right one, negative ones a
-wrong one. With the input of a block normalised, h_l = block_l(n(h_{l-1})), n(h) = h /
-sqrt(mean(h^2)), a block raises its goodness G = sum(h^2) above a threshold for positive examples
-and lowers it below for negative ones:
+wrong one. A block gets its input normalised, h_l = block_l(n(h_{l-1})), n(h) = h / sqrt(mean(h^2)).
+It raises its goodness G = sum(h^2) above a threshold for positive examples and lowers it below for
+negative ones:
 
-    E_l = softplus(theta - G+) + softplus(G- - theta),    dE_l/dh+ = -2 h+ s(theta - G+),
-    dE_l/dh- = 2 h- s(G- - theta) dw_l = n(h_{l-1})^T dz_l
+    E_l = softplus(theta - G+) + softplus(G- - theta),
+    dE_l/dh+ = -2 h+ s(theta - G+),    dE_l/dh- = 2 h- s(G- - theta),    dw_l = n(h_{l-1})^T dz_l
 
 with s the sigmoid and theta a multiple of the number of units. The first block takes the inputs as
 they are. The last block is a softmax on the last hidden one's activities for a neutral label,
@@ -19,25 +19,31 @@ Source: Hinton (2022), arXiv:2212.13345, sections 2 and 3; lecture 003 (forward-
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Float, Int
 
 from fnn import _validate
-from fnn.backprop import check_net_and_loss, forward_pass, output_error, weighed, weighted_mean
-from fnn.nets.blocks import hidden_blocks, width
+from fnn.backprop import clear_rows, share_rows
+from fnn.backprop import value_and_grad as backpropagate
+from fnn.factors import scale_rows
+from fnn.nets.blocks import Blocks, param_shapes, width
+from fnn.rules._blockwise import hidden_chain
+from fnn.rules._noise import keep_key
 from fnn.rules.backprop import warn_if_flat
-from fnn.types import Array, Key, Layer, Loss, Params, Rule, at_least_float32
+from fnn.types import Array, ArrayLike, Key, Layer, Loss, Params, Rule, by_recipe, widen
 
-PREDICTIONS = ("softmax", "goodness")
+Prediction = Literal["softmax", "goodness"]
 EPSILON = 1e-8
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class ForwardForward(Rule):
     """A `Rule` that shows its goodness, for `fnn.alignment`.
 
@@ -49,207 +55,191 @@ class ForwardForward(Rule):
     goodness: Callable[..., tuple[Array, Array, Array]]
 
 
+@by_recipe
 def forward_forward(
     net: Layer,
     loss: Loss,
     *,
     threshold: float = 1.0,
     amplitude: float = 1.0,
-    predict: str = "softmax",
+    predict: Prediction = "softmax",
 ) -> ForwardForward:
     """Layer-local learning by goodness.
 
     Args:
         net: a chain of at least two blocks: the hidden ones learn by goodness, the last is the
             softmax.
-        loss: one for classes, labels or one-hot rows; the softmax learns by it.
+        loss: one whose targets are labels or one-hot rows; the softmax learns by it.
         threshold: theta per unit, above 0: activities of mean square 1 are just at a threshold of
             1.
         amplitude: what a label is written as, where the other inputs of the label are 0; above 0.
         predict: `"softmax"`, by the last block; or `"goodness"`, the sum of G over the hidden
-            blocks but the first (over that one, if it is alone) for every label written in turn:
-            outputs are goodnesses then, and `classes` passes forward are run.
+            blocks but the first (over that one, if it is the only one) for every label in turn:
+            outputs are goodnesses then, and `classes` forward passes are run.
 
     Returns:
         A rule whose state is a key, for the wrong labels; its value is the last block's loss.
 
     Raises:
-        TypeError, ValueError: an argument cannot be meant; at the call, `x` is not `[batch,
-            features]` with at least as many features as classes, or there is but one class.
+        TypeError, ValueError: an argument is invalid; at the call, `x` is not `[batch, features]`
+            with at least as many features as classes, or there is but one class.
 
     >>> import fnn
     >>> net = fnn.mlp((6, 4, 4, 3))
     >>> rule = forward_forward(net, fnn.losses.softmax_cross_entropy_with_integer_labels)
-    >>> params = net.init(jax.random.key(0))
-    >>> value, grads, state = rule.value_and_grad(params, rule.init(jax.random.key(1), params), jnp.ones((5, 6)), jnp.zeros(5, int))
+    >>> params, state = net.init(jax.random.key(0)), jax.random.key(1)
+    >>> x, labels = jnp.ones((5, 6)), jnp.zeros(5, int)
+    >>> value, grads, state = rule.value_and_grad(params, state, x, labels)
     """
-    check_net_and_loss(net, loss)
-    chain = hidden_blocks("forward_forward", net)
+    chain = hidden_chain("forward_forward", net, loss)
     warn_if_flat("forward_forward", net)
-    if not _of_one_class(loss):
-        raise ValueError(
-            f"`loss` of forward_forward must be one for one class per example, since a label is written into the input; got {loss}. Take "
-            "`softmax_cross_entropy`, or `softmax_cross_entropy_with_integer_labels`."
-        )
+    _check_loss(loss)
     _validate.positive("threshold", threshold)
     _validate.positive("amplitude", amplitude)
-    # a NumPy number would widen the arrays
-    threshold, amplitude = float(threshold), float(amplitude)
-    _validate.one_of("predict", predict, PREDICTIONS)
+    _validate.one_of("predict", predict, get_args(Prediction))
+    theta = float(threshold)  # a NumPy number would widen the arrays
+    # what each label is written as
+    codes = float(amplitude) * np.eye(width(param_shapes(chain.layers[-1])))
+    by_softmax = backpropagate(chain.layers[-1], loss)
 
-    def hidden(parts: Any, x: Array) -> tuple[list[Array], list[Any]]:
-        return _hidden(chain.layers[:-1], parts[:-1], x)
+    def features(params, x):
+        """The inputs of the last block, for a neutral label."""
+        hs, _ = _hidden(chain, params, write_label(x, codes.mean(0)))
+        return normalise(hs[-1])
 
-    def inputs(x: Array, targets: Array, key: Key, classes: int) -> Array:
-        return _right_and_wrong(x, _labels(targets), key, classes, amplitude)
-
-    def neutral(x: Array, classes: int) -> Array:
-        return written(x, jnp.full((x.shape[0], classes), amplitude / classes, x.dtype))
-
-    def value_and_grad(
-        params: Params, state: Key, x: Array, targets: Array, weights: Array | None = None
-    ) -> tuple[Array, Params, Key]:
+    def value_and_grad(params, state, x, targets, weights=None):
         state, key = jax.random.split(state)
-        parts, x = chain.split(params), jnp.asarray(x)
-        classes = width(parts[-1])
-        hs, kept = hidden(parts, inputs(x, targets, key, classes))
-        dys = [_goodness_gradient(h, threshold, weights) for h in hs]
+        x, parts = clear_rows(x, weights), chain.split(params)
+        value, last = by_softmax(parts[-1], features(params, x), targets, weights)
+        inputs = _right_and_wrong(loss, codes, x, targets, key)
+        hs, residuals = _hidden(chain, params, inputs)
+        grads = []
+        for i, h in enumerate(hs):
+            dy = _goodness_gradient(h, theta, weights)
+            dw, _ = chain.layers[i].backward(parts[i], residuals[i], dy)
+            grads.append(dw)
+        return value, chain.join([*grads, last]), state
 
-        def last(x: Array) -> tuple[Array, Any]:  # neutral examples teach the last block alone
-            return chain.layers[-1].forward(
-                parts[-1], normalised(hidden(parts, neutral(x, classes))[0][-1])
-            )
-
-        outputs, residuals, values = forward_pass(last, loss, x, targets)
-        error = weighed(output_error(loss, outputs, targets), weights)
-        return (
-            weighted_mean(values, weights),
-            chain.backward(parts, [*kept, residuals], [*dys, error]),
-            state,
-        )
-
-    def outputs_of(params: Params, x: Array) -> Array:
-        parts, classes = chain.split(params), width(chain.split(params)[-1])
-        _check_inputs(x, classes)
-        x = jnp.asarray(x)
+    def outputs(params, x):
         if predict == "softmax":
-            return chain.layers[-1].apply(
-                parts[-1], normalised(hidden(parts, neutral(x, classes))[0][-1])
-            )
+            return chain.layers[-1].apply(chain.split(params)[-1], features(params, x))
+        return _scores(chain, params, x, jnp.asarray(codes))
 
-        def of(label: Array) -> Array:
-            hs = hidden(parts, written(x, jnp.broadcast_to(label[None], (x.shape[0], classes))))[0]
-            return jnp.stack([_goodness(h) for h in (hs[1:] or hs)]).sum(0)
+    def goodness(params, state, x, targets):
+        _, key = jax.random.split(state)
+        hs, _ = _hidden(chain, params, _right_and_wrong(loss, codes, x, targets, key))
+        return _halves(hs, theta)
 
-        return jax.vmap(of, out_axes=1)(amplitude * jnp.eye(classes, dtype=x.dtype))
-
-    def goodness(
-        params: Params, state: Key, x: Array, targets: Array
-    ) -> tuple[Array, Array, Array]:
-        parts, m = chain.split(params), x.shape[0]
-        hs, _ = hidden(
-            parts, inputs(jnp.asarray(x), targets, jax.random.split(state)[1], width(parts[-1]))
-        )
-        of = jnp.stack([_goodness(h) for h in hs])
-        return of[:, :m], of[:, m:], jnp.array([threshold * h.shape[-1] for h in hs], of.dtype)
-
-    return ForwardForward(
-        "forward_forward", lambda key, params: key, value_and_grad, outputs_of, loss, goodness
-    )
+    name = "forward_forward"
+    return ForwardForward(name, keep_key, value_and_grad, outputs, loss, goodness)
 
 
-def _hidden(
-    layers: Sequence[Layer], parts: Sequence[Params], x: Array
-) -> tuple[list[Array], list[Any]]:
+def _right_and_wrong(loss: Loss, codes: np.ndarray, x: Any, targets: Any, key: Key) -> Array:
+    """Inputs with right labels and, below them, with wrong ones."""
+    labels = targets if loss.targets == "labels" else targets.argmax(-1)
+    labels = jnp.asarray(labels, jnp.int32)
+    both = jnp.concatenate([labels, wrong_labels(key, labels, len(codes))])
+    return write_label(jnp.concatenate([x, x]), jnp.asarray(codes)[both])
+
+
+def _hidden(chain: Blocks, params: Params, x: Array) -> tuple[list[Array], list[Any]]:
     """The activities and residuals of every hidden block."""
     hs, kept = [], []
-    for i, (layer, p) in enumerate(zip(layers, parts, strict=True)):
-        h, residuals = layer.forward(p, normalised(hs[-1]) if i else x)
+    for layer, p in zip(chain.layers[:-1], chain.split(params), strict=False):
+        h, residuals = layer.forward(p, x)
         hs.append(h)
         kept.append(residuals)
+        x = normalise(h)
     return hs, kept
 
 
-def _right_and_wrong(x: Array, labels: Array, key: Key, classes: int, amplitude: float) -> Array:
-    """Positive examples and, below them, negative ones."""
-    _check_inputs(x, classes)
-    both = jnp.concatenate([labels, wrong_labels(key, labels, classes)])
-    return written(
-        jnp.concatenate([x, x]), amplitude * jax.nn.one_hot(both, classes, dtype=x.dtype)
-    )
+def _scores(chain: Blocks, params: Params, x: ArrayLike, codes: Array) -> Array:
+    """The goodness of every label, `[batch, classes]`."""
+
+    def score(code):
+        hs, _ = _hidden(chain, params, write_label(x, code))
+        some = hs[1:] or hs
+        return jnp.stack([_goodness(h) for h in some]).sum(0)
+
+    return jax.vmap(score, out_axes=1)(codes)
 
 
-def written(x: Array, label: Array) -> Array:
-    """The label `[batch, classes]` over the first features of `[batch, features]`.
-
-    >>> written(jnp.zeros((1, 4)), jnp.ones((1, 2)))
-    Array([[1., 1., 0., 0.]], dtype=float32)
-    """
-    return jnp.concatenate([label, x[:, label.shape[1] :]], axis=1)
-
-
-def wrong_labels(key: Key, labels: Array, classes: int) -> Array:
-    """For each label another one, all others alike likely.
-
-    >>> bool((wrong_labels(jax.random.key(0), jnp.zeros(99, int), 3) != 0).all())
-    True
-    """
-    return (labels + jax.random.randint(key, labels.shape, 1, classes, labels.dtype)) % classes
+def _halves(hs: list[Array], theta: float) -> tuple[Array, Array, Array]:
+    """The goodness of right and of wrong labels, and the thresholds, for every layer."""
+    both = jnp.stack([_goodness(h) for h in hs])
+    positive, negative = jnp.split(both, 2, axis=1)
+    thresholds = [theta * h.shape[-1] for h in hs]
+    return positive, negative, jnp.array(thresholds, both.dtype)
 
 
-def normalised(h: Array) -> Array:
-    """Every row at mean square 1, so that a block cannot read the goodness of the one before.
-
-    Zeros stay zeros.
-
-    >>> normalised(jnp.array([[3.0, -3.0]])).round(4)
-    Array([[ 1., -1.]], dtype=float32)
-    """
-    wide = at_least_float32(h)
-    return (wide * jax.lax.rsqrt((wide * wide).mean(-1, keepdims=True) + EPSILON)).astype(h.dtype)
+def _goodness_gradient(h: Array, theta: float, weights: Any) -> Array:
+    """dE_l/dh of positive examples and, below them, negative ones, as shares in their means."""
+    over = _goodness(h) - theta * h.shape[-1]
+    signs = jnp.array([-1, 1], over.dtype)
+    sign = jnp.repeat(signs, h.shape[0] // 2)
+    slope = sign * lax.logistic(sign * over)  # -s(theta - G+) and s(G- - theta)
+    dy = scale_rows(h, 2 * slope).astype(h.dtype)
+    positive, negative = jnp.split(dy, 2)
+    shares = share_rows(positive, weights), share_rows(negative, weights)
+    return jnp.concatenate(shares)
 
 
 def _goodness(h: Array) -> Array:
     """`[batch]`, the sum of squared activities."""
-    wide = at_least_float32(h)
-    return (wide * wide).sum(-1)
+    squares = jnp.square(widen(h))
+    return squares.sum(-1)
 
 
-def _goodness_gradient(h: Array, threshold: float, weights: Array | None) -> Array:
-    """dE_l/dh of positive examples and, below them, negative ones, each weighed in its mean."""
-    m = h.shape[0] // 2
-    over = _goodness(h) - threshold * h.shape[-1]
-    slope = jnp.concatenate([-jax.lax.logistic(-over[:m]), jax.lax.logistic(over[m:])])
-    dy = (2 * slope[:, None] * at_least_float32(h)).astype(h.dtype)
-    return jnp.concatenate([weighed(dy[:m], weights), weighed(dy[m:], weights)])
+def write_label(
+    x: Float[ArrayLike, "batch features"], label: Float[ArrayLike, "... classes"]
+) -> Float[Array, "batch features"]:
+    """The label in the place of the first features.
 
+    Raises:
+        ValueError: `x` is no rows, or they are narrower than the label.
 
-def _of_one_class(loss: Loss) -> bool:
-    """Whether a loss calls the largest output right, whatever its sign.
-
-    Losses of several yes-or-no questions do not.
+    >>> write_label(jnp.zeros((1, 4)), jnp.ones(2))
+    Array([[1., 1., 0., 0.]], dtype=float32)
     """
-    outputs = jnp.array([[-1.0, -2.0]])
-    for targets in (jnp.array([0]), jnp.array([[1.0, 0.0]])):
-        with contextlib.suppress(TypeError, ValueError), jax.ensure_compile_time_eval():
-            return loss.correct is not None and bool(loss.correct(outputs, targets)[0])
-    return False
-
-
-def _labels(targets: Array) -> Array:
-    t = jnp.asarray(targets)
-    return (t if jnp.issubdtype(t.dtype, jnp.integer) and t.ndim == 1 else t.argmax(-1)).astype(
-        jnp.int32
-    )
-
-
-def _check_inputs(x: Array, classes: int) -> None:
-    if classes < 2:
-        raise ValueError(
-            "forward_forward: `net` has one output; negative examples need a second class. Use two outputs and softmax."
-        )
+    classes = label.shape[-1]
     if x.ndim != 2 or x.shape[1] < classes:
         raise ValueError(
-            f"forward_forward: `x` has shape {tuple(x.shape)}, expected [batch, features] with at least {classes} features, over which "
-            "the label is written. Put zeros before the features: `jnp.pad(x, ((0, 0), (classes, 0)))`."
+            f"forward_forward: `x` has shape {tuple(x.shape)}, expected [batch, features] with at "
+            f"least {classes} features, over which the label is written. Put zeros before the "
+            "features: `jnp.pad(x, ((0, 0), (classes, 0)))`."
+        )
+    x = jnp.asarray(x)
+    return x.at[:, :classes].set(label.astype(x.dtype))
+
+
+def wrong_labels(key: Key, labels: Int[Array, " batch"], classes: int) -> Int[Array, " batch"]:
+    """For each label another one; all others are equally likely.
+
+    >>> bool((wrong_labels(jax.random.key(0), jnp.zeros(99, int), 3) != 0).all())
+    True
+    """
+    shift = jax.random.randint(key, labels.shape, 1, classes, labels.dtype)
+    return (labels + shift) % classes
+
+
+def normalise(h: Float[Array, "batch units"]) -> Float[Array, "batch units"]:
+    """Every row at mean square 1, so that a block cannot read the goodness of the one before.
+
+    Zeros stay zeros.
+
+    >>> normalise(jnp.array([[3.0, -3.0]])).round(4)
+    Array([[ 1., -1.]], dtype=float32)
+    """
+    mean_square = _goodness(h) / h.shape[-1]
+    scale = lax.rsqrt(mean_square + EPSILON)
+    return scale_rows(h, scale).astype(h.dtype)
+
+
+def _check_loss(loss: Loss) -> None:
+    if loss.targets not in ("labels", "one_hot"):
+        raise ValueError(
+            "`loss` of forward_forward must be one for one class per example, since a label is "
+            f"written into the input; {loss} takes {loss.targets}. Take `softmax_cross_entropy`, "
+            "or `softmax_cross_entropy_with_integer_labels`. A loss of your own? Say what its "
+            'targets are: `fnn.Loss(..., targets="labels")`.'
         )

@@ -1,89 +1,99 @@
-"""Differentially private SGD.
-
-Every example's gradient clipped, and Gaussian noise for the largest share one example can have.
+"""Differentially private SGD: the gradient of every example is clipped, and Gaussian noise added.
 
     grads = (sum_i g_i min(1, max_norm / |g_i|) + N(0, (noise_multiplier max_norm)^2 I)) / B
 
-Guaranteed: adding or removing one example moves the sum by at most `max_norm`, to rounding. So the
-parameters after some steps, and all that is computed from them alone, are (epsilon,
-delta)-differentially private under adding or removing one example, with the epsilon of
-`PrivateRule.epsilon`, on the following terms.
+The guarantee: adding or removing one example moves the sum by at most `max_norm`, to rounding. So
+the parameters after some steps, and all that is computed from them alone, are
+(epsilon, delta)-differentially private under adding or removing one example, with the epsilon of
+`PrivateRule.epsilon`, on these terms.
 
-- Batches are Poisson samples: in every step every example is taken independently with the same
-probability, and `epsilon` is told that
-  probability and all the steps taken: `fit(..., sampler=fnn.data.poisson_batches)`. For shuffled
-  batches that epsilon does not hold. How many examples there are, and with them the probability,
-  counts as public.
-- B does not depend on the data: pass the *expected* batch size. If None it is the static size of
-the batch, padding included.
+- Batches are Poisson samples: every step takes every example independently with the same
+  probability (`fit(..., sampler=fnn.data.poisson_batches)`), and `epsilon` gets that probability
+  and the number of all steps. It does not hold for shuffled batches. The number of examples, and
+  with it the probability, counts as public.
+- B does not depend on the data: pass the *expected* batch size.
 - The noise is that of an ideal generator. `jax.random` is no cryptographic one, nor is NumPy's,
-which draws the batches; whoever knows
-  the key knows the noise. Keep it secret, and use it once.
+  which draws the batches. Whoever knows the key knows the noise: keep it secret, use it once.
 - Numbers are real. Noise in floating point is no exact Gaussian, and its lowest bits may tell
-examples apart (Mironov 2012); rounding
-  may carry a share past `max_norm` by some units in the last place. Products are taken at JAX's
-  highest precision for that reason.
-- Examples do not touch each other in net and loss. Batch normalisation voids all of it;
-`fnn.per_example.check_source` finds it.
+  examples apart (Mironov 2012); rounding may carry a share past `max_norm` by some units in the
+  last place. Products run at JAX's highest precision for that reason.
+- Net and loss treat examples one by one. Batch normalisation voids the guarantee;
+  `fnn.per_example.check_source` finds it.
 
-Not private: the losses (the rule's value and `fit`'s history), validation, norms and whatever else
-is looked at on the way; the choice of hyperparameters by looking at results; that training stopped
-at a loss that is not finite. Weights say which rows are there: above 0 counts as 1, since a larger
-weight would be a larger share.
+Not private: the losses (the value of the rule, the history of `fit`), validation, norms and
+whatever else is looked at during training; the choice of hyperparameters by results; that training
+stopped at a loss that is not finite. Weights say which rows are present: any weight above 0 counts
+as 1.
 
 Source: Abadi et al. (2016), arXiv:1607.00133, algorithm 1; clipping from one backward pass, Li et
 al. (2022), arXiv:2110.05679. Accounting: Mironov (2017), arXiv:1702.07476 (RDP); Koskela, Jalko,
-Honkela (2020), arXiv:1906.03049 (PLD). Floating point: Mironov (2012), doi:10.1145/2382196.2382264.
+Honkela (2020), arXiv:1906.03049 (PLD). Floating point: Mironov (2012),
+doi:10.1145/2382196.2382264.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Int
 
 from fnn import _validate, per_example
 from fnn.backprop import source, weighted_mean
+from fnn.data import CUT_OFF
+from fnn.per_example.clipping import layer_count
 from fnn.rules.backprop import warn_if_flat
-from fnn.types import Array, Key, Layer, Loss, Params, Rule
+from fnn.types import Array, Key, Layer, Loss, Params, Rule, by_recipe
 
-ACCOUNTANTS = ("pld", "rdp")
+Accountant = Literal["pld", "rdp"]
+Schedule = Callable[[Any], Any]  # step, from 0 -> number
 
 
-@dataclass(frozen=True, repr=False)
+class PrivateState(NamedTuple):
+    """What `private_sgd` carries from step to step."""
+
+    key: Key  # of the noise
+    step: Int[Array, ""]
+
+
+@dataclass(frozen=True, repr=False, eq=False)
 class PrivateRule(Rule):
     """A `Rule` that knows what privacy it gives.
 
     Attributes:
-        max_norm: the largest norm of one example's share in the sum.
-        noise_multiplier: the noise's standard deviation in the sum, in units of `max_norm`.
+        max_norm: the largest norm of the share of one example in the sum, or its schedule.
+        noise_multiplier: the standard deviation of the noise in the sum, in units of `max_norm`, or
+            its schedule.
     """
 
-    max_norm: float
-    noise_multiplier: float
+    max_norm: float | Schedule
+    noise_multiplier: float | Schedule
 
     def epsilon(
-        self, steps: int, sampling_rate: float, delta: float, accountant: str = "pld"
+        self, steps: int, sampling_rate: float, delta: float, accountant: Accountant = "pld"
     ) -> float:
-        """The epsilon of (epsilon, delta)-differential privacy after some steps, one example added
-        or removed.
+        """The epsilon of (epsilon, delta)-differential privacy after some steps.
+
+        One example is added or removed. `delta` is charged with the probability that
+        `fnn.data.poisson_batches` cuts off a batch that is too large, times 1 + e^epsilon.
 
         Args:
-            steps: all that were taken: epochs times `ceil(examples / batch_size)` for
-                `poisson_batches`.
-            sampling_rate: with what probability a step takes an example, above 0 and at most 1:
+            steps: all steps: epochs times `ceil(examples / batch_size)` for `poisson_batches`.
+            sampling_rate: the probability that a step takes an example, above 0 and at most 1:
                 `batch_size / examples`.
             delta: above 0 and below 1, and well below 1 / examples.
             accountant: `"pld"` (privacy loss distributions), which is tight; or `"rdp"` (Renyi
-                divergences), a looser bound, at once also for noise multipliers below 0.2, where
-                `"pld"` takes seconds and gigabytes.
+                divergences), a looser bound, which is fast also for noise multipliers below 0.2,
+                where `"pld"` takes seconds and gigabytes.
 
         Returns:
-            Infinite where there is no noise.
+            Infinite where a step has no noise, and where `delta` does not cover the charge.
 
         Raises:
             TypeError, ValueError: an argument is out of its range.
@@ -95,151 +105,227 @@ class PrivateRule(Rule):
         2.38
         """
         _validate.positive("steps", steps, whole=True)
-        _validate.positive("sampling_rate", sampling_rate)
-        _validate.positive("delta", delta)
-        _validate.one_of("accountant", accountant, ACCOUNTANTS)
-        if sampling_rate > 1:
-            raise ValueError(
-                f"`sampling_rate` must be at most 1, got {sampling_rate!r}. It is batch_size / examples."
-            )
-        if delta >= 1:
-            raise ValueError(
-                f"`delta` must be below 1, got {delta!r}. Well below 1 / examples means something: 1e-5."
-            )
-        if self.noise_multiplier == 0:
-            return math.inf
-        return _composed(
-            self.noise_multiplier, int(steps), float(sampling_rate), float(delta), accountant
-        )
+        _check_privacy(sampling_rate, delta, accountant)
+        noise = self.noise_multiplier
+        each = (float(noise(step)) if callable(noise) else noise for step in range(steps))
+        return _epsilon(Counter(each), float(sampling_rate), float(delta), accountant)
 
 
+@by_recipe
 def private_sgd(
     net: Layer,
     loss: Loss,
-    max_norm: float = 1.0,
-    noise_multiplier: float = 1.0,
+    max_norm: float | Schedule = 1.0,
+    noise_multiplier: float | Schedule = 1.0,
     *,
+    per_layer: bool = False,
     batch_size: int | None = None,
     microbatch_size: int | None = None,
 ) -> PrivateRule:
     """The sum of clipped gradients with Gaussian noise, over the expected batch size.
 
-    What is guaranteed stands above.
+    The top of this file says what is guaranteed.
 
     Args:
         net: any layer that treats examples one by one.
         loss: any loss that takes its outputs.
-        max_norm: greatest norm of an example's gradient, all parameters together; above 0 and
-            finite.
-        noise_multiplier: at least 0 and finite; 0 clips without noise and is not private.
-        batch_size: the *expected* batch size that the sum is divided by, such as `fit`'s; if None,
-            the rows of the batch given, padding included (of `poisson_batches` about twice as many
+        max_norm: greatest norm of the gradient of an example, all parameters together; above 0 and
+            finite. Or a schedule: a function of the step, counted from 0, such as optax's.
+        noise_multiplier: at least 0 and finite; 0 clips without noise and is not private. Or a
+            schedule.
+        per_layer: clip the gradient of each of the L layers by its own norm, each to
+            `max_norm / sqrt(L)`, so that the whole is at most `max_norm`. A layer is as for
+            `fnn.per_example.clipped_gradient`.
+        batch_size: the *expected* batch size that the sum is divided by, such as that of `fit`; if
+            None, the rows of the batch, padding included (of `poisson_batches` about twice as many
             for small batches).
-        microbatch_size: how many examples at a time, where a batch does not fit; all, if None.
+        microbatch_size: how many examples at a time, where a batch does not fit; None for all.
 
     Returns:
-        A rule whose state is a key, split at every step. Its value, the mean loss over the examples
-        present whose loss is finite, is *not* private. An example whose gradient is not finite
-        contributes nothing.
+        A rule whose state is a `PrivateState`. Its value, the mean loss over the examples present
+        whose loss is finite, is *not* private. An example whose gradient is not finite contributes
+        nothing.
 
     Raises:
-        TypeError, ValueError: an argument cannot be meant; while tracing, params narrower than
-            float32, whose rounding would break the bound.
+        TypeError, ValueError: an argument is invalid; while tracing, params narrower than float32,
+            whose rounding would break the bound.
 
     >>> import fnn
     >>> net = fnn.mlp((3, 2))
-    >>> rule = private_sgd(net, fnn.losses.l2_loss, max_norm=0.5, noise_multiplier=1.1, batch_size=5)
+    >>> rule = private_sgd(net, fnn.losses.l2_loss, 0.5, 1.1, batch_size=5)
     >>> params = net.init(jax.random.key(0))
-    >>> value, grads, state = rule.value_and_grad(params, rule.init(jax.random.key(1), params), jnp.ones((5, 3)), jnp.ones((5, 2)))
+    >>> state = rule.init(jax.random.key(1), params)
+    >>> value, grads, state = rule.value_and_grad(params, state, jnp.ones((5, 3)), jnp.ones((5, 2)))
     """
-    std = _standard_deviation(max_norm, noise_multiplier)
+    factors_of = source(net, loss)
+    _check_noise(max_norm, noise_multiplier)
     if batch_size is not None:
         _validate.positive("batch_size", batch_size, whole=True)
-    clipped = per_example.clipped_gradient(source(net, loss), max_norm, reduction="sum")
-    warn_if_flat("private_sgd", net)
     if microbatch_size is not None:
-        clipped = per_example.accumulate(clipped, microbatch_size)
+        _validate.positive("microbatch_size", microbatch_size, whole=True)
+    warn_if_flat("private_sgd", net)
 
-    def value_and_grad(
-        params: Params, state: Key, x: Array, targets: Array, weights: Array | None = None
-    ) -> tuple[Array, Params, Key]:
-        _check_wide(params)
-        state, key = jax.random.split(state)
-        present = _present(weights)
+    def clipped_sum(params, bound, x, targets, present):
+        if per_layer:
+            tree = jax.eval_shape(factors_of, params, x, targets)[1]
+            bound = bound / math.sqrt(layer_count(tree))
+        clipped = per_example.clipped_gradient(
+            factors_of, bound, per_layer=per_layer, reduction="sum"
+        )
+        if microbatch_size is not None:
+            clipped = per_example.accumulate(clipped, microbatch_size)
         with jax.default_matmul_precision("highest"):
-            values, total, _ = clipped(params, x, targets, weights=present)
-        counted = jnp.isfinite(values) if present is None else jnp.isfinite(values) & (present > 0)
-        value = weighted_mean(
-            jnp.where(counted, values, jnp.zeros_like(values)), counted.astype(jnp.float32)
-        )
-        size = values.shape[0] if batch_size is None else batch_size
-        return (
-            value,
-            jax.tree.map(lambda g, n: (g + n) / size, total, _noise(key, total, std)),
-            state,
-        )
+            return clipped(params, x, targets, weights=present)
 
-    name, settings = "private_sgd", (float(max_norm), float(noise_multiplier))
-    return PrivateRule(name, lambda key, params: key, value_and_grad, net.apply, loss, *settings)
+    def value_and_grad(params, state, x, targets, weights=None):
+        _check_width(params)
+        key, noise_key = jax.random.split(state.key)
+        bound = _at(max_norm, state.step)
+        present = None if weights is None else _present(weights, x.shape[0])
+        values, total, _ = clipped_sum(params, bound, x, targets, present)
+        finite = jnp.isfinite(values).astype(jnp.float32)
+        value = weighted_mean(values, finite if present is None else finite * present)
+        noise = _noise(noise_key, total, bound * _at(noise_multiplier, state.step))
+        size = x.shape[0] if batch_size is None else batch_size
+        grads = jax.tree.map(lambda g, n: (g + n) / size, total, noise)
+        return value, grads, PrivateState(key, state.step + 1)
+
+    return PrivateRule(
+        "private_sgd",
+        lambda key, params: PrivateState(key, jnp.zeros((), jnp.int32)),
+        value_and_grad,
+        net.apply,
+        loss,
+        max_norm,
+        noise_multiplier,
+    )
 
 
-def _present(weights: Array | None) -> Array | None:
-    """1 for every example that is there, whatever it weighs."""
-    if weights is None:
-        return None
-    _validate.is_array("weights", weights)
+def noise_for(
+    epsilon: float,
+    *,
+    steps: int,
+    sampling_rate: float,
+    delta: float,
+    accountant: Accountant = "pld",
+) -> float:
+    """The least noise multiplier with which a training has a given epsilon.
+
+    Args:
+        epsilon: above 0.
+        steps: as for `PrivateRule.epsilon`, and so the others.
+        sampling_rate: the probability that a step takes an example.
+        delta: above 0 and below 1.
+        accountant: `"pld"` or `"rdp"`.
+
+    Returns:
+        The noise multiplier, to 1e-3 too large at most.
+
+    Raises:
+        TypeError, ValueError: an argument is out of its range.
+        ImportError: dp-accounting is not installed.
+
+    >>> round(noise_for(2.38, steps=60 * 234, sampling_rate=256 / 60_000, delta=1e-5), 1)
+    1.1
+    """
+    _validate.positive("epsilon", epsilon)
+    _validate.positive("steps", steps, whole=True)
+    _check_privacy(sampling_rate, delta, accountant)
+
+    def reached(noise: float) -> bool:
+        return _epsilon({noise: steps}, sampling_rate, delta, accountant) <= epsilon
+
+    low, high = 0.0, 1.0
+    while not reached(high):
+        low, high = high, 2 * high
+        if high > 1e6:
+            raise ValueError(f"`epsilon` {epsilon!r} is not reached at this `delta`: raise either.")
+    while high - low > 1e-3:
+        middle = (low + high) / 2
+        low, high = (low, middle) if reached(middle) else (middle, high)
+    return high
+
+
+def _epsilon(noises: dict[float, int], rate: float, delta: float, accountant: str) -> float:
+    """Epsilon for so many steps of each noise multiplier, by dp-accounting."""
+    if 0 in noises:
+        return math.inf
+    try:
+        import dp_accounting
+        from dp_accounting import pld, rdp
+    except ImportError as error:
+        mend = 'Install it: pip install "fnn[privacy]"'
+        raise ImportError(f"`epsilon` needs the package dp-accounting. {mend}") from error
+    total = {"pld": pld.PLDAccountant, "rdp": rdp.RdpAccountant}[accountant]()
+    for noise, steps in noises.items():
+        event = dp_accounting.GaussianDpEvent(noise)
+        total.compose(dp_accounting.PoissonSampledDpEvent(rate, event), steps)
+    # a whole batch is never too large
+    cut_off = CUT_OFF * sum(noises.values()) if rate < 1 else 0.0
+    found, before = total.get_epsilon(delta), -1.0
+    while found - before > 1e-6 and found < 100:  # e^100 times any probability is more than 1
+        left = delta - cut_off * (1 + math.exp(found))
+        found, before = total.get_epsilon(left) if left > 0 else math.inf, found
+    return float(found)
+
+
+def _at(number: float | Schedule, step: Array) -> Any:
+    """The number, or a schedule's at a step."""
+    return number(step) if callable(number) else float(number)
+
+
+def _present(weights: Any, examples: Any) -> Array:
+    """1 for every example that is present, whatever it weighs."""
+    _validate.per_example("weights", weights, examples)
     return (jnp.asarray(weights) > 0).astype(jnp.float32)
 
 
-def _noise(key: Key, like: Params, std: float) -> Params:
+def _noise(key: Key, like: Params, std: Any) -> Params:
     """A tree of Gaussian noise, every leaf by a key of its own."""
     leaves, tree = jax.tree.flatten(like)
     keys = jax.random.split(key, len(leaves))
     return jax.tree.unflatten(
         tree,
         [
-            std * jax.random.normal(k, leaf.shape, leaf.dtype)
+            jnp.asarray(std, leaf.dtype) * jax.random.normal(k, leaf.shape, leaf.dtype)
             for k, leaf in zip(keys, leaves, strict=True)
         ],
     )
 
 
-def _composed(
-    noise_multiplier: float, steps: int, sampling_rate: float, delta: float, accountant: str
-) -> float:
-    """Epsilon by dp-accounting."""
-    try:
-        import dp_accounting
-        from dp_accounting import pld, rdp
-    except ImportError as error:
-        raise ImportError(
-            '`epsilon` needs the package dp-accounting. Install it: pip install "fnn[privacy]"'
-        ) from error
-    made = {"pld": pld.PLDAccountant, "rdp": rdp.RdpAccountant}[accountant]()
-    step = dp_accounting.PoissonSampledDpEvent(
-        sampling_rate, dp_accounting.GaussianDpEvent(noise_multiplier)
-    )
-    made.compose(dp_accounting.SelfComposedDpEvent(step, steps))
-    return float(made.get_epsilon(delta))
-
-
-def _standard_deviation(max_norm: Any, noise_multiplier: Any) -> float:
-    """The noise's standard deviation in the sum, its two parts checked."""
-    _validate.positive("max_norm", max_norm)
-    _validate.not_negative("noise_multiplier", noise_multiplier)
-    std, limits = float(noise_multiplier) * float(max_norm), jnp.finfo(jnp.float32)
+def _check_noise(max_norm: Any, noise_multiplier: Any) -> None:
+    """Raises unless both are numbers in their range, or schedules, and the noise fits float32."""
+    if not callable(max_norm):
+        _validate.positive("max_norm", max_norm)
+    if not callable(noise_multiplier):
+        _validate.not_negative("noise_multiplier", noise_multiplier)
+    if callable(max_norm) or callable(noise_multiplier):
+        return
+    limits = jnp.finfo(jnp.float32)
+    std = float(noise_multiplier) * float(max_norm)
     for name, size in (("max_norm", float(max_norm)), ("noise_multiplier * max_norm", std)):
         if size and not float(limits.tiny) <= size <= float(limits.max):
-            raise ValueError(
-                f"`{name}` must be in float32's range, {limits.tiny:.1e} ... {limits.max:.1e}, got {size!r}."
-            )
-    return std
+            span = f"{limits.tiny:.1e} ... {limits.max:.1e}"
+            raise ValueError(f"`{name}` must be in float32's range, {span}, got {size!r}.")
 
 
-def _check_wide(params: Params) -> None:
+def _check_privacy(sampling_rate: Any, delta: Any, accountant: Any) -> None:
+    _validate.positive("sampling_rate", sampling_rate)
+    _validate.positive("delta", delta)
+    _validate.one_of("accountant", accountant, get_args(Accountant))
+    if sampling_rate > 1:
+        mend = "It is batch_size / examples."
+        raise ValueError(f"`sampling_rate` must be at most 1, got {sampling_rate!r}. {mend}")
+    if delta >= 1:
+        mend = "Pass a number well below 1 / examples, such as 1e-5."
+        raise ValueError(f"`delta` must be below 1, got {delta!r}. {mend}")
+
+
+def _check_width(params: Params) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if np.dtype(_validate.canonical_dtype(leaf)).itemsize < 4:
             raise TypeError(
-                f"`params{jax.tree_util.keystr(path)}` is {leaf.dtype}: private_sgd needs float32 at least, since the rounding of narrower "
-                "numbers breaks the bound on a clipped gradient. Cast: `jax.tree.map(lambda p: p.astype(jnp.float32), params)`."
+                f"`params{jax.tree_util.keystr(path)}` is {leaf.dtype}: private_sgd needs float32 "
+                "at least, since the rounding of narrower numbers breaks the bound on a clipped "
+                "gradient. Cast: `jax.tree.map(lambda p: p.astype(jnp.float32), params)`."
             )

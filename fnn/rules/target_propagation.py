@@ -1,17 +1,14 @@
-"""Difference target propagation.
+"""Difference target propagation: learned inverses carry targets down to every hidden block.
 
-Learned inverses carry targets down, and every hidden block comes nearer to its own.
-
-    h_l = f_l(h_{l-1}),    l = 1 ... L                              the blocks; E is the loss at h_L
-    t_{L-1} = h_{L-1} - target_rate dE/dh_{L-1}                     the first target, each example
-    by its own E
-    t_{l-1} = h_{l-1} - g_l(h_l) + g_l(t_l)                         the others; the difference takes
-    off what g_l itself gets wrong
+    h_l = f_l(h_{l-1}),    l = 1 ... L            the blocks; E is the loss at h_L
+    t_{L-1} = h_{L-1} - target_rate dE/dh_{L-1}   the first target, for each example by its own E
+    t_{l-1} = h_{l-1} - g_l(h_l) + g_l(t_l)       the others; the difference removes the error of
+                                                  g_l itself
     hidden block l    descends |f_l(h_{l-1}) - t_l|^2 / (2 target_rate), h_{l-1} and t_l fixed, by
-    its own backward pass
+                      its own backward pass
     last block        descends E
     inverse g_l       descends |g_l(f_l(h_{l-1} + eps)) - (h_{l-1} + eps)|^2, eps ~ N(0,
-    noise_std^2), after it has been used
+                      noise_std^2), after its use
 
 The paper's hidden loss is without 1 / (2 target_rate). With it the last hidden block gets
 backprop's own gradient whatever the rate, the others gradients of about that size, so that learning
@@ -31,22 +28,24 @@ Noda (1967), IEEE Transactions on Automatic Control 12(3).
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.nn.initializers import orthogonal
 
 from fnn import _validate
-from fnn.backprop import check_net_and_loss, weighed, weighted_mean
+from fnn.backprop import value_and_grad, weighted_mean
 from fnn.nets import activations
-from fnn.nets.blocks import hidden_blocks, width
+from fnn.nets.blocks import width
 from fnn.nets.combinators import serial
 from fnn.nets.layers import dense
-from fnn.rules._blockwise import block_pass
+from fnn.nets.losses import squared_error
+from fnn.rules._blockwise import LocalRule, hidden_chain, local_rule
+from fnn.rules._noise import normal_like
 from fnn.rules.backprop import warn_if_flat
-from fnn.types import Array, Key, Layer, Loss, Params, Rule, at_least_float32
+from fnn.types import Array, Key, Layer, Loss, Params, by_recipe, widen
 
 
 class Inverses(NamedTuple):
@@ -57,6 +56,7 @@ class Inverses(NamedTuple):
     params: tuple[Params, ...]
 
 
+@by_recipe
 def target_propagation(
     net: Layer,
     loss: Loss,
@@ -64,8 +64,8 @@ def target_propagation(
     target_rate: float = 0.1,
     inverse_rate: float = 0.1,
     noise_std: float = 0.1,
-    inverse_activation: str | Layer = "identity",
-) -> Rule:
+    inverse_activation: activations.Name | Layer = "identity",
+) -> LocalRule:
     """Difference target propagation with inverses that learn in the same step.
 
     Args:
@@ -74,7 +74,7 @@ def target_propagation(
         target_rate: how far the first target is from the activity, in units of the error; above 0.
             Matters where g is not linear.
         inverse_rate: of the inverses' own normalised SGD, at least 0 and best below 1; 0 leaves
-            them as they are drawn.
+            them at their start.
         noise_std: of the noise on the activities that the inverses learn from, at least 0.
         inverse_activation: what follows the dense layer of every inverse; a name or a layer.
 
@@ -82,7 +82,7 @@ def target_propagation(
         A rule whose state is `Inverses`: a key, and the inverses' params.
 
     Raises:
-        TypeError, ValueError: an argument cannot be meant, or `net` has no hidden block.
+        TypeError, ValueError: an argument is invalid, or `net` has no hidden block.
 
     Source: Lee, Zhang, Fischer, Bengio (2015), arXiv:1412.7525.
 
@@ -90,94 +90,66 @@ def target_propagation(
     >>> net = fnn.mlp((3, 5, 4, 2))
     >>> rule = target_propagation(net, fnn.losses.l2_loss)
     >>> params = net.init(jax.random.key(0))
-    >>> value, grads, state = rule.value_and_grad(params, rule.init(jax.random.key(1), params), jnp.ones((5, 3)), jnp.ones((5, 2)))
+    >>> state, x, targets = rule.init(jax.random.key(1), params), jnp.ones((5, 3)), jnp.ones((5, 2))
+    >>> value, grads, state = rule.value_and_grad(params, state, x, targets)
     >>> jax.tree.map(jnp.shape, state.params)
     ((Dense(w=(4, 5), b=(5,)), ()),)
     """
-    check_net_and_loss(net, loss)
+    chain = hidden_chain("target_propagation", net, loss)
     warn_if_flat("target_propagation", net)
+    activation = activations.get(inverse_activation)
     _validate.positive("target_rate", target_rate)
     _validate.not_negative("inverse_rate", inverse_rate)
     _validate.not_negative("noise_std", noise_std)
-    inverse_rate, noise_std = float(inverse_rate), float(noise_std)
-    activation = activations.get(inverse_activation)
-    chain, rate = hidden_blocks("target_propagation", net), float(target_rate)
+    step, std, rate = float(inverse_rate), float(noise_std), float(target_rate)
 
-    def init(key: Key, params: Params) -> Inverses:
-        parts = chain.split(params)[:-1]
-        key, *keys = jax.random.split(key, len(parts))
-        made = (g.init(k) for g, k in zip(_inverses(parts, activation), keys, strict=True))
-        return Inverses(
-            key, tuple(_as_dtype_of(p, g) for p, g in zip(parts[1:], made, strict=True))
-        )
+    def inverses(params):
+        """g_2, ... for the params of every block."""
+        widths = [width(p) for p in params[:-1]]
+        denses = [dense(n, m, kernel_init=orthogonal()) for m, n in itertools.pairwise(widths)]
+        return [serial(layer, activation) for layer in denses]
 
-    def value_and_grad(
-        params: Params, state: Inverses, x: Array, targets: Array, weights: Array | None = None
-    ) -> tuple[Array, Any, Any]:
-        parts, hs, residuals, values, e = block_pass(chain, params, loss, x, targets)
-        gs = _inverses(parts[:-1], activation)
-        top = -rate * chain.layers[-1].backward(parts[-1], residuals[-1], e)[1]
-        shifts = _carried_down(gs, state.params, hs[2:-1], top)
-        dys = [weighed(dy, weights) for dy in (*(shift / -rate for shift in shifts), e)]
-        grads = chain.backward(parts, residuals, dys)
-        key, *keys = jax.random.split(state.key, len(parts) - 1)
-        noisy = [
-            h + noise_std * jax.random.normal(k, h.shape, h.dtype)
-            for h, k in zip(hs[1:-2], keys, strict=True)
-        ]
-        known = [
-            f.apply(p, h) for f, p, h in zip(chain.layers[1:-1], parts[1:-1], noisy, strict=True)
-        ]
-        each = zip(gs, state.params, known, noisy, strict=True)
-        return (
-            weighted_mean(values, weights),
-            grads,
-            Inverses(key, tuple(_nearer(*one, weights, inverse_rate) for one in each)),
-        )
+    def init(key, params):
+        gs = inverses(chain.split(params))
+        dtype = jax.tree.leaves(params)[0].dtype
+        key, *keys = jax.random.split(key, len(gs) + 1)
+        start = [g.init(k) for g, k in zip(gs, keys, strict=True)]
+        return Inverses(key, tuple(optax.tree.cast(p, dtype) for p in start))
 
-    return Rule("target_propagation", init, value_and_grad, net.apply, loss)
+    def errors(batch, state):
+        gs = inverses(batch.params)
+        _, dx = batch.backward(-1, batch.error)
+        shifts = [-rate * dx]  # t - h, of the last hidden block first
+        for i in reversed(range(len(gs))):
+            g, p, h = gs[i], state.params[i], batch.hs[i + 2]
+            shift = g.apply(p, h + shifts[0]) - g.apply(p, h)
+            shifts.insert(0, shift)
+        key, *keys = jax.random.split(state.key, len(gs) + 1)
+        params = []
+        for i, g in enumerate(gs):
+            h = batch.hs[i + 1]
+            h += std * normal_like(keys[i], h)
+            y = chain.layers[i + 1].apply(batch.params[i + 1], h)
+            params.append(_learn(g, state.params[i], y, h, batch.weights, step))
+        dys = [shift / -rate for shift in shifts]
+        return [*dys, batch.error], Inverses(key, tuple(params))
+
+    return local_rule("target_propagation", net, loss, chain, init, errors)
 
 
-def _inverses(parts: Sequence[Params], activation: Layer) -> list[Layer]:
-    """g_2, ... for the params of the hidden blocks."""
-    widths = [width(p) for p in parts]
-    return [
-        serial(dense(n, m, kernel_init=orthogonal()), activation)
-        for m, n in itertools.pairwise(widths)
-    ]
-
-
-def _carried_down(
-    gs: Sequence[Layer], params: Sequence[Params], hs: Sequence[Array], top: Array
-) -> list[Array]:
-    """`t_l - h_l` of every hidden block from that of the last.
-
-    The h are those of the blocks that have an inverse.
-    """
-    shifts = [top]  # differences are what is carried: t - h of rounded sums would lose small ones
-    for g, p, h in zip(reversed(gs), reversed(params), reversed(hs), strict=True):
-        shifts.append(g.apply(p, h + shifts[-1]) - g.apply(p, h))
-    return shifts[::-1]
-
-
-def _nearer(
-    g: Layer, params: Params, known: Array, wanted: Array, weights: Array | None, rate: float
+def _learn(
+    g: Layer,
+    params: Params,
+    x: Array,
+    t: Array,
+    weights: Any,
+    rate: float,
 ) -> Params:
-    """The params of an inverse after its step: `known` is f(h + eps), `wanted` h + eps."""
-    y, residuals = g.forward(params, known)
-    grads, _ = g.backward(params, residuals, weighed(2 * (y - wanted), weights))
-    wide = at_least_float32(known)
-    # the 1 is the bias's input
-    size = weighted_mean(((wide * wide).sum(-1) + 1).reshape(wide.shape[0], -1).sum(1), weights)
-    step = rate / jnp.maximum(size, 1)  # without any weight the size is 0, and so are the gradients
-    return jax.tree.map(
-        lambda p, d: (p.astype(step.dtype) - step * d.astype(step.dtype)).astype(p.dtype),
-        params,
-        grads,
-    )
-
-
-def _as_dtype_of(params: Params, tree: Params) -> Params:
-    """The tree in the dtype of the params."""
-    dtype = jnp.result_type(*jax.tree.leaves(params))
-    return jax.tree.map(lambda leaf: leaf.astype(dtype), tree)
+    """The params of an inverse after a step of normalised least mean squares to g(x) = t."""
+    _, grads = value_and_grad(g, squared_error)(params, x, t, weights)
+    squares = jnp.square(widen(x)).sum(-1)
+    inputs = squares + 1  # 1 is the input of the bias
+    sizes = inputs.reshape(x.shape[0], -1).sum(1)
+    size = weighted_mean(sizes, weights)
+    step = rate / jnp.maximum(size, 1)  # all weights 0 make a size of 0, and gradients of 0
+    return optax.tree.add_scale(params, -step.astype(x.dtype), grads)
