@@ -9,7 +9,6 @@ from fnn import per_example as per_example
 from fnn import reservoir as reservoir
 from fnn import rules as rules
 from fnn import sharding as sharding
-from fnn._validate import key as key
 from fnn.backprop import mean_loss as mean_loss
 from fnn.backprop import source as source
 from fnn.backprop import value_and_grad as value_and_grad
@@ -36,6 +35,7 @@ from fnn.train import fit as fit
 from fnn.types import Layer as Layer
 from fnn.types import Loss as Loss
 from fnn.types import Rule as Rule
+from fnn.types import key as key
 from fnn.verify import check_layer as check_layer
 from fnn.verify import check_loss as check_loss
 from fnn.verify import compare_gradients as compare_gradients

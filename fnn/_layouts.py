@@ -78,7 +78,8 @@ def read(
     if strange:
         mend = "A batch norm? Fold it into the layer before it."
         raise ValueError(
-            f"`{argument}` has what dense layers, layer_norm, rms_norm and embedding have not: {listed(strange)}. {mend}"
+            f"`{argument}` has what dense layers, layer_norm, rms_norm and embedding have not: "
+            f"{listed(strange)}. {mend}"
         )
     modules = layers("like", like)
     slots = _slots(
@@ -104,8 +105,11 @@ def fitted(
     axes: str = "[in, out]",
     cast: bool = True,
 ) -> dict[str, Array]:
-    """The arrays of `found` in the dtypes of `wanted`, after all names, shapes and, unless floats
-    may be cast, dtypes were compared."""
+    """The arrays of `found` in the dtypes of `wanted`.
+
+    It compares all names, shapes and dtypes first. With `cast` it lets one float dtype stand for
+    another.
+    """
     for name, value in found.items():
         _validate.is_array(f"{argument}[{name!r}]", value)
     both = [(name, found[name], leaf) for name, leaf in wanted.items() if name in found]
@@ -114,7 +118,7 @@ def fitted(
         "missing": [name for name in wanted if name not in found],
         "left over": [name for name in found if name not in wanted],
         "different": [
-            f"{name} is {_validate.said(a)}, expected {_validate.said(leaf)}"
+            f"{name} is {_validate.describe(a)}, expected {_validate.describe(leaf)}"
             for name, a, leaf in wrong
         ],
     }
@@ -127,7 +131,8 @@ def fitted(
         ):
             mend = "Cast it first, by `.astype`."
         raise ValueError(
-            f"`{argument}` does not fit: {'; '.join(f'{what}: {listed(v)}' for what, v in problems.items() if v)}. {mend}"
+            f"`{argument}` does not fit: "
+            f"{'; '.join(f'{what}: {listed(v)}' for what, v in problems.items() if v)}. {mend}"
         )
     return {name: _own(a, dtype(leaf)) for name, a, leaf in both}
 
@@ -152,7 +157,8 @@ def flat(argument: str, tree: Any) -> dict[str, Any]:
         _validate.is_array(f"{argument}.{name}", leaf)
         if name in found:
             raise ValueError(
-                f"`{argument}` has two leaves of the name {name!r}. A key of a dict with a dot in it? Rename it."
+                f"`{argument}` has two leaves of the name {name!r}. "
+                "A key of a dict with a dot in it? Rename it."
             )
         found[name] = leaf
     return found
@@ -169,7 +175,8 @@ def layers(argument: str, params: Params) -> list[Module]:
         at = f"{argument}.{path}" if path else argument
         if type(node) not in RANKS:
             raise ValueError(
-                f"`{at}` is {_validate.said(node)} outside a dense layer, norm or embedding: other libraries have no place for it."
+                f"`{at}` is {_validate.describe(node)} outside a dense layer, norm or embedding: "
+                "other libraries have no place for it."
             )
         _check_leaves(at, node)
         kind = {Dense: "Dense", Embedding: "Embed"}.get(type(node)) or (
@@ -186,7 +193,8 @@ def checked(names: Any, modules: list[Module]) -> list[str]:
     if len(names) != len(modules) or len(set(names)) != len(names):
         paths = listed([module.path for module in modules])
         raise ValueError(
-            f"`names` must be {len(modules)} different ones, for the layers {paths}; got {', '.join(names)}."
+            f"`names` must be {len(modules)} different ones, for the layers {paths}; "
+            f"got {', '.join(names)}."
         )
     return list(names)
 
@@ -208,10 +216,14 @@ def _check_leaves(at: str, node: Any) -> None:
     ]:
         _validate.is_float(f"{at}.{field}", leaf)
         if len(leaf.shape) != rank:
-            mend = "Stacked by `fnn.repeat`? Other libraries have single layers: `fnn.serial(*[layer] * n)`, whose params are "
-            mend += "`tuple(jax.tree.map(lambda leaf: leaf[i], stacked) for i in range(n))`."
+            mend = (
+                "Stacked by `fnn.repeat`? Other libraries have single layers: "
+                "`fnn.serial(*[layer] * n)`, whose params are "
+                "`tuple(jax.tree.map(lambda leaf: leaf[i], stacked) for i in range(n))`."
+            )
             raise ValueError(
-                f"`{at}.{field}` is {_validate.said(leaf)}, expected {rank} {'axis' if rank == 1 else 'axes'}. {mend}"
+                f"`{at}.{field}` is {_validate.describe(leaf)}, "
+                f"expected {rank} {'axis' if rank == 1 else 'axes'}. {mend}"
             )
 
 
@@ -274,7 +286,8 @@ def _by_number(argument: str, found: Iterable[str], modules: list[Module]) -> li
         )
         if len({re.sub(r"\d+", "", name) for name in theirs}) > 1:
             raise ValueError(
-                f"`{argument}`: the names {listed(theirs)} do not tell their order. Pass `names`, in the order of the layers."
+                f"`{argument}`: the names {listed(theirs)} do not tell their order. "
+                "Pass `names`, in the order of the layers."
             )
         queues[kind] = iter(theirs)
     return [next(queues[module.kind]) for module in modules]
@@ -288,7 +301,10 @@ def _flax_kind(fields: set[str]) -> str:
 
 def _same_number(argument: str, kind: str, names: list[str], modules: list[Module]) -> None:
     def counted(what: str, each: list[str]) -> str:
-        return f"{len(each)} {kind}{what}{'s' * (len(each) != 1)} ({listed([name or 'no name' for name in each]) or 'none'})"
+        return (
+            f"{len(each)} {kind}{what}{'s' * (len(each) != 1)} "
+            f"({listed([name or 'no name' for name in each]) or 'none'})"
+        )
 
     if len(names) != len(modules):
         theirs, ours = (

@@ -1,7 +1,4 @@
-"""Checks of arguments: by shape and dtype while tracing, by value where data enters.
-
-Each error says what came and how to mend it.
-"""
+"""Argument errors: each names the argument, what was expected, what came, and the likely mend."""
 
 from __future__ import annotations
 
@@ -14,59 +11,81 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+# What other libraries hold arrays in: the attribute that tells, and what to pass instead.
+CONVERSIONS = (
+    ("toarray", "A sparse matrix? Pass `{}.toarray()`."),
+    ("detach", "A PyTorch tensor? Pass `{}.detach().cpu().numpy()`."),
+    ("to_numpy", "From pandas? Pass `{}.to_numpy(dtype='float32')`, or int32 for labels."),
+)
 
-def said(leaf: Any) -> str:
+
+def describe(leaf: Any) -> str:
     """A leaf in a message: its dtype and shape."""
-    return (
-        f"{leaf.dtype}{list(leaf.shape)}"
-        if hasattr(leaf, "dtype")
-        else f"{leaf!r:.40} ({type(leaf).__name__})"
-    )
+    if hasattr(leaf, "dtype"):
+        return f"{leaf.dtype}{list(leaf.shape)}"
+    return f"{leaf!r:.40} ({type(leaf).__name__})"
 
 
 def is_array(name: str, value: Any) -> None:
-    """Raises a TypeError unless `value` is a JAX or NumPy array (or a tracer, or a shape) of
-    numbers."""
-    if not (hasattr(value, "shape") and hasattr(value, "dtype")):
-        raise TypeError(
-            f"`{name}` must be an array, got {type(value).__name__}. Convert it: `jnp.asarray({name})`."
-        )
-    if getattr(value.dtype, "kind", "V") in "USO":
-        raise TypeError(
-            f"`{name}` must hold numbers, got {value.dtype}. Text? Convert it: `{name}.astype(float)`."
-        )
-    if getattr(value.dtype, "kind", "V") in "mM":
-        raise TypeError(
-            f"`{name}` must hold numbers, got {value.dtype}. Dates? Subtract a day and divide by a unit of time first."
-        )
+    """Raises a TypeError unless `value` is an array of JAX or NumPy that JAX can hold."""
+    if isinstance(value, (jax.Array, jax.ShapeDtypeStruct)):
+        return
+    if not isinstance(value, (np.ndarray, np.generic)):
+        mends = [mend for attribute, mend in CONVERSIONS if hasattr(value, attribute)]
+        mend = (mends or ["Convert it: `jnp.asarray({})`."])[0].format(name)
+        raise TypeError(f"`{name}` must be an array, got {type(value).__name__}. {mend}")
+    mend = _numpy_mend(name, value.dtype)
+    if mend:
+        raise TypeError(f"`{name}` must hold numbers of JAX's kinds, got {value.dtype}. {mend}")
+
+
+def _numpy_mend(name: str, dtype: np.dtype[Any]) -> str:
+    """How to convert a NumPy array that JAX cannot hold; "" where it can."""
+    if dtype.kind in "USO":
+        return f"Text or objects? Convert them: `{name}.astype(float)`."
+    if dtype.kind in "mM":
+        return "Dates? Subtract a day and divide by a unit of time first."
+    if not dtype.isnative:
+        return f"Of another byte order? Convert it: `{name}.astype('{dtype.name}')`."
+    if dtype in (np.longdouble, np.clongdouble) and dtype.itemsize > np.dtype(float).itemsize:
+        return f"Wider than JAX's numbers? Convert it: `{name}.astype('float64')`."
+    return ""
 
 
 def is_float(name: str, value: Any) -> None:
     """Raises a TypeError unless `value` is an array of floating-point numbers."""
     is_array(name, value)
     if not jnp.issubdtype(value.dtype, jnp.floating):
-        raise TypeError(
-            f"`{name}` must hold floating-point numbers, got {value.dtype}. Convert it: `{name}.astype(jnp.float32)`."
-        )
+        mend = f"Convert it: `{name}.astype(jnp.float32)`."
+        raise TypeError(f"`{name}` must hold floating-point numbers, got {value.dtype}. {mend}")
 
 
 def canonical_dtype(value: Any) -> Any:
-    """The dtype `value` has inside JAX (a NumPy float64 array is float32 there unless x64 is on)."""
+    """The dtype of `value` inside JAX: float64 becomes float32 unless x64 is on."""
     return jax.dtypes.canonicalize_dtype(value.dtype)
 
 
 def same_dtype(name: str, value: Any, other_name: str, other: Any) -> None:
     """Raises a TypeError unless both arrays have one dtype: `fnn` never promotes in silence."""
-    got, expected = canonical_dtype(value), canonical_dtype(other)
-    if got != expected:
-        raise TypeError(
-            f"`{name}` is {got} but `{other_name}` is {expected}; mixtures are not promoted. "
-            f"Cast one: `{name}.astype({other_name}.dtype)`, or the params by `jax.tree.map(lambda p: p.astype({name}.dtype), params)`."
-        )
+    if canonical_dtype(value) == canonical_dtype(other):
+        return
+    raise TypeError(
+        f"`{name}` is {canonical_dtype(value)} but `{other_name}` is {canonical_dtype(other)}; "
+        f"mixtures are not promoted. Cast one: `{name}.astype({other_name}.dtype)`, or the params "
+        f"by `jax.tree.map(lambda p: p.astype({name}.dtype), params)`."
+    )
+
+
+def per_example(name: str, value: Any, examples: Any) -> None:
+    """Raises unless `value` is an array with one number per example."""
+    is_array(name, value)
+    if value.shape != (examples,):
+        came = tuple(value.shape)
+        raise ValueError(f"`{name}` has shape {came}, expected ({examples},): one per example.")
 
 
 def positive(name: str, value: Any, *, whole: bool = False) -> None:
-    """Raises unless `value` is a finite number above zero (a whole one, where `whole`)."""
+    """Raises unless `value` is a finite number above 0 (a whole one, where `whole`)."""
     kinds = (int, np.integer) if whole else (int, float, np.number)
     expected = f"`{name}` must be a {'whole' if whole else 'finite'} number above 0"
     if isinstance(value, bool) or not isinstance(value, kinds):
@@ -76,7 +95,7 @@ def positive(name: str, value: Any, *, whole: bool = False) -> None:
 
 
 def not_negative(name: str, value: Any) -> None:
-    """Raises unless `value` is a finite number, at least zero."""
+    """Raises unless `value` is a finite number, at least 0."""
     expected = f"`{name}` must be a finite number, at least 0"
     if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
         raise TypeError(f"{expected}, got {value!r:.80} ({type(value).__name__}).")
@@ -85,85 +104,65 @@ def not_negative(name: str, value: Any) -> None:
 
 
 def is_function(name: str, value: Any, signature: str) -> None:
-    """Raises a TypeError unless `value` can be called; `signature` says how it will be."""
+    """Raises a TypeError unless `value` can be called; `signature` says how it is called."""
     if not callable(value):
         raise TypeError(f"`{name}` must be a function {signature}, got {value!r:.80}.")
 
 
 def hashable(name: str, value: Any) -> None:
-    """Raises a TypeError unless `value` can be a key: compiled functions are kept by it."""
+    """Raises a TypeError unless `value` can be a key of the cache of compiled functions."""
     try:
         hash(value)
     except TypeError as error:
-        mend = "Make it of functions and numbers, no arrays or lists."
         raise TypeError(
-            f"`{name}` must be hashable, since compiled functions are kept by it: {error}. {mend}"
+            f"`{name}` must be hashable, since compiled functions are kept by it: {error}. "
+            "Make it of functions and numbers, no arrays or lists."
         ) from None
 
 
-def key(seed: int) -> jax.Array:
-    """`jax.random.key(seed)` for 0 <= seed < 2**32; other seeds would silently repeat one of these.
-
-    Raises:
-        TypeError, ValueError: the seed is no whole number, or out of range.
-
-    >>> key(0).shape
-    ()
-    """
-    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)):
-        raise TypeError(f"`seed` must be a whole number, got {seed!r} ({type(seed).__name__}).")
-    if not 0 <= seed < 2**32:
-        raise ValueError(
-            f"`seed` must be in 0 ... 2**32 - 1, got {seed}; JAX keeps 32 bits, so it would equal seed {seed % 2**32}."
-        )
-    return jax.random.key(seed)
-
-
 def is_key(name: str, value: Any) -> None:
-    """Raises a TypeError unless `value` is one typed PRNG key."""
+    """Raises unless `value` is one typed PRNG key."""
     if not (hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jax.dtypes.prng_key)):
         raise TypeError(f"`{name}` must be a key from `jax.random.key(seed)`, got {value!r:.80}.")
     if value.shape != ():
         raise ValueError(
-            f"`{name}` must be one key, got {value.size} of shape {value.shape}. Pass one of them: `{name}[0]`."
+            f"`{name}` must be one key, got {value.size} of shape {value.shape}. "
+            f"Pass one of them: `{name}[0]`."
         )
 
 
 def one_of(kind: str, name: Any, choices: Iterable[str]) -> None:
     """Raises a ValueError that offers the nearest choice unless `name` is one of `choices`."""
     choices = list(choices)
-    if name not in choices:
-        near = difflib.get_close_matches(str(name), choices, n=1, cutoff=0.5) or [
-            c for c in choices if c.startswith(str(name))
-        ]
-        mend = f"Did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"Unknown {kind} {name!r}. {mend}Known: {', '.join(choices) or 'none'}.")
+    if name in choices:
+        return
+    near = difflib.get_close_matches(str(name), choices, n=1, cutoff=0.5)
+    near += [choice for choice in choices if choice.startswith(str(name))]
+    mend = f"Did you mean {near[0]!r}? " if near else ""
+    known = ", ".join(choices) or "none"
+    raise ValueError(f"Unknown {kind} {name!r}. {mend}Known: {known}.")
 
 
 def finite(name: str, value: Any) -> None:
-    """Raises a ValueError that names the first row and column unless every number of a concrete
-    array is finite."""
+    """Raises a ValueError with row and column unless every number of an array is finite."""
     if not jnp.issubdtype(value.dtype, jnp.inexact):
         return
     with np.errstate(over="ignore"):  # a float64 beyond float32 is infinite inside JAX
-        inside_jax = jnp.asarray(value)
-    if bool(jnp.isfinite(inside_jax).all()):
+        inside_jax = np.asarray(jnp.asarray(value))
+    bad = np.argwhere(~np.isfinite(inside_jax))
+    if not len(bad):
         return
-    bad = np.argwhere(~np.isfinite(np.asarray(inside_jax)))
-    row, rest = int(bad[0][0]) if bad[0].size else 0, tuple(int(i) for i in bad[0][1:])
-    where = f"row {row}" + (f", column {rest[0] if len(rest) == 1 else rest}" if rest else "")
-    number, count = (
-        np.asarray(value)[tuple(bad[0])],
-        f"{len(bad)} non-finite of {value.size} in {inside_jax.dtype}",
-    )
+    row, *columns = bad[0].tolist() or [0]
+    column = f", column {columns[0] if len(columns) == 1 else tuple(columns)}" if columns else ""
     raise ValueError(
-        f"`{name}` has {number} at {where} ({count}). Remove or impute such rows first."
+        f"`{name}` has {np.asarray(value)[tuple(bad[0])]} at row {row}{column} ({len(bad)} "
+        f"non-finite of {value.size} in {inside_jax.dtype}). Remove or impute such rows first."
     )
 
 
 @contextmanager
 def inside(place: str) -> Iterator[None]:
-    """Puts `place` in front of a TypeError or ValueError that does not yet name it."""
+    """Puts `place` in front of a TypeError or ValueError that does not name it."""
     try:
         yield
     except (TypeError, ValueError) as error:

@@ -1,28 +1,35 @@
 """Backprop from a net and a loss.
 
-`loss.grad` starts it, the net's own `backward` carries it, a reducer says what is kept.
-
-Lecture 004 eqs 21-28 with samples as rows. The 1/m of its dW and db enters once, here, with the
-example weights: `dy = loss.grad(outputs, targets) * weights / sum(weights)`.
+`loss.grad` starts it, the `backward` of the net carries it, a reducer says what is kept. Lecture
+004 eqs 21-28 with samples as rows. The 1/m of its dW and db enters once, here, with the example
+weights: `dy = loss.grad(outputs, targets) * weights / sum(weights)`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Shaped
 
 from fnn import _validate
-from fnn.factors import keep
-from fnn.factors.rows import times_row
+from fnn.factors import keep, scale_rows, shares
+from fnn.factors.base import mask_rows
 from fnn.nets.combinators import check_net
-from fnn.types import Array, ArrayLike, Layer, Loss, Params, at_least_float32
+from fnn.types import (
+    Array,
+    ArrayLike,
+    Layer,
+    Loss,
+    P,
+    ValueAndGrad,
+    widen,
+)
 
 
-def value_and_grad(net: Layer, loss: Loss) -> Callable[..., tuple[Array, Params]]:
+def value_and_grad(net: Layer[P], loss: Loss) -> ValueAndGrad[P]:
     """The mean loss and its gradient, by the hand-written backward passes.
 
     Args:
@@ -31,37 +38,37 @@ def value_and_grad(net: Layer, loss: Loss) -> Callable[..., tuple[Array, Params]
 
     Returns:
         A pure function `(params, x, targets, weights=None) -> (value, grads)` for `jax.jit`. `x` is
-        `[batch, ...]`; `weights` is `[batch]`, not negative: the value is `sum(weights * loss) /
-        sum(weights)`, so weight 0 is padding (all zero: the value and the gradient are 0). Means
-        accumulate in float32 at least. `grads` is a tree like `params`.
+        `[batch, ...]`; `weights` is `[batch]`, not negative: the value is
+        `sum(weights * loss) / sum(weights)`. Weight 0 is padding: the row counts for nothing,
+        whatever it holds. Means accumulate in float32 at least. `grads` is a tree like `params`.
 
     Raises:
-        TypeError, ValueError: net or loss are something else; at the call, shapes or dtypes do not
-            fit.
+        TypeError, ValueError: an argument is no net or no loss; at the call, shapes or dtypes do
+            not fit.
 
     Source: lecture 004 eqs 21-28; 003 for the mean (empirical risk).
 
     >>> from fnn import losses, mlp
     >>> net = mlp((3, 4, 2))
     >>> params = net.init(jax.random.key(0))
-    >>> value, grads = jax.jit(value_and_grad(net, losses.l2_loss))(params, jnp.ones((5, 3)), jnp.zeros((5, 2)))
+    >>> f = jax.jit(value_and_grad(net, losses.l2_loss))
+    >>> value, grads = f(params, jnp.ones((5, 3)), jnp.zeros((5, 2)))
     >>> jax.tree.map(jnp.shape, grads)
     ((Dense(w=(3, 4), b=(4,)), ()), Dense(w=(4, 2), b=(2,)))
     """
     check_net_and_loss(net, loss)
 
-    def manual_value_and_grad(
-        params: Params, x: ArrayLike, targets: ArrayLike, weights: ArrayLike | None = None
-    ) -> tuple[Array, Params]:
-        outputs, residuals, values = forward_pass(partial(net.forward, params), loss, x, targets)
-        dy = weighed(output_error(loss, outputs, targets), weights)
+    def manual_value_and_grad(params, x, targets, weights=None):
+        forward = forward_with(net, params)
+        outputs, residuals, values = forward_pass(forward, loss, x, targets, weights)
+        dy = share_rows(output_error(loss, outputs, targets), weights)
         return weighted_mean(values, weights), net.backward(params, residuals, dy)[0]
 
     return manual_value_and_grad
 
 
-def source(net: Layer, loss: Loss) -> Callable[..., tuple[Array, Any]]:
-    """Every example's loss, and its gradient as factors: the first *source* for `fnn.per_example`.
+def source(net: Layer, loss: Loss) -> Callable[..., tuple[Float[Array, " batch"], Any]]:
+    """The loss of every example, and its gradient as factors: a *source* for `fnn.per_example`.
 
     Args:
         net: any layer.
@@ -69,9 +76,9 @@ def source(net: Layer, loss: Loss) -> Callable[..., tuple[Array, Any]]:
 
     Returns:
         A pure function `(params, x, targets, *, reduce=keep) -> (values [batch], factors)`: a tree
-        like `params` with a factor for every array. The factors are those of each example's own
-        loss; no 1/batch is in them. With another reducer of `fnn.factors` its results stand in
-        their place, taken within the backward pass.
+        like `params` with a factor for every array. The factors are those of the loss of each
+        example; no 1/batch is in them. Another reducer of `fnn.factors` is applied within the
+        backward pass.
 
     >>> from fnn import losses, mlp
     >>> net = mlp((3, 2))
@@ -82,20 +89,16 @@ def source(net: Layer, loss: Loss) -> Callable[..., tuple[Array, Any]]:
     """
     check_net_and_loss(net, loss)
 
-    def net_source(
-        params: Params, x: ArrayLike, targets: ArrayLike, *, reduce: Any = keep
-    ) -> tuple[Array, Any]:
-        outputs, residuals, values = forward_pass(partial(net.forward, params), loss, x, targets)
-        return values, net.backward(
-            params, residuals, output_error(loss, outputs, targets), reduce
-        )[0]
+    def net_source(params, x, targets, *, reduce=keep):
+        outputs, residuals, values = forward_pass(forward_with(net, params), loss, x, targets)
+        dy = output_error(loss, outputs, targets)
+        return values, net.backward(params, residuals, dy, reduce)[0]
 
     return net_source
 
 
-def with_manual_vjp(net: Layer) -> Callable[[Params, Array], Array]:
-    """`net.apply` with the hand-written backward as its derivative, for use inside somebody's
-    `jax.grad`.
+def with_manual_vjp(net: Layer[P]) -> Callable[[P, Any], Any]:
+    """`net.apply` with the hand-written backward as its derivative, for use in a `jax.grad`.
 
     Args:
         net: any layer.
@@ -113,33 +116,39 @@ def with_manual_vjp(net: Layer) -> Callable[[Params, Array], Array]:
     check_net(net)
     apply = jax.custom_vjp(net.apply)
 
-    def forward(params: Params, x: Array) -> tuple[Array, Any]:
+    def forward(params, x):
         y, residuals = net.forward(params, x)
         return y, (params, residuals)
 
-    def backward(kept: tuple[Params, Any], dy: Array) -> tuple[Params, Array]:
+    def backward(kept, dy):
         params, residuals = kept
         return net.backward(params, residuals, dy)
 
     apply.defvjp(forward, backward)
-    return apply
+    return lambda params, x: apply(params, jax.tree.map(jnp.asarray, x))
 
 
-def mean_loss(net: Layer, loss: Loss) -> Callable[..., Array]:
-    """The scalar whose gradient `value_and_grad` is, `(params, x, targets, weights=None) -> value`,
-    for `jax.grad`.
+def mean_loss(net: Layer[P], loss: Loss) -> Callable[..., Float[Array, ""]]:
+    """The scalar whose gradient `value_and_grad` is, for `jax.grad`.
+
+    Args:
+        net: any layer.
+        loss: any loss that takes its outputs.
+
+    Returns:
+        `(params, x, targets, weights=None) -> value`.
 
     >>> from fnn import losses, mlp
     >>> net = mlp((3, 2))
-    >>> mean_loss(net, losses.l2_loss)(net.init(jax.random.key(0)), jnp.zeros((5, 3)), jnp.ones((5, 2)))
+    >>> f = mean_loss(net, losses.l2_loss)
+    >>> f(net.init(jax.random.key(0)), jnp.zeros((5, 3)), jnp.ones((5, 2)))
     Array(1., dtype=float32)
     """
     check_net_and_loss(net, loss)
 
-    def value(
-        params: Params, x: ArrayLike, targets: ArrayLike, weights: ArrayLike | None = None
-    ) -> Array:
-        _, _, values = forward_pass(partial(net.forward, params), loss, x, targets)
+    def value(params, x, targets, weights=None):
+        targets = clear_rows(targets, weights)  # jax.grad multiplies by 0, and 0 x NaN is NaN
+        values = forward_pass(forward_with(net, params), loss, x, targets, weights)[2]
         return weighted_mean(values, weights)
 
     return value
@@ -148,62 +157,99 @@ def mean_loss(net: Layer, loss: Loss) -> Callable[..., Array]:
 def check_net_and_loss(net: Any, loss: Any) -> None:
     """Raises a TypeError unless the two are a `Layer` and a `Loss`."""
     check_net(net)
-    if not isinstance(loss, Loss):
-        raise TypeError(
-            f"`loss` must be a Loss, got {loss!r}. Use one of `fnn.losses`; by name: `fnn.losses.get(name)`."
+    if isinstance(loss, Loss):
+        return
+    mend = "Use one of `fnn.losses`; by name: `fnn.losses.get(name)`."
+    if callable(loss):
+        mend = (
+            "A function? Wrap it: `fnn.Loss(name, value, grad)`, with `value(outputs, targets)` of "
+            "shape [batch] and `grad` like the outputs; or `fnn.losses.from_function(value)`, "
+            "whose gradient is by `jax.grad`."
         )
+    raise TypeError(f"`loss` must be a Loss, got {loss!r:.80}. {mend}")
 
 
-def output_error(loss: Loss, outputs: Array, targets: ArrayLike) -> Array:
-    """`loss.grad`, the error of each example at the outputs, checked to have their shape."""
-    dy = loss.grad(outputs, jnp.asarray(targets))
-    if jnp.shape(dy) != outputs.shape:
-        raise ValueError(
-            f"{loss.name}: `grad` must return an array like the outputs, shape {outputs.shape}, got {jnp.shape(dy)}."
-        )
-    return dy
+def forward_with(net: Layer[P], params: P) -> Callable[[Any], tuple[Any, Any]]:
+    """`x -> (outputs, residuals)`."""
+    return lambda x: net.forward(params, x)
 
 
 def forward_pass(
-    forward: Callable[[Array], tuple[Array, Any]], loss: Loss, x: ArrayLike, targets: ArrayLike
-) -> tuple[Array, Any, Array]:
-    """Outputs and residuals of `forward(x)`, and the loss of every example; shapes are checked."""
-    _validate.is_array("x", x)
-    _validate.is_array("targets", targets)
-    if x.ndim < 1 or targets.ndim < 1:
+    forward: Callable[[Any], tuple[Any, Any]],
+    loss: Loss,
+    x: ArrayLike,
+    targets: ArrayLike,
+    weights: ArrayLike | None = None,
+) -> tuple[Any, Any, Float[Array, " batch"]]:
+    """Checks a batch where it enters, and runs `forward` on it.
+
+    Args:
+        forward: `(x) -> (outputs [batch, ...], residuals)`.
+        loss: takes the outputs.
+        x: `[batch, ...]`.
+        targets: `[batch, ...]`.
+        weights: `[batch]`; rows of weight 0 become zeros, so that no NaN in them spreads.
+
+    Returns:
+        Outputs and residuals, and the loss of every example.
+
+    Raises:
+        TypeError, ValueError: shapes or dtypes do not fit.
+    """
+    x = _enter(x, targets, weights)
+    outputs, residuals = forward(x)
+    if outputs.shape[:1] != x.shape[:1]:
+        came = tuple(x.shape)
         raise ValueError(
-            f"`x` {tuple(x.shape)} and `targets` {tuple(targets.shape)} must have a batch axis. "
-            "One example? Pass `x[None]`, `targets[None]`."
-        )
-    if x.shape[0] != targets.shape[0]:
-        raise ValueError(
-            f"`x` has {x.shape[0]} rows but `targets` has {targets.shape[0]}. One example? Pass `x[None]`, `targets[None]`."
-        )
-    if x.shape[0] == 0:
-        raise ValueError(
-            f"`x` is an empty batch, shape {tuple(x.shape)}: the mean loss of no example is undefined."
-        )
-    outputs, residuals = forward(jnp.asarray(x))
-    if outputs.ndim < 1 or outputs.shape[0] != x.shape[0]:
-        raise ValueError(
-            f"`x` has shape {tuple(x.shape)}; expected [batch, features]. One example? Pass `x[None]`."
+            f"`x` has shape {came}; expected [batch, features]. One example? Pass `x[None]`."
         )
     values = loss.value(outputs, jnp.asarray(targets))
     if jnp.shape(values) != x.shape[:1]:
         raise ValueError(
-            f"{loss.name}: `value` must return one number per example, shape {x.shape[:1]}, got {jnp.shape(values)}. Sum over the outputs."
+            f"{loss.name}: `value` must return one number per example, shape {x.shape[:1]}, got "
+            f"{jnp.shape(values)}. Sum over the outputs."
         )
     return outputs, residuals, values
 
 
-def weighted_mean(values: Array, weights: ArrayLike | None = None) -> Array:
+def _enter(x: Any, targets: Any, weights: Any) -> Array:
+    """`x` as an array without what rows of weight 0 hold."""
+    _validate.is_array("x", x)
+    _validate.is_array("targets", targets)
+    shapes = f"`x` {tuple(x.shape)} and `targets` {tuple(targets.shape)}"
+    mend = "One example? Pass `x[None]`, `targets[None]`."
+    if x.ndim < 1 or targets.ndim < 1:
+        raise ValueError(f"{shapes} must have a batch axis. {mend}")
+    if x.shape[0] != targets.shape[0]:
+        raise ValueError(f"{shapes} must have as many rows. {mend}")
+    if x.shape[0] == 0:
+        raise ValueError(f"{shapes} are an empty batch: a mean over no example is undefined.")
+    if weights is not None:
+        _validate.per_example("weights", weights, x.shape[0])
+    return clear_rows(x, weights)
+
+
+def output_error(loss: Loss, outputs: Array, targets: ArrayLike) -> Array:
+    """`loss.grad`, the error of each example at the outputs `[batch, ...]`."""
+    dy = loss.grad(outputs, jnp.asarray(targets))
+    if jnp.shape(dy) != outputs.shape:
+        raise ValueError(
+            f"{loss.name}: `grad` must return an array like the outputs, shape {outputs.shape}, "
+            f"got {jnp.shape(dy)}."
+        )
+    return dy
+
+
+def weighted_mean(
+    values: Float[Array, "batch *rest"], weights: ArrayLike | None = None
+) -> Float[Array, "*rest"]:
     """The mean over the first axis, `sum(weights * values) / sum(weights)`.
 
-    The one place where a batch is averaged.
+    It is the one place where a batch is averaged.
 
     Args:
         values: `[batch, ...]`.
-        weights: `[batch]`, not negative; None weighs all alike. All zero gives 0.
+        weights: `[batch]`, not negative; None counts all alike. All zero gives 0.
 
     Returns:
         `[...]` in the dtype of `values`, accumulated in float32 at least.
@@ -214,22 +260,35 @@ def weighted_mean(values: Array, weights: ArrayLike | None = None) -> Array:
     >>> weighted_mean(jnp.array([1.0, 3.0, 100.0]), jnp.array([1.0, 1.0, 0.0]))
     Array(2., dtype=float32)
     """
-    return weighed(at_least_float32(values), weights).sum(0).astype(values.dtype)
+    return share_rows(widen(values), weights).sum(0).astype(values.dtype)
 
 
-def weighed(a: Array, weights: ArrayLike | None = None) -> Array:
-    """Each row `[batch, ...]` times what its example counts for in the mean.
+def share_rows(
+    a: Float[Array, "batch *rest"], weights: ArrayLike | None = None
+) -> Float[Array, "batch *rest"]:
+    """Each row times what its example counts for in the mean.
 
-    1/batch, or `weights / sum(weights)`.
+    Args:
+        a: `[batch, ...]`.
+        weights: `[batch]`, not negative; None counts all alike. A row of weight 0 becomes 0,
+            whatever it holds.
+
+    Returns:
+        Like `a`: the rows times `weights / sum(weights)`, or 1 / batch.
     """
     if weights is None:
         return a * (1.0 / a.shape[0])
-    _validate.is_array("weights", weights)
-    if weights.shape != a.shape[:1]:
-        raise ValueError(
-            f"`weights` has shape {tuple(weights.shape)}, expected {tuple(a.shape[:1])}: one per example."
-        )
-    w = jnp.asarray(weights).astype(at_least_float32(a).dtype)
-    whole = w.sum()
-    share = w / jnp.where(whole > 0, whole, jnp.ones_like(whole))
-    return times_row(a, share)
+    _validate.per_example("weights", weights, a.shape[0])
+    wide = jnp.asarray(weights).astype(widen(a).dtype)
+    return scale_rows(a, shares(wide)).astype(a.dtype)
+
+
+def clear_rows(a: Any, weights: Any) -> Shaped[Array, "batch ..."]:
+    """The array with zeros in the rows of weight 0, so that no NaN in them spreads.
+
+    >>> clear_rows(jnp.array([[1.0], [jnp.nan]]), jnp.array([1.0, 0.0]))
+    Array([[1.],
+           [0.]], dtype=float32)
+    """
+    a = jnp.asarray(a)
+    return a if weights is None else mask_rows(a, jnp.asarray(weights) != 0)

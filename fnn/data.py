@@ -19,6 +19,9 @@ from fnn.types import Array, Key, Params, Rule
 Sampler = Callable[[Any, int, int], tuple[Any, Any]]
 
 
+CUT_OFF = 1e-12  # greatest probability that a step of `poisson_batches` leaves examples out
+
+
 def check_data(
     rule: Rule,
     params: Params,
@@ -61,12 +64,14 @@ def check_data(
         np.asarray(x), np.asarray(data[0])
     ):
         raise ValueError(
-            f"`x` has whole numbers beyond {x.dtype}, which is what JAX keeps of {data[0].dtype} here. Make them smaller."
+            f"`x` has whole numbers beyond {x.dtype}, which is what JAX keeps of {data[0].dtype} "
+            "here. Make them smaller."
         )
     weights = jnp.asarray(data[2]) if len(data) == 3 else None
     if batch_size is not None and batch_size > rows:
         raise ValueError(
-            f"`batch_size` is {batch_size} but `{name}` has only {rows} examples. Pass at most {rows}."
+            f"`batch_size` is {batch_size} but `{name}` has only {rows} examples. "
+            f"Pass at most {rows}."
         )
     if weights is not None:
         _check_weights(weights, rows, whole)
@@ -110,16 +115,16 @@ def poisson_batches(seed: Any, examples: int, batch_size: int) -> tuple[np.ndarr
 
     Every step takes every example independently with probability q = batch_size / examples.
 
-    What differential privacy is accounted for (`fnn.rules.private_sgd`). The number n of examples
-    in a step is Binomial(examples, q), its mean `batch_size`; with a variance v = batch_size (1 -
-    q), Bernstein's inequality bounds its tail,
+    The accounting of `fnn.rules.private_sgd` holds for such samples. The number n of examples in a
+    step is Binomial(examples, q) with the mean `batch_size` and the variance
+    v = batch_size (1 - q). Bernstein's inequality bounds its tail:
 
-        P(n >= batch_size + t) <= exp(-t^2 / (2 (v + t / 3))),    which is 1e-12 at  t = l / 3 +
-        sqrt(l^2 / 9 + 2 l v),  l = ln 1e12
+        P(n >= batch_size + t) <= exp(-t^2 / (2 (v + t / 3)))
 
-    so that steps are filled up to `min(examples, floor(batch_size + t))` rows. In the event, of
-    probability below 1e-12 a step, that there are more, the surplus is left out; a guarantee's
-    delta grows by at most 1 + e^epsilon times that probability.
+    The bound is 1e-12 at t = l / 3 + sqrt(l^2 / 9 + 2 l v) with l = ln 1e12. So every step has
+    `min(examples, floor(batch_size + t))` rows. With a probability below 1e-12 a step draws more,
+    and then it leaves out the surplus. A guarantee's delta grows by at most 1 + e^epsilon times
+    that probability.
 
     Args:
         seed: what `np.random.default_rng` takes.
@@ -140,9 +145,10 @@ def poisson_batches(seed: Any, examples: int, batch_size: int) -> tuple[np.ndarr
     """
     if batch_size > examples:
         raise ValueError(
-            f"`batch_size` is {batch_size} but there are only {examples} examples. Pass at most {examples}."
+            f"`batch_size` is {batch_size} but there are only {examples} examples. "
+            f"Pass at most {examples}."
         )
-    rng, q, tail = np.random.default_rng(seed), batch_size / examples, np.log(1e12)
+    rng, q, tail = np.random.default_rng(seed), batch_size / examples, -np.log(CUT_OFF)
     surplus = tail / 3 + np.sqrt(tail**2 / 9 + 2 * tail * batch_size * (1 - q))
     shape = -(-examples // batch_size), min(examples, int(batch_size + surplus))
     counts = np.minimum(rng.binomial(examples, q, shape[0]), shape[1])
@@ -163,11 +169,13 @@ def drawn(
     if np.ndim(rows) != 2 or (present is not None and np.shape(present) != np.shape(rows)):
         came = f"{np.shape(rows)} and {None if present is None else np.shape(present)}"
         raise ValueError(
-            f"`sampler` must return rows [steps, size] and present of that shape, or None; got {came}."
+            "`sampler` must return rows [steps, size] and present of that shape, or None; "
+            f"got {came}."
         )
     if np.size(rows) and (np.min(rows) < 0 or np.max(rows) >= examples):
         raise ValueError(
-            f"`sampler` must return rows in 0 ... {examples - 1}, got {np.min(rows)} ... {np.max(rows)}."
+            f"`sampler` must return rows in 0 ... {examples - 1}, "
+            f"got {np.min(rows)} ... {np.max(rows)}."
         )
     return rows, present
 
@@ -196,7 +204,8 @@ def padded(batch: tuple[Any, Any, Any], batch_size: int) -> tuple[Any, Any, Any]
     missing = batch_size - x.shape[0]
     if missing < 0:
         raise ValueError(
-            f"A batch has {x.shape[0]} examples, more than `batch_size` {batch_size}. Pass `batch_size={x.shape[0]}`."
+            f"A batch has {x.shape[0]} examples, more than `batch_size` {batch_size}. "
+            f"Pass `batch_size={x.shape[0]}`."
         )
     weights = np.ones(x.shape[0], np.float32) if weights is None else weights
     if not missing:
@@ -220,19 +229,25 @@ def check_rule(rule: Any) -> None:
 
 
 def check_batches(data: Any, epochs: int) -> None:
-    """Raises unless `data` is an iterable of batches that lasts for all epochs, or a function of
-    the epoch that returns one."""
+    """Raises unless `data` gives batches in every epoch.
+
+    An iterable of batches must last for all epochs. A function of the epoch returns an iterable.
+    """
     arrays = isinstance(data, list) and any(hasattr(part, "shape") for part in data)
     single = hasattr(data, "shape") or isinstance(data, (str, Mapping))
     if arrays or single or not (callable(data) or isinstance(data, Iterable)):
         came = (
             f"a list of {len(data)} arrays. Pass `tuple(data)`" if arrays else type(data).__name__
         )
-        expected = "a tuple (x, targets) of arrays, an iterable of such tuples, or a function of the epoch that returns one"
+        expected = (
+            "a tuple (x, targets) of arrays, an iterable of such tuples, "
+            "or a function of the epoch that returns one"
+        )
         raise TypeError(f"`data` must be {expected}; got {came}.")
     if epochs > 1 and not callable(data) and iter(data) is data:
         raise ValueError(
-            f"`data` is {type(data).__name__}, which can be gone through only once, but `epochs` is {epochs}. "
+            f"`data` is {type(data).__name__}, which can be gone through only once, "
+            f"but `epochs` is {epochs}. "
             "Pass a list, or a function of the epoch that returns one: `lambda epoch: ...`."
         )
 
@@ -243,7 +258,8 @@ def check_params(params: Any) -> None:
         if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
             at = f"`params{jax.tree_util.keystr(path)}`"
             raise TypeError(
-                f"Leaves of `params` must be arrays, got {type(leaf).__name__} at {at}. Pass what `net.init(key)` returns."
+                f"Leaves of `params` must be arrays, got {type(leaf).__name__} at {at}. "
+                "Pass what `net.init(key)` returns."
             )
 
 
@@ -257,7 +273,8 @@ def _check_arrays(data: Any, name: str) -> int:
         came = f"a tuple of {len(data)}" if isinstance(data, tuple) else type(data).__name__
         mend = " A tuple of batches? Pass a list of them." if tuples else ""
         raise TypeError(
-            f"`{name}` must be a tuple (x, targets) or (x, targets, weights) of arrays, got {came}.{mend}"
+            f"`{name}` must be a tuple (x, targets) or (x, targets, weights) of arrays, "
+            f"got {came}.{mend}"
         )
     rows = data[0].shape[0] if getattr(data[0], "shape", ()) else 0
     for part, value in zip(("x", "targets", "weights"), data, strict=False):

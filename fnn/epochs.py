@@ -57,12 +57,10 @@ class Part(NamedTuple):
 
 
 class NonFiniteStep(Exception):
-    """Raised inside an epoch, for `fit` to pass on.
-
-    The loss of the bad step, the parameters before it, the bad leaf.
-    """
+    """Raised inside an epoch, for `fit` to pass on."""
 
     def __init__(self, loss: np.ndarray, params: Params, leaf: str) -> None:
+        """Keeps the loss of the bad step, the parameters before it and the path of the bad leaf."""
         self.loss, self.params, self.leaf = loss, params, leaf
 
 
@@ -137,17 +135,21 @@ def run_arrays(
 def run_iterable(
     loop: Loop, state: TrainState, data: Any, e: int, first: int, batch_size: int
 ) -> Iterator[Part]:
-    """The steps of an epoch from `first` on, over an iterable of batches, each checked as it
-    enters; a part is a step."""
+    """The steps of an epoch from `first` on, over an iterable of batches.
+
+    It checks each batch as it enters. Every part is one step.
+    """
     batches = data(e) if callable(data) else data
     if not isinstance(batches, Iterable):
         raise TypeError(
-            f"`data(epoch)` must return an iterable of batches (x, targets), got {type(batches).__name__} in epoch {e}."
+            "`data(epoch)` must return an iterable of batches (x, targets), "
+            f"got {type(batches).__name__} in epoch {e}."
         )
     rest = iter(batches)
     if (skipped := sum(1 for _ in islice(rest, first))) < first:
         raise ValueError(
-            f"`data` gave {skipped} batches in epoch {e}, of which {first} were done before. It must give the same again."
+            f"`data` gave {skipped} batches in epoch {e}, of which {first} were done before. "
+            "It must give the same again."
         )
     checked = _checked_batches(loop.rule, state.params, rest, e, first, batch_size)
     if loop.placement is not None:
@@ -158,7 +160,8 @@ def run_iterable(
         yield part
     if i == 0:
         raise ValueError(
-            f"`data` gave no batch in epoch {e}. A generator can be gone through only once: pass a list, or a function of the epoch."
+            f"`data` gave no batch in epoch {e}. A generator can be gone through only once: "
+            "pass a list, or a function of the epoch."
         )
 
 

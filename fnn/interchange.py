@@ -42,7 +42,8 @@ def to_flat(params: Params) -> dict[str, Any]:
             dot).
 
     >>> import fnn
-    >>> {name: leaf.shape for name, leaf in to_flat(fnn.mlp((3, 4, 2)).init(jax.random.key(0))).items()}
+    >>> params = fnn.mlp((3, 4, 2)).init(jax.random.key(0))
+    >>> {name: leaf.shape for name, leaf in to_flat(params).items()}
     {'0.0.w': (3, 4), '0.0.b': (4,), '1.w': (4, 2), '1.b': (2,)}
     """
     return _layouts.flat("params", params)
@@ -66,7 +67,8 @@ def from_flat(flat: Mapping[str, Any], like: Params) -> Params:
     >>> import fnn
     >>> net = fnn.mlp((3, 4, 2))
     >>> params = net.init(jax.random.key(0))
-    >>> from_flat(to_flat(params), like=jax.eval_shape(net.init, jax.random.key(0)))[1].w is params[1].w
+    >>> like = jax.eval_shape(net.init, jax.random.key(0))
+    >>> from_flat(to_flat(params), like)[1].w is params[1].w
     True
     """
     found = fitted("flat", _mapping("flat", flat), _layouts.flat("like", like), cast=False)
@@ -97,7 +99,8 @@ def to_torch_state_dict(
             `names` are not as many as the layers.
 
     >>> import fnn
-    >>> {name: a.shape for name, a in to_torch_state_dict(fnn.mlp((3, 4, 2)).init(jax.random.key(0))).items()}
+    >>> params = fnn.mlp((3, 4, 2)).init(jax.random.key(0))
+    >>> {name: a.shape for name, a in to_torch_state_dict(params).items()}
     {'0.weight': (4, 3), '0.bias': (4,), '2.weight': (2, 4), '2.bias': (2,)}
     """
     arrays = {
@@ -140,7 +143,7 @@ def to_flax(params: Params, names: Sequence[str] | None = None) -> dict[str, Any
     """The variables of a Flax linen module.
 
     For nnx: `nnx.replace_by_pure_dict(state, to_flax(params, names)["params"])`, then
-        `nnx.update(model, state)`.
+    `nnx.update(model, state)`.
 
     Args:
         params: as for `to_torch_state_dict`.
@@ -171,8 +174,9 @@ def to_flax(params: Params, names: Sequence[str] | None = None) -> dict[str, Any
 
 
 def from_flax(variables: Any, like: Params, names: Sequence[str] | None = None) -> Params:
-    """Params from the variables of a Flax linen module, or from the state of an nnx one
-    (`nnx.state(model, nnx.Param)`).
+    """Params from the variables of a Flax linen module.
+
+    It takes the state of an nnx module too: `nnx.state(model, nnx.Param)`.
 
     Args:
         variables: `{"params": {"Dense_0": {"kernel": [in, out], "bias": [out]}, ...}}`, or what is
@@ -217,7 +221,8 @@ def to_equinox(params: Params, model: Any, names: Sequence[str] | None = None) -
         TypeError, ValueError: as `load_torch_state_dict`.
 
     >>> from fnn.nets.layers import Dense
-    >>> model = {"bias": np.zeros(2), "weight": np.zeros((2, 3))}  # in the place of an eqx.nn.Linear(3, 2)
+    >>> # in the place of an eqx.nn.Linear(3, 2)
+    >>> model = {"bias": np.zeros(2), "weight": np.zeros((2, 3))}
     >>> to_equinox(Dense(w=np.ones((3, 2)), b=np.ones(2)), model)["weight"].shape
     (2, 3)
     """
@@ -249,7 +254,8 @@ def from_equinox(model: Any, like: Params, names: Sequence[str] | None = None) -
         TypeError, ValueError: as `load_torch_state_dict`.
 
     >>> from fnn.nets.layers import Dense
-    >>> model = {"bias": np.zeros(2), "weight": np.zeros((2, 3))}  # in the place of an eqx.nn.Linear(3, 2)
+    >>> # in the place of an eqx.nn.Linear(3, 2)
+    >>> model = {"bias": np.zeros(2), "weight": np.zeros((2, 3))}
     >>> from_equinox(model, like=Dense(w=np.ones((3, 2)), b=np.ones(2))).w.shape
     (3, 2)
     """
@@ -259,8 +265,9 @@ def from_equinox(model: Any, like: Params, names: Sequence[str] | None = None) -
 def export(
     net: Layer, params: Params, x: Any, *, platforms: Sequence[str] = ("cpu", "cuda", "tpu")
 ) -> jax.export.Exported:
-    """`net.apply` as a program that runs without fnn, for any batch size, on any of the platforms,
-    with any params of these shapes.
+    """`net.apply` as a program that runs without fnn.
+
+    It runs on any of the platforms, for any batch size and any params of these shapes.
 
         blob = export(net, params, x).serialize()           # bytes; needs the package flatbuffers
         serve = jax.jit(jax.export.deserialize(blob).call)  # elsewhere: jax alone
@@ -295,7 +302,8 @@ def export(
     _validate.is_array("x", x)
     if not x.shape:
         raise ValueError(
-            "`x` must be [batch, ...], got a single number. One example? Give it a batch axis: `x[None]`."
+            "`x` must be [batch, ...], got a single number. "
+            "One example? Give it a batch axis: `x[None]`."
         )
     if (
         not isinstance(platforms, (tuple, list))
@@ -303,7 +311,8 @@ def export(
         or not set(platforms) <= set(PLATFORMS)
     ):
         raise ValueError(
-            f"`platforms` must be a tuple out of {PLATFORMS}, got {platforms!r}. A GPU is 'cuda' or 'rocm'."
+            f"`platforms` must be a tuple out of {PLATFORMS}, got {platforms!r}. "
+            "A GPU is 'cuda' or 'rocm'."
         )
     like = {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in to_flat(params).items()
@@ -328,7 +337,10 @@ def _mapping(argument: str, value: Any) -> Mapping[str, Any]:
 
 
 def _numpy(value: Any) -> Any:
-    """A tensor of PyTorch's as an array of NumPy's, which has no bfloat16; anything else as it is."""
+    """A PyTorch tensor as a NumPy array, and anything else as it is.
+
+    NumPy has no bfloat16, so it makes float32 of that.
+    """
     if not hasattr(value, "detach"):
         return value
     value = value.detach().cpu()
@@ -336,5 +348,5 @@ def _numpy(value: Any) -> Any:
 
 
 def _arrays(model: Any) -> dict[str, Any]:
-    """The arrays of an Equinox model by dotted names; its other leaves are functions and numbers."""
+    """The arrays of an Equinox model by dotted names, without its functions and numbers."""
     return {name: leaf for name, leaf in named(model) if hasattr(leaf, "dtype")}

@@ -35,11 +35,14 @@ def fit_many(
     Seeds, ensembles, small searches.
 
     Args:
-        rule, epochs, batch_size: as for `fit`.
+        rule: what turns a batch into a loss and an update direction, as for `fit`.
         optimizer: an optax optimiser; with `learning_rates`, a function `rate -> optimiser`, such
             as `optax.sgd`.
         init_params: `key -> params`, such as `net.init`.
-        data: `(x, targets)` or `(x, targets, weights)` on the device, the same for all nets.
+        data: `(x, targets)` or `(x, targets, weights)` on the device, arrays `[examples, ...]`,
+            the same for all nets.
+        epochs: passes over the data, at least 1.
+        batch_size: examples per step and net, at most all.
         keys: `[nets]`, from `jax.random.split`; each gives a net its parameters and its shuffles.
         learning_rates: `[nets]`, one above 0 for each net.
 
@@ -52,9 +55,11 @@ def fit_many(
 
     >>> import fnn
     >>> net = fnn.mlp((3, 2))
-    >>> params, history = fit_many(fnn.rules.backprop(net, fnn.losses.l2_loss), optax.sgd, net.init,
-    ...     (jnp.ones((8, 3)), jnp.ones((8, 2))), epochs=3, batch_size=4, keys=jax.random.split(jax.random.key(0), 5),
-    ...     learning_rates=jnp.logspace(-3, -1, 5))
+    >>> rule = fnn.rules.backprop(net, fnn.losses.l2_loss)
+    >>> data = jnp.ones((8, 3)), jnp.ones((8, 2))
+    >>> keys, rates = jax.random.split(jax.random.key(0), 5), jnp.logspace(-3, -1, 5)
+    >>> params, history = fit_many(rule, optax.sgd, net.init, data,
+    ...     epochs=3, batch_size=4, keys=keys, learning_rates=rates)
     >>> history.loss.shape
     (5, 3)
     """
@@ -123,11 +128,13 @@ def _optimizers(
     _validate.is_float("learning_rates", rates)
     if not callable(optimizer):
         raise TypeError(
-            f"`optimizer` must be a function rate -> optimiser where `learning_rates` are given, got {optimizer!r}. Pass `optax.sgd`."
+            "`optimizer` must be a function rate -> optimiser where `learning_rates` are given, "
+            f"got {optimizer!r}. Pass `optax.sgd`."
         )
     if rates.shape != keys.shape or not bool(((rates > 0) & jnp.isfinite(rates)).all()):
         raise ValueError(
-            f"`learning_rates` must be one finite number above 0 per key, {keys.shape}, got {rates}."
+            f"`learning_rates` must be one finite number above 0 per key, {keys.shape}, "
+            f"got {rates}."
         )
     check_settings(rule, optimizer(0.1), epochs, batch_size)
     return optimizer, jnp.asarray(rates)
@@ -140,5 +147,6 @@ def _check_keys(keys: Any) -> None:
         )
     if keys.ndim != 1 or not keys.size:
         raise ValueError(
-            f"`keys` must be one key per net, [nets], got shape {keys.shape}. Pass `jax.random.split(key, nets)`."
+            f"`keys` must be one key per net, [nets], got shape {keys.shape}. "
+            "Pass `jax.random.split(key, nets)`."
         )

@@ -48,7 +48,8 @@ def saver_of(checkpointer: Checkpointer | None) -> contextlib.AbstractContextMan
         return contextlib.nullcontext()
     if not isinstance(checkpointer, Checkpointer):
         raise TypeError(
-            f"`checkpoint` must be a `fnn.checkpoint.Checkpointer`, got {checkpointer!r:.80}. Pass `Checkpointer(folder)`."
+            f"`checkpoint` must be a `fnn.checkpoint.Checkpointer`, got {checkpointer!r:.80}. "
+            "Pass `Checkpointer(folder)`."
         )
     return saving(checkpointer)
 
@@ -167,7 +168,8 @@ def _restored(
     if done + (more > 0) > epochs:
         raise CheckpointError(
             path,
-            f"is of {done} epochs and {more} steps, but `epochs` is {epochs}. Pass more epochs, or another folder.",
+            f"is of {done} epochs and {more} steps, but `epochs` is {epochs}. "
+            "Pass more epochs, or another folder.",
         )
     names, leaves = dict.fromkeys(metadata["measures"], ...), [...] * metadata["recorded"]
     log = {"loss": ..., "validation": names, "step_loss": ..., "counts": ..., "records": leaves}

@@ -36,7 +36,8 @@ def init(
 
     >>> import fnn
     >>> net = fnn.mlp((3, 2))
-    >>> init(fnn.rules.backprop(net, fnn.losses.l2_loss), optax.sgd(0.1), net.init(jax.random.key(0)), jax.random.key(1)).rule
+    >>> rule = fnn.rules.backprop(net, fnn.losses.l2_loss)
+    >>> init(rule, optax.sgd(0.1), net.init(jax.random.key(0)), jax.random.key(1)).rule
     ()
     """
     return TrainState(params, optimizer.init(params), rule.init(key, params))
@@ -91,7 +92,8 @@ def epoch(
     >>> rule = fnn.rules.backprop(net, fnn.losses.l2_loss)
     >>> state = init(rule, optimizer, net.init(jax.random.key(0)), jax.random.key(1))
     >>> batches = fnn.data.shuffled_batches(2, 5, 2)
-    >>> state, losses, mean = jax.jit(epoch(rule, optimizer))(state, batches, jnp.ones((5, 3)), jnp.ones((5, 2)))
+    >>> x, targets = jnp.ones((5, 3)), jnp.ones((5, 2))
+    >>> state, losses, mean = jax.jit(epoch(rule, optimizer))(state, batches, x, targets)
     >>> losses.shape
     (3,)
     """

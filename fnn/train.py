@@ -48,7 +48,7 @@ from fnn.sharding import place
 from fnn.sharding.plans import Plan
 from fnn.sharding.training import Placement, placed_order, placed_state
 from fnn.steps import TrainState, init
-from fnn.types import Array, ArrayLike, Key, Params, Rule, at_least_float32
+from fnn.types import Array, ArrayLike, Key, Params, Rule, widen
 
 Callback = Callable[[int, dict[str, float]], Any]
 
@@ -65,12 +65,14 @@ class NonFiniteError(FloatingPointError):
     """
 
     def __init__(self, stop: NonFiniteStep, log: Log) -> None:
+        """Adds the loss of the bad step to the log, and says what to do about it."""
         self.params, self.leaf, self.step = stop.params, stop.leaf, log.steps
         log.step_loss.append(stop.loss[None])
         self.history = history(log)
         super().__init__(
-            f"Training stopped at step {self.step} (epoch {len(log.loss)}, batch {log.at_hand}): loss {float(stop.loss)}, "
-            f"first non-finite leaf {stop.leaf}. A lower learning rate, or gradient clipping (optax.clip_by_global_norm), may mend it. "
+            f"Training stopped at step {self.step} (epoch {len(log.loss)}, batch {log.at_hand}): "
+            f"loss {float(stop.loss)}, first non-finite leaf {stop.leaf}. A lower learning rate, "
+            "or gradient clipping (optax.clip_by_global_norm), may mend it. "
             "`error.params` are the last finite parameters."
         )
 
@@ -113,9 +115,9 @@ def fit(
         sampler: `(seed, examples, batch_size) -> (rows, present)`, an epoch's batches of arrays;
             `fnn.data.poisson_batches` is another.
         record: `(params, rule_state, x, targets, weights) -> tree of arrays`, such as those of
-            `fnn.alignment`, called inside the compiled epoch before the steps 0, `record_every`, 2
-            `record_every`, ... of every epoch; `history.records` has them. It is compiled
-            in: pass the same function again, and nothing compiles again.
+            `fnn.alignment`, called inside the compiled epoch before the steps 0, `record_every`,
+            2 `record_every`, ... of every epoch; `history.records` has them. It is compiled in:
+            pass the same function again, and nothing compiles again.
         record_every: the stride in steps, at least 1.
         checkpoint: a `fnn.checkpoint.Checkpointer`. The training saves into its folder and, where
             that has a checkpoint, goes on from it: called again with the same arguments, or more
@@ -145,7 +147,8 @@ def fit(
     >>> import fnn
     >>> net = fnn.mlp((3, 2))
     >>> data = np.ones((8, 3), np.float32), np.ones((8, 2), np.float32)
-    >>> params, history = fit(fnn.rules.backprop(net, fnn.losses.l2_loss), optax.sgd(0.1), net.init(jax.random.key(0)), data,
+    >>> rule, params = fnn.rules.backprop(net, fnn.losses.l2_loss), net.init(jax.random.key(0))
+    >>> params, history = fit(rule, optax.sgd(0.1), params, data,
     ...                       epochs=3, batch_size=4, key=jax.random.key(1))
     >>> history.step_loss.shape
     (6,)
@@ -216,7 +219,8 @@ def evaluate(
     >>> import fnn
     >>> net = fnn.mlp((3, 2))
     >>> rule = fnn.rules.backprop(net, fnn.losses.softmax_cross_entropy_with_integer_labels)
-    >>> sorted(evaluate(rule, net.init(jax.random.key(0)), (np.zeros((8, 3), np.float32), np.zeros(8, int))))
+    >>> data = np.zeros((8, 3), np.float32), np.zeros(8, int)
+    >>> sorted(evaluate(rule, net.init(jax.random.key(0)), data))
     ['accuracy', 'loss']
     """
     check_rule(rule)
@@ -240,7 +244,7 @@ def evaluate(
 def _sums_function(rule: Rule) -> Callable[..., dict[str, Array]]:
     def sums(params: Params, x: Array, targets: Array, weights: Array) -> dict[str, Array]:
         outputs = rule.predict(params, x)
-        values = at_least_float32(rule.loss.value(outputs, targets))
+        values = widen(rule.loss.value(outputs, targets))
         w = weights.astype(values.dtype)
         found = {"weight": w.sum(), "loss": (w * values).sum()}
         if rule.loss.correct is not None:
@@ -268,7 +272,8 @@ def _epoch_runner(
     if not isinstance(data, tuple):
         if sampler is not shuffled_batches:
             raise ValueError(
-                "`sampler` draws from arrays, but `data` is an iterable, with batches of its own. Pass arrays, or no sampler."
+                "`sampler` draws from arrays, but `data` is an iterable, with batches of its own. "
+                "Pass arrays, or no sampler."
             )
         here = (
             -(-batch_size // jax.process_count())
@@ -293,7 +298,8 @@ def _placed(
     if mesh is None:
         if plan is not None:
             raise ValueError(
-                "`plan` says where params lie on a mesh, but `mesh` is None. Pass the mesh too: `fnn.sharding.make_mesh()`."
+                "`plan` says where params lie on a mesh, but `mesh` is None. "
+                "Pass the mesh too: `fnn.sharding.make_mesh()`."
             )
         return init(rule, optimizer, params, key), None
     params = place(mesh, params, plan)
@@ -341,7 +347,8 @@ def check_settings(
     check_rule(rule)
     if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
         raise TypeError(
-            f"`optimizer` must be an optax optimiser, got {optimizer!r}. Make one: `optax.sgd(0.1)`."
+            f"`optimizer` must be an optax optimiser, got {optimizer!r}. "
+            "Make one: `optax.sgd(0.1)`."
         )
     for name, value in (("rule", rule), ("optimizer", optimizer)):
         _validate.hashable(name, value)
@@ -358,7 +365,8 @@ def _check_best(checkpoint: Any, rule: Rule, validation: Any) -> None:
     measured += ["validation_accuracy"] * (validation is not None and rule.loss.correct is not None)
     if best is not None and best not in measured:
         raise ValueError(
-            f"`best` of `checkpoint` must be a metric of this training, {', '.join(measured)}; got {best!r}."
+            f"`best` of `checkpoint` must be a metric of this training, {', '.join(measured)}; "
+            f"got {best!r}."
         )
 
 

@@ -1,42 +1,121 @@
-"""The three things everything else is made of.
+"""What everything else is made of: `Layer`, `Loss`, `Rule`, and the types of functions.
 
-`Layer`, `Loss` and `Rule`, each a static bundle of pure functions.
-
-Shapes are written `[batch, ...]`; samples are rows. A pytree of parameters is nested tuples and
-NamedTuples of arrays.
+Samples are rows: arrays are `[batch, ...]`. Parameters are a pytree of arrays: nested tuples and
+NamedTuples, `()` where a layer has none.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Generic, Literal, ParamSpec, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
+from jaxtyping import Float, PyTree
+from jaxtyping import Key as KeyOf
 
 Array = jax.Array
 ArrayLike = jax.Array | np.ndarray  # what public functions take; they return JAX's
-Key = jax.Array  # a scalar key array from `jax.random.key`
-Params = PyTree  # nested tuples and NamedTuples of arrays; `()` where a layer has none
+Key = KeyOf[Array, ""]  # one key from `jax.random.key`
+Params = Any  # a tree of arrays; `Layer[P]` says which
 Residuals = PyTree  # what `forward` keeps for `backward`
 State = PyTree  # what a rule carries from step to step
+TargetKind = Literal["numbers", "bits", "probabilities", "signs", "one_hot", "labels"]
+
+P = TypeVar("P")  # the params of a layer
+T = TypeVar("T")
+Q = ParamSpec("Q")
 
 
-def at_least_float32(a: Any) -> Any:
-    """The array in float32 if it was narrower: what norms and means accumulate in."""
-    return a.astype(jnp.float32) if jnp.finfo(a.dtype).bits < 32 else a
+@runtime_checkable
+class Forward(Protocol):
+    """`(params, x [batch, ...]) -> (y [batch, ...], residuals)`."""
+
+    def __call__(self, params: Any, x: Any, /) -> tuple[Any, Residuals]: ...
 
 
-@dataclass(frozen=True)
-class Layer:
+@runtime_checkable
+class Backward(Protocol):
+    """`(params, residuals, dy, reduce=total) -> (grads, dx)`, one result of `reduce` per array."""
+
+    def __call__(self, params: Any, residuals: Any, dy: Any, reduce: Any = ..., /) -> Any: ...
+
+
+@runtime_checkable
+class ValueAndGrad(Protocol[P]):
+    """`(params, x, targets, weights=None) -> (value, grads)`, grads like the params."""
+
+    def __call__(
+        self, params: P, x: ArrayLike, targets: ArrayLike, weights: ArrayLike | None = None
+    ) -> tuple[Float[Array, ""], P]: ...
+
+
+@runtime_checkable
+class Source(Protocol):
+    """`(params, *batch) -> (values [batch], tree of factors)`: what `fnn.per_example` works on."""
+
+    def __call__(self, params: Any, *batch: Any) -> tuple[Float[Array, " batch"], Any]: ...
+
+
+@runtime_checkable
+class Record(Protocol):
+    """`(params, rule_state, x, targets, weights=None) -> tree of arrays`, for `fnn.fit`."""
+
+    def __call__(
+        self, params: Any, state: Any, x: Any, targets: Any, weights: Any = ..., /
+    ) -> Any: ...
+
+
+class ByRecipe:
+    """A bundle of functions that equals another one made by the same constructor and arguments.
+
+    `jax.jit` then finds the program of a net that is built again.
+    """
+
+    recipe: tuple[Any, ...]
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both are the same object, or made from the same recipe."""
+        if not isinstance(other, ByRecipe) or not self.recipe:
+            return self is other
+        return type(self) is type(other) and self.recipe == other.recipe
+
+    def __hash__(self) -> int:
+        """The hash of the recipe."""
+        return hash(self.recipe) if self.recipe else id(self)
+
+
+def by_recipe(constructor: Callable[Q, T]) -> Callable[Q, T]:
+    """A decorator: what `constructor` returns for equal arguments compares equal.
+
+    >>> import fnn
+    >>> fnn.mlp((3, 2)) == fnn.mlp((3, 2)), fnn.mlp((3, 2)) == fnn.mlp((3, 1))
+    (True, False)
+    """
+    signature = inspect.signature(constructor)
+
+    @functools.wraps(constructor)
+    def construct(*args: Q.args, **kwargs: Q.kwargs) -> T:
+        made = constructor(*args, **kwargs)
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        values = (tuple(v.items()) if isinstance(v, dict) else v for v in bound.arguments.values())
+        object.__setattr__(made, "recipe", (constructor.__name__, *values))
+        return made
+
+    return construct
+
+
+@dataclass(frozen=True, eq=False)
+class Layer(ByRecipe, Generic[P]):
     """A differentiable function with parameters, and its backward pass, as three pure functions.
 
     `backward` may use `params` only to carry `dy` to `dx`; local gradients come from `residuals`.
-    That is what lets a rule put other arrays in their place (feedback alignment) or call one
-    block's `backward` with its own `dy`.
+    That is what lets a rule put other arrays in their place (feedback alignment).
 
     Attributes:
         name: what errors and tables call it.
@@ -44,16 +123,22 @@ class Layer:
         forward: `(params, x) -> (y, residuals)`.
         backward: `(params, residuals, dy, reduce=total) -> (grads, dx)`; `reduce` is applied to
             every gradient factor.
-        layers: what a combinator chains, in order; empty for a primitive.
+        layers: what a combinator applies, in order, once for each time.
+        split: `(params) -> params of each of layers`, where the layer is nothing but the chain of
+            `layers`; else None.
+        join: `(params of each of layers) -> params`: undoes `split`.
     """
 
     name: str
-    init: Callable[[Key], Params]
-    forward: Callable[[Params, Any], tuple[Any, Residuals]]
-    backward: Callable[..., tuple[PyTree, Any]]
-    layers: tuple[Layer, ...] = ()
+    init: Callable[[Key], P]
+    forward: Forward
+    backward: Backward
+    layers: tuple[Layer[Any], ...] = ()
+    split: Callable[[P], tuple[Any, ...]] | None = None
+    join: Callable[[tuple[Any, ...]], P] | None = None
+    recipe: tuple[Any, ...] = field(default=(), init=False)
 
-    def apply(self, params: Params, x: Any) -> Any:
+    def apply(self, params: P, x: Any) -> Any:
         """The outputs alone: `forward` without its residuals.
 
         Args:
@@ -66,15 +151,16 @@ class Layer:
         return self.forward(params, x)[0]
 
     def __repr__(self) -> str:
+        """The name."""
         return self.name
 
 
 def no_check(outputs: Any, targets: Any) -> None:
-    """The default `Loss.check`: every value is allowed."""
+    """The default `Loss.check`: every value is valid."""
 
 
-@dataclass(frozen=True)
-class Loss:
+@dataclass(frozen=True, eq=False)
+class Loss(ByRecipe):
     """A loss per example, and its gradient with respect to the outputs, written by hand.
 
     Attributes:
@@ -82,47 +168,49 @@ class Loss:
         value: `(outputs [batch, ...], targets) -> [batch]`.
         grad: `(outputs, targets) -> like outputs`: the gradient of each example's own value (no
             1/batch in it).
-        check: `(outputs, targets) -> None`, raises where the *values* of concrete targets cannot be
-            meant (labels out of range, one-hot rows that do not sum to one). `outputs` may be a
-            `jax.ShapeDtypeStruct`. Called where data enters (`fit`, `evaluate`), never while
-            tracing.
-        correct: `(outputs, targets) -> [batch]` of bool for accuracy; None where accuracy means
-            nothing (regression).
-        with_parameters: what a call with keywords returns: `huber_loss(delta=2.0)`.
+        targets: what targets are: "numbers", "bits" (for outputs that are logits),
+            "probabilities" (for outputs that are probabilities), "signs" (-1 or 1), "one_hot" (rows
+            that sum to 1) or "labels" (whole numbers, one axis less than the outputs).
+        check: `(outputs, targets) -> None`; raises where the *values* of concrete targets are
+            invalid. `outputs` may be a `jax.ShapeDtypeStruct`. `fit` and `evaluate` call it once,
+            never while tracing.
+        correct: `(outputs, targets) -> [batch]` of bool for accuracy; None for a regression.
+        with_settings: what a call with keywords returns: `huber_loss(delta=2.0)`.
     """
 
     name: str
     value: Callable[[Any, Any], Any]
     grad: Callable[[Any, Any], Any]
+    targets: TargetKind = "numbers"
     check: Callable[[Any, Any], None] = no_check
     correct: Callable[[Any, Any], Any] | None = None
-    with_parameters: Callable[..., Loss] | None = None
+    with_settings: Callable[..., Loss] | None = None
+    recipe: tuple[Any, ...] = field(default=(), init=False)
 
-    def __call__(self, *args: Any, **parameters: Any) -> Loss:
-        """The same loss with other parameters, `huber_loss(delta=2.0)`.
-
-        For its values call `.value(outputs, targets)`.
-        """
-        if args or self.with_parameters is None:
-            hint = "" if args else f" {self.name} has no parameters."
+    def __call__(self, *args: Any, **settings: Any) -> Loss:
+        """The same loss with other settings: `huber_loss(delta=2.0)`."""
+        if args or self.with_settings is None:
+            hint = "" if args else f" {self.name} has no settings."
             raise TypeError(
-                f"A Loss is called with keyword parameters only.{hint} Its values are `{self.name}.value(outputs, targets)`."
+                f"A Loss is called with keyword settings only.{hint} "
+                f"Its values are `{self.name}.value(outputs, targets)`."
             )
-        return self.with_parameters(**parameters)
+        return self.with_settings(**settings)
 
     def __repr__(self) -> str:
+        """The name."""
         return self.name
 
 
-@dataclass(frozen=True)
-class Rule:
-    """A way to assign credit: backprop, or what stands in its place in the same training loop.
+@dataclass(frozen=True, eq=False)
+class Rule(ByRecipe):
+    """A way to assign credit: backprop, or what takes its place in the same training loop.
 
     Attributes:
         name: what tables call it.
         init: `(key, params) -> state`; `()` where the rule needs none.
         value_and_grad: `(params, state, x, targets, weights=None) -> (value, grads, state)`: the
-            weighted mean of the loss over the batch, and what the optimiser is given. `weights` is
+            weighted mean of the loss over the batch, and what the optimiser gets. `weights` is
             `[batch]`; weight 0 means padding.
         predict: `(params, x) -> outputs`.
         loss: what `value` measures; `fit` checks targets by it and `evaluate` reports it.
@@ -133,6 +221,33 @@ class Rule:
     value_and_grad: Callable[..., tuple[Any, PyTree, State]]
     predict: Callable[[Params, Any], Any]
     loss: Loss
+    recipe: tuple[Any, ...] = field(default=(), init=False)
 
     def __repr__(self) -> str:
+        """The name."""
         return self.name
+
+
+def key(seed: int) -> Key:
+    """`jax.random.key(seed)` for 0 <= seed < 2**32; other seeds would silently repeat one of these.
+
+    Raises:
+        TypeError, ValueError: the seed is no whole number, or out of range.
+
+    >>> key(0).shape
+    ()
+    """
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)):
+        raise TypeError(f"`seed` must be a whole number, got {seed!r} ({type(seed).__name__}).")
+    if not 0 <= seed < 2**32:
+        raise ValueError(
+            f"`seed` must be in 0 ... 2**32 - 1, got {seed}; JAX keeps 32 bits, so it would equal "
+            f"seed {seed % 2**32}."
+        )
+    return jax.random.key(seed)
+
+
+def widen(a: Array) -> Array:
+    """A floating-point array in float32 at least; whole numbers as they are."""
+    narrow = jnp.issubdtype(a.dtype, jnp.floating) and jnp.finfo(a.dtype).bits < 32
+    return a.astype(jnp.float32) if narrow else a

@@ -40,7 +40,10 @@ def _flags() -> str:
 
     None where this version lacks one of them, at which XLA would end the process.
     """
-    flags = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1 "
+    flags = (
+        "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
+        "--xla_cpu_parallel_codegen_split_count=1 "
+    )
     flags += IN_ORDER
     probe = [sys.executable, "-c", "import jax; jax.jit(lambda x: x + 1)(0)"]
     return (

@@ -227,7 +227,7 @@ SHAPES = (
         "`targets`",
         "3",
     ),
-    case("empty batch", lambda: grad(X[:0], T[:0]), ValueError, "`x` is an empty batch", "(0, 3)"),
+    case("empty batch", lambda: grad(X[:0], T[:0]), ValueError, "empty batch", "`x` (0, 3)"),
     case(
         "x has no batch of outputs",
         lambda: grad(t=np.ones((4, 5, 2), np.float32)),
@@ -580,13 +580,13 @@ SHAPES = (
             {"b": ONES}, X[:0]
         ),
         ValueError,
-        "`source` was given an empty batch",
+        "`source` got an empty batch",
     ),
     case(
         "clipped gradient of an empty batch",
         lambda: clipped(x=X[:0], t=T[:0]),
         ValueError,
-        "`x` is an empty batch",
+        "empty batch",
     ),
     case(
         "weights in a column, clipped",
@@ -607,7 +607,7 @@ SHAPES = (
         lambda: per_example.top_examples(SOURCE, 5)(PARAMS, X, T),
         ValueError,
         "`k` is 5",
-        "only 4 examples",
+        "has 4 examples",
         "at most 4",
     ),
     case(
@@ -906,14 +906,14 @@ KINDS = (
         "loss called",
         lambda: losses.l2_loss(T, T),
         TypeError,
-        "keyword parameters only",
+        "keyword settings only",
         "`l2_loss.value(outputs, targets)`",
     ),
     case(
         "huber delta by position",
         lambda: losses.huber_loss(2.0),
         TypeError,
-        "keyword parameters only",
+        "keyword settings only",
         "huber_loss",
     ),
     case(
@@ -1072,7 +1072,7 @@ KINDS = (
         lambda: fnn.value_and_grad("mlp", losses.l2_loss),
         TypeError,
         "`net` must be a Layer, got 'mlp'",
-        "`fnn.mlp`",
+        "`fnn.mlp((3, 5, 2))`",
     ),
     case(
         "net a function",
@@ -1363,7 +1363,7 @@ DATA = (
         "signs 0 and 1",
         lambda: fit((X, 0 * T), rules.backprop(NET, losses.hinge_loss)),
         ValueError,
-        "must be -1 or 1, got [0.] in row 0",
+        "must be -1 or 1, got 0.0 in row 0",
     ),
     case(
         "signs for probabilities",
@@ -1506,7 +1506,7 @@ DATA = (
         "params of fit a net",
         lambda: fit(params=NET),
         TypeError,
-        "`params` must be arrays, got Chain",
+        "must be arrays, got Layer",
         "`net.init(key)`",
     ),
     case(

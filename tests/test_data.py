@@ -25,8 +25,12 @@ SMALL = [name for name in _data.LOADERS if name not in _idx.REMOTES]
 SHA256 = {
     "t10k-images-idx3-ubyte.gz": "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
     "t10k-labels-idx1-ubyte.gz": "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
-    "train10k-images-idx3-ubyte.gz": "36707bfd63bcc1baf911512db8f40af1940d9fc513cb862f99741a994da05181",
-    "train10k-labels-idx1-ubyte.gz": "ddb336c35d26d6499f325832214cfd852954d037817de7f291d8e80ad0912b32",
+    "train10k-images-idx3-ubyte.gz": (
+        "36707bfd63bcc1baf911512db8f40af1940d9fc513cb862f99741a994da05181"
+    ),
+    "train10k-labels-idx1-ubyte.gz": (
+        "ddb336c35d26d6499f325832214cfd852954d037817de7f291d8e80ad0912b32"
+    ),
 }
 load_once = functools.cache(load)
 

@@ -200,7 +200,8 @@ def wait(running, until):
 BAD = [
     (
         {"JAX_PROCESS_ID": "1"},
-        "`distributed`: JAX_PROCESS_ID is set, but not JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES. Set all three",
+        "`distributed`: JAX_PROCESS_ID is set, but not JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES. "
+        "Set all three",
     ),
     (
         dict(zip(_processes.VARIABLES, ("h:1", "2", "2"), strict=True)),

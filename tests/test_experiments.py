@@ -156,7 +156,10 @@ def test_a_flag_of_the_wrong_type_exits_with_2(capsys):
 
 
 def test_the_command_line_trains(tmp_path, capsys):
-    flags = "train --dataset moons --sizes 8 --optimizer momentum --learning-rate 0.05 --epochs 1 --batch-size 100 --seeds 3 4 --out"
+    flags = (
+        "train --dataset moons --sizes 8 --optimizer momentum --learning-rate 0.05 --epochs 1 "
+        "--batch-size 100 --seeds 3 4 --out"
+    )
     assert main([*flags.split(), str(tmp_path)]) == 0
     assert "mean ± std" in capsys.readouterr().out
     metrics = json.loads((tmp_path / "metrics.json").read_text())

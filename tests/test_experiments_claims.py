@@ -12,8 +12,6 @@ import jax
 import numpy as np
 import pytest
 from jax.nn.initializers import he_normal, normal
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 import fnn
 from experiments import (
@@ -213,26 +211,6 @@ def test_a_gradient_that_differs_from_jax_is_seen_and_said(graphs, monkeypatch):
     )
 
 
-def test_labels_do_not_lie_on_their_edge(graphs):
-    """The text's middle is off the line by more than half its height."""
-    board = fnn.graph.draw.arranged(graphs[1].graph)
-    fig = Figure(figsize=board.size)
-    FigureCanvasAgg(fig)
-    axes = fig.add_axes((0, 0, 1, 1))
-    axes.set(xlim=(0, board.size[0]), ylim=(board.size[1], 0))
-    edge, points = max(board.ways, key=lambda way: abs(way[1][1][1] - way[1][0][1]))
-    fnn.graph.draw._draw_edge(axes, edge, points)
-    (x0, y0), (x1, y1) = (axes.transData.transform(point) for point in points[:2])
-    normal = np.array([y0 - y1, x1 - x0]) / np.hypot(x1 - x0, y1 - y0)
-    sides = []
-    for text in (t for t in axes.texts if t.get_text()):
-        box = text.get_window_extent()
-        off = (np.array([(box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2]) - (x0, y0)) @ normal
-        assert abs(off) > text.get_fontsize() / 72 * fig.dpi / 2
-        sides.append(off > 0)
-    assert sides == [True, False]  # the value above, the gradient below
-
-
 def test_panels_fill_rows_in_order():
     assert computation_graph.in_rows([3, 2, 4, 5], 5) == [[0, 1], [2], [3]]
     assert computation_graph.in_rows([5], 5) == [[0]]
@@ -302,8 +280,8 @@ def test_a_net_that_diverges_kills_and_revives_no_unit():
     ]
     title = dead_relu.sentence(runs, config)
     assert (
-        "these nets have diverged: relu, leaky_relu; of 66 units that died in all 6 nets none came back"
-        in title
+        "these nets have diverged: relu, leaky_relu; of 66 units that died in all 6 nets none came "
+        "back" in title
     )
     assert "are dead" not in title
 
@@ -344,7 +322,8 @@ BAD_FLAGS = [
     (
         per_example,
         {"measurements": 20},
-        "`batch_size` must be at most 71, the examples from one of 20 measurements to the next; got 128",
+        "`batch_size` must be at most 71, the examples from one of 20 measurements to the next; "
+        "got 128",
     ),
     (computation_graph, {"sizes": (3,)}, "`sizes` must be those of inputs and outputs at least"),
     (computation_graph, {"batch": 0}, "`batch` must be a whole number above 0, got 0"),

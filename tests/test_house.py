@@ -13,11 +13,33 @@ import pytest
 import fnn
 
 ROOT = Path(__file__).parents[1]
-ORDER = (
-    "types _validate _processes checkpoint factors nets _layouts interchange backprop _ridge reservoir "
-    "per_example graph verify data sharding steps epochs history resume rules alignment train many "
-    "__init__"
-).split()
+ORDER = [
+    "types",
+    "_validate",
+    "_processes",
+    "checkpoint",
+    "factors",
+    "nets",
+    "_layouts",
+    "interchange",
+    "backprop",
+    "_ridge",
+    "reservoir",
+    "per_example",
+    "graph",
+    "verify",
+    "data",
+    "sharding",
+    "steps",
+    "epochs",
+    "history",
+    "resume",
+    "rules",
+    "alignment",
+    "train",
+    "many",
+    "__init__",
+]
 PACKAGES = {"checkpoint", "factors", "nets", "per_example", "graph", "rules", "sharding"}
 FILES = sorted((ROOT / "fnn").rglob("*.py"))
 
@@ -74,8 +96,10 @@ def run(code: str) -> None:
 
 def test_importing_fnn_starts_no_backend_and_pulls_in_no_extra():
     run(
-        "import sys, fnn; from jax._src import xla_bridge; assert not xla_bridge._backends, 'a backend was started';"
-        "extras = {'sklearn', 'matplotlib', 'sympy', 'tyro', 'rich', 'chex.dataclass', 'pytest', 'pandas', 'torch', 'flax', 'equinox'};"
+        "import sys, fnn; from jax._src import xla_bridge; "
+        "assert not xla_bridge._backends, 'a backend was started';"
+        "extras = {'sklearn', 'matplotlib', 'sympy', 'tyro', 'rich', 'chex.dataclass', "
+        "'pytest', 'pandas', 'torch', 'flax', 'equinox'};"
         "extras &= set(sys.modules);"
         "assert not extras, extras"
     )
@@ -121,26 +145,39 @@ def test_annotations_hold_at_run_time():
         "with install_import_hook('fnn', 'beartype.beartype'): import fnn\n"
         "import jax, jax.numpy as jnp, numpy as np, optax\n"
         "block = fnn.residual(fnn.serial(fnn.dense(5, 5), fnn.activations.gelu))\n"
-        "net = fnn.serial(fnn.dense(4, 5), fnn.activations.relu, fnn.repeat(fnn.iterate(block, 2), 3), fnn.dense(5, 3))\n"
+        "net = fnn.serial(fnn.dense(4, 5), fnn.activations.relu, "
+        "fnn.repeat(fnn.iterate(block, 2), 3), fnn.dense(5, 3))\n"
         "loss = fnn.losses.softmax_cross_entropy_with_integer_labels\n"
-        "params = net.init(jax.random.key(0)); x, t = np.ones((6, 4), np.float32), np.arange(6) % 3\n"
+        "params = net.init(jax.random.key(0)); "
+        "x, t = np.ones((6, 4), np.float32), np.arange(6) % 3\n"
         "assert fnn.compare_gradients(net, loss, params, x, t).passed\n"
         "source, each = fnn.source(net, loss), fnn.per_example\n"
-        "f = {name: jax.jit(getattr(each, name)(source)) for name in ('norms', 'noise_scale', 'moments', 'gram', 'inner_products')}\n"
+        "f = {name: jax.jit(getattr(each, name)(source)) for name in "
+        "('norms', 'noise_scale', 'moments', 'gram', 'inner_products')}\n"
         "f['clipped'] = jax.jit(each.clipped_gradient(source, 1.0, per_layer=True))\n"
-        "assert f['norms'](params, x, t).shape == (6,) and f['clipped'](params, x, t, weights=np.ones(6)).reduction.examples == 6\n"
-        "assert f['noise_scale'](params, x, t).trace > 0 and f['moments'](params, x, t).reduction.kind == 'mean'\n"
-        "assert f['gram'](params, x, t).shape == f['inner_products'](params, (x, t), (x, t)).shape == (6, 6)\n"
+        "assert f['norms'](params, x, t).shape == (6,) and "
+        "f['clipped'](params, x, t, weights=np.ones(6)).reduction.examples == 6\n"
+        "assert f['noise_scale'](params, x, t).trace > 0 and "
+        "f['moments'](params, x, t).reduction.kind == 'mean'\n"
+        "assert f['gram'](params, x, t).shape == "
+        "f['inner_products'](params, (x, t), (x, t)).shape == (6, 6)\n"
         "rule = fnn.rules.backprop(net, loss)\n"
-        "_, history = fnn.fit(rule, optax.adam(0.01), params, (x, t), epochs=2, batch_size=4, key=jax.random.key(1))\n"
+        "_, history = fnn.fit(rule, optax.adam(0.01), params, (x, t), "
+        "epochs=2, batch_size=4, key=jax.random.key(1))\n"
         "assert history.loss.shape == (2,)\n"
     )
 
 
 def test_every_public_name_of_the_design_is_there():
     names = (
-        "mlp serial repeat iterate residual dense layer_norm rms_norm embedding summary collapse value_and_grad source factors with_manual_vjp",
-        "compare_gradients check_layer check_loss fit fit_many evaluate activations losses rules per_example graph",
+        (
+            "mlp serial repeat iterate residual dense layer_norm rms_norm embedding summary "
+            "collapse value_and_grad source factors with_manual_vjp"
+        ),
+        (
+            "compare_gradients check_layer check_loss fit fit_many evaluate activations losses "
+            "rules per_example graph"
+        ),
         "reservoir alignment checkpoint interchange sharding Layer Loss Rule",
     )
     assert [name for line in names for name in line.split() if not hasattr(fnn, name)] == []

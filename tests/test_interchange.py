@@ -534,8 +534,8 @@ MLP = eqx.nn.MLP(3, 2, 4, 1, key=KEY)
 X = rows(5, 3)
 ANOTHER = "Parameters of another net?"
 STACKED = (
-    "Stacked by `fnn.repeat`? Other libraries have single layers: `fnn.serial(*[layer] * n)`, whose params are "
-    "`tuple(jax.tree.map(lambda leaf: leaf[i], stacked) for i in range(n))`."
+    "Stacked by `fnn.repeat`? Other libraries have single layers: `fnn.serial(*[layer] * n)`, "
+    "whose params are `tuple(jax.tree.map(lambda leaf: leaf[i], stacked) for i in range(n))`."
 )
 
 
@@ -569,17 +569,20 @@ BAD = [
     (
         lambda: from_flat(without(FLAT, "0.0.w") | {"x": X, "1.b": X[0]}, PARAMS),
         ValueError,
-        f"`flat` does not fit: missing: 0.0.w; left over: x; different: 1.b is float32[3], expected float32[2]. {ANOTHER}",
+        "`flat` does not fit: missing: 0.0.w; left over: x; different: 1.b is float32[3], expected "
+        f"float32[2]. {ANOTHER}",
     ),
     (
         lambda: from_flat({}, drawn(DEEP)),
         ValueError,
-        f"`flat` does not fit: missing: 0.0.w, 0.0.b, 1.0.w, 1.0.b, 2.0.w, 2.0.b, 3.0.w, 3.0.b and 16 more. {ANOTHER}",
+        "`flat` does not fit: missing: 0.0.w, 0.0.b, 1.0.w, 1.0.b, 2.0.w, 2.0.b, 3.0.w, 3.0.b and "
+        f"16 more. {ANOTHER}",
     ),
     (
         lambda: from_flat(FLAT | {"1.w": PARAMS[1].w.astype(jnp.bfloat16)}, PARAMS),
         ValueError,
-        "`flat` does not fit: different: 1.w is bfloat16[4, 2], expected float32[4, 2]. Cast it first, by `.astype`.",
+        "`flat` does not fit: different: 1.w is bfloat16[4, 2], expected float32[4, 2]. Cast it "
+        "first, by `.astype`.",
     ),
     (
         lambda: from_flat(FLAT | {"1.w": PARAMS[1].w.T}, PARAMS),
@@ -605,7 +608,8 @@ BAD = [
     (
         lambda: to_flax((PARAMS, {"table": X})),
         ValueError,
-        "`params.1.table` is float32[5, 3] outside a dense layer, norm or embedding: other libraries have no place for it.",
+        "`params.1.table` is float32[5, 3] outside a dense layer, norm or embedding: other "
+        "libraries have no place for it.",
     ),
     (
         lambda: to_flax((Dense(None, X[0]),)),
@@ -615,7 +619,8 @@ BAD = [
     (
         lambda: to_flax(Embedding(LABELS)),
         TypeError,
-        "`params.w` must hold floating-point numbers, got int64. Convert it: `params.w.astype(jnp.float32)`.",
+        "`params.w` must hold floating-point numbers, got int64. Convert it: "
+        "`params.w.astype(jnp.float32)`.",
     ),
     (
         lambda: to_torch_state_dict(PARAMS, "fc"),
@@ -635,7 +640,8 @@ BAD = [
     (
         lambda: load_torch_state_dict(Torch(), PARAMS),
         TypeError,
-        "`state_dict` must be a dict of names and arrays, got Torch. A module? Pass `module.state_dict()`.",
+        "`state_dict` must be a dict of names and arrays, got Torch. A module? Pass "
+        "`module.state_dict()`.",
     ),
     (
         lambda: load_torch_state_dict(STATE | {"0.weight": STATE["0.weight"].T}, PARAMS),
@@ -658,8 +664,8 @@ BAD = [
             STATE | {"1.running_mean": X, "1.num_batches_tracked": np.ones((), int)}, PARAMS
         ),
         ValueError,
-        "`state_dict` has what dense layers, layer_norm, rms_norm and embedding have not: 1.running_mean, 1.num_batches_tracked. "
-        "A batch norm? Fold it into the layer before it.",
+        "`state_dict` has what dense layers, layer_norm, rms_norm and embedding have not: "
+        "1.running_mean, 1.num_batches_tracked. A batch norm? Fold it into the layer before it.",
     ),
     (
         lambda: load_torch_state_dict(STATE | {"4.weight": X}, PARAMS),
@@ -674,28 +680,32 @@ BAD = [
     (
         lambda: load_torch_state_dict(STATE | {"0.bias": np.ones(4, int)}, PARAMS),
         ValueError,
-        "`state_dict` does not fit: different: 0.bias is int64[4], expected float32[4]. Cast it first, by `.astype`.",
+        "`state_dict` does not fit: different: 0.bias is int64[4], expected float32[4]. Cast it "
+        "first, by `.astype`.",
     ),
     (
         lambda: load_torch_state_dict(STATE, PARAMS, ("0", "3")),
         ValueError,
-        f"`state_dict` does not fit: missing: 3.weight, 3.bias; left over: 2.weight, 2.bias. {ANOTHER}",
+        "`state_dict` does not fit: missing: 3.weight, 3.bias; left over: 2.weight, 2.bias. "
+        f"{ANOTHER}",
     ),
     (
         lambda: from_flax(without(FLAX, "Dense_1"), PARAMS),
         ValueError,
-        "`variables` has 1 Dense module (Dense_0), but the net has 2 Dense layers (0.0, 1) with parameters.",
+        "`variables` has 1 Dense module (Dense_0), but the net has 2 Dense layers (0.0, 1) with "
+        "parameters.",
     ),
     (
         lambda: from_flax({"params": FLAX, "batch_stats": {"BatchNorm_0": {"mean": X}}}, PARAMS),
         ValueError,
-        "`variables` has what dense layers, layer_norm, rms_norm and embedding have not: batch_stats.BatchNorm_0.mean. "
-        "A batch norm? Fold it into the layer before it.",
+        "`variables` has what dense layers, layer_norm, rms_norm and embedding have not: "
+        "batch_stats.BatchNorm_0.mean. A batch norm? Fold it into the layer before it.",
     ),
     (
         lambda: from_flax({"b": FLAX["Dense_0"], "a": FLAX["Dense_1"]}, PARAMS),
         ValueError,
-        "`variables`: the names a, b do not tell their order. Pass `names`, in the order of the layers.",
+        "`variables`: the names a, b do not tell their order. Pass `names`, in the order of the "
+        "layers.",
     ),
     (
         lambda: from_flax(FLAX | {"LayerNorm_0": {"scale": X[0], "bias": X[0]}}, PARAMS),
@@ -705,22 +715,26 @@ BAD = [
     (
         lambda: from_flax(FLAX | {"Dense_0": 1}, PARAMS),
         TypeError,
-        "`variables.Dense_0` must be an array, got int. Convert it: `jnp.asarray(variables.Dense_0)`.",
+        "`variables.Dense_0` must be an array, got int. Convert it: "
+        "`jnp.asarray(variables.Dense_0)`.",
     ),
     (
         lambda: from_flax({"Dense_0": {"scale": X[0]}}, Norm(X[0], X[0])),
         ValueError,
-        "`variables` has 0 LayerNorm modules (none), but the net has 1 LayerNorm layer (no name) with parameters.",
+        "`variables` has 0 LayerNorm modules (none), but the net has 1 LayerNorm layer (no name) "
+        "with parameters.",
     ),
     (
         lambda: from_equinox(MLP, LONGER),
         ValueError,
-        "`model` has 2 modules (layers.0, layers.1), but the net has 3 layers (0.0, 1.0, 2) with parameters.",
+        "`model` has 2 modules (layers.0, layers.1), but the net has 3 layers (0.0, 1.0, 2) with "
+        "parameters.",
     ),
     (
         lambda: to_equinox(LONGER, MLP),
         ValueError,
-        "`model` has 2 modules (layers.0, layers.1), but the net has 3 layers (0.0, 1.0, 2) with parameters.",
+        "`model` has 2 modules (layers.0, layers.1), but the net has 3 layers (0.0, 1.0, 2) with "
+        "parameters.",
     ),
     (
         lambda: to_equinox(drawn(fnn.mlp((3, 4, 2), bias_init=None)), MLP),
@@ -730,12 +744,13 @@ BAD = [
     (
         lambda: export(PARAMS, PARAMS, X),
         TypeError,
-        f"`net` must be a Layer, got {PARAMS!r}. Make one by `fnn.mlp` or `fnn.serial`.",
+        f"`net` must be a Layer, got {PARAMS!r:.80}. Make one: `fnn.mlp((3, 5, 2))`.",
     ),
     (
         lambda: export(NET, PARAMS, np.float32(1)),
         ValueError,
-        "`x` must be [batch, ...], got a single number. One example? Give it a batch axis: `x[None]`.",
+        "`x` must be [batch, ...], got a single number. One example? Give it a batch axis: "
+        "`x[None]`.",
     ),
     (
         lambda: export(NET, PARAMS, 3),
@@ -745,13 +760,15 @@ BAD = [
     (
         lambda: export(NET, PARAMS, X[:, :2]),
         ValueError,
-        "dense(3, 4): `x` has shape (batch, 2), expected [..., 3]. Samples as columns? Pass `x.T`. Images? Flatten them to rows.",
+        "dense(3, 4): `x` has shape (batch, 2), expected [..., 3]. Samples as columns? Pass `x.T`. "
+        "Images? Flatten them to rows.",
     ),
     *(
         (
             lambda platforms=platforms: export(NET, PARAMS, X, platforms=platforms),
             ValueError,
-            f"`platforms` must be a tuple out of ('cpu', 'cuda', 'rocm', 'tpu'), got {platforms!r}. A GPU is 'cuda' or 'rocm'.",
+            "`platforms` must be a tuple out of ('cpu', 'cuda', 'rocm', 'tpu'), got "
+            f"{platforms!r}. A GPU is 'cuda' or 'rocm'.",
         )
         for platforms in ("cpu", (), ("cpu", "gpu"), None)
     ),

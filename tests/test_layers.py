@@ -100,8 +100,8 @@ def test_backward_is_jax_vjp_whatever_the_leading_axes(x64, name, axes):
         grads, dx = layer.backward(params, residuals, dy)
         automatic, pulled = jax.vjp(layer.apply, params, x)[1](dy)
         if name == "embedding":
-            assert dx.dtype == pulled.dtype == jax.dtypes.float0
-            dx = pulled = ()
+            assert dx is None
+            pulled = None
         return (grads, dx), (automatic, pulled)
 
     params = params_of(layer)
@@ -193,8 +193,6 @@ def put_together(reducer, layers):
     """One parameter's results from each layer of a `serial`, as `repeat` gives them."""
     return {
         "total": np.stack,
-        "second_moment": np.stack,
-        "norm": lambda results: np.sqrt(np.sum(np.square(results), 0)),
         "squared_norm": lambda results: np.sum(results, 0),
         "materialise": lambda results: np.stack(results, 1),  # the batch stays in front
     }[reducer.name]([np.asarray(result) for result in layers])
@@ -296,9 +294,7 @@ def summed_up(reducer, g):
     return {
         "total": g.sum(0),
         "materialise": g,
-        "norm": np.sqrt(squares),
         "squared_norm": squares,
-        "second_moment": (g**2).sum(0),
     }[reducer.name]
 
 
@@ -326,7 +322,10 @@ def test_what_repeats_must_keep_the_shape(combinator, inner):
     net = combinator(inner, 2)
     with pytest.raises(
         ValueError,
-        match=rf"^{combinator.__name__}\({re.escape(inner.name)}, 2\): .* must keep the shape, but maps \(6, 4\) .* to \(6, 3\)",
+        match=(
+            rf"^{combinator.__name__}\({re.escape(inner.name)}, 2\): .* must keep the shape, but "
+            r"maps \(6, 4\) .* to \(6, 3\)"
+        ),
     ):
         net.apply(net.init(jax.random.key(0)), jnp.ones((6, 4)))
 
@@ -359,7 +358,7 @@ def test_a_hundred_layers_lower_to_the_program_of_twenty(combinator, reduce):
             jax.jit(lambda *batch: source(*batch, reduce=reduce)).lower(params, *batch).as_text()
         )
 
-    assert abs(size(100) / size(20) - 1) <= 0.05
+    assert size(100) <= 1.05 * size(20)
 
 
 def test_residual_adds_its_input(x64):
@@ -506,8 +505,7 @@ def test_the_gradient_of_a_row_looked_up_twice_is_the_sum():
     x, dy = jnp.array([[1, 1], [3, 1]]), jnp.arange(8.0).reshape(2, 2, 2)
     grads, dx = layer.backward(None, x, dy)
     np.testing.assert_array_equal(grads.w, [[0, 0], [0 + 2 + 6, 1 + 3 + 7], [0, 0], [4, 5]])
-    assert dx.shape == x.shape
-    assert dx.dtype == jax.dtypes.float0
+    assert dx is None
 
 
 # Nets
@@ -585,7 +583,7 @@ def test_summary_counts_every_parameter_once_and_shows_every_layer():
         "serial": 4 * 4 + 4,  # the innermost block; the whole net has the same name
         "embedding(7, 4)": 28,
         "repeat(residual(serial), 3)": 60,
-        "residual(serial)": 20,
+        "3 x residual(serial)": 60,
         "dense(4, 4)": 20,
         "tanh": 0,
         "layer_norm(4)": 8,

@@ -649,6 +649,47 @@ def test_vector_chain_has_an_outer_and_a_hadamard_product():
     same(kept[0].w.dz, de_dp.T)
 
 
+def forward_by_index(n, w, b, x):
+    """The outputs of every unit of every layer, `a[l, unit, example]`."""
+    a = np.zeros((len(n), max(n), len(x)))
+    a[0, : n[0]] = x.T
+    for layer in range(1, len(n)):
+        for j in range(n[layer]):
+            for k in range(len(x)):
+                a[layer, j, k] = s(
+                    sum(w[layer][i, j] * a[layer - 1, i, k] for i in range(n[layer - 1]))
+                    + b[layer][j]
+                )
+    return a
+
+
+def hidden_by_index(n, w, a, d, dw):
+    """Fills `d` and `dw` of the hidden layers from those of the layers above."""
+    for layer in range(len(n) - 2, 0, -1):
+        for j in range(n[layer]):
+            for e in range(a.shape[2]):
+                above = sum(d[layer + 1, k, e] * w[layer + 1][j, k] for k in range(n[layer + 1]))
+                d[layer, j, e] = a[layer, j, e] * (1 - a[layer, j, e]) * above
+                for i in range(n[layer - 1]):
+                    dw[layer][i, j] += (
+                        a[layer - 1, i, e] * a[layer, j, e] * (1 - a[layer, j, e]) * above
+                    )
+
+
+def last_by_index(n, a, t, d, dw):
+    """Fills `d` and `dw` of the last layer."""
+    L, m = len(n) - 1, len(t)
+    for i in range(n[L - 1]):
+        for j in range(n[L]):
+            dw[L][i, j] = sum(
+                (a[L, j, k] - t[k, j]) * a[L, j, k] * (1 - a[L, j, k]) * a[L - 1, i, k]
+                for k in range(m)
+            )
+    for j in range(n[L]):
+        for k in range(m):
+            d[L, j, k] = (a[L, j, k] - t[k, j]) * a[L, j, k] * (1 - a[L, j, k])
+
+
 def test_index_forms_of_the_last_and_the_hidden_layers():
     """000, sums mended: dE/dw_ij^L = sum_k (a_jk - t_jk) a_jk (1 - a_jk) a_ik^{L-1}, k over
     examples; below,
@@ -661,34 +702,11 @@ def test_index_forms_of_the_last_and_the_hidden_layers():
         [None] + [rng.normal(size=k) for k in n[1:]],
     )
     x, t = rng.normal(size=(m, 3)), rng.normal(size=(m, 2))
-    a, d = np.zeros((L + 1, 4, m)), np.zeros((L + 1, 4, m))  # a[l, unit, example]
-    a[0, :3] = x.T
-    for layer in range(1, L + 1):
-        for j in range(n[layer]):
-            for k in range(m):
-                a[layer, j, k] = s(
-                    sum(w[layer][i, j] * a[layer - 1, i, k] for i in range(n[layer - 1]))
-                    + b[layer][j]
-                )
+    a = forward_by_index(n, w, b, x)
+    d = np.zeros_like(a)
     dw = [None] + [np.zeros((n[layer - 1], n[layer])) for layer in range(1, L + 1)]
-    for i in range(n[L - 1]):
-        for j in range(n[L]):
-            dw[L][i, j] = sum(
-                (a[L, j, k] - t[k, j]) * a[L, j, k] * (1 - a[L, j, k]) * a[L - 1, i, k]
-                for k in range(m)
-            )
-    for j in range(n[L]):
-        for k in range(m):
-            d[L, j, k] = (a[L, j, k] - t[k, j]) * a[L, j, k] * (1 - a[L, j, k])
-    for layer in (2, 1):
-        for j in range(n[layer]):
-            for e in range(m):
-                above = sum(d[layer + 1, k, e] * w[layer + 1][j, k] for k in range(n[layer + 1]))
-                d[layer, j, e] = a[layer, j, e] * (1 - a[layer, j, e]) * above
-                for i in range(n[layer - 1]):
-                    dw[layer][i, j] += (
-                        a[layer - 1, i, e] * a[layer, j, e] * (1 - a[layer, j, e]) * above
-                    )
+    last_by_index(n, a, t, d, dw)
+    hidden_by_index(n, w, a, d, dw)
     net = fnn.serial(
         *(
             part
@@ -1002,7 +1020,7 @@ def test_of_a_relu_net_that_starts_at_zero_only_the_last_bias_moves():
 
 
 def test_a_wide_net_saturates_unless_its_weights_are_scaled_by_the_fan_in():
-    """004: N(0, 1) against N(0, 1/fan_in) with 400 inputs: the fraction of tanh units beyond .99."""
+    """004: N(0, 1) against N(0, 1/fan_in), 400 inputs: the fraction of tanh units beyond .99."""
     x = jax.random.normal(fnn.key(0), (32, 400))
     saturated = {}
     for name, deviation in (("unit", 1.0), ("fan_in", 400**-0.5)):

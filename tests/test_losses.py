@@ -1,6 +1,8 @@
 """Every loss against optax: values, gradients, shapes, extremes, dtypes, accuracy and settings."""
 
 import functools
+import re
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -302,7 +304,7 @@ def power_gradient(y, t, p):
 
 
 def test_a_users_own_loss_of_elements_is_a_loss_like_any_other(x64):
-    fourth = losses.loss("power", power, power_gradient, losses.REAL, p=3)(p=4)
+    fourth = losses.loss("power", power, power_gradient, p=3)(p=4)
     assert fourth.name == "power"
     assert fourth.correct is None
     y, t = batches(losses.l2_loss)[1]
@@ -323,9 +325,137 @@ def test_a_bare_loss_needs_a_value_and_a_gradient_alone(x64):
 
 def test_a_narrow_label_is_not_mistaken_for_a_wide_one():
     outputs = jax.nn.one_hot(jnp.array([257]), 300)
-    assert not losses.softmax_cross_entropy_with_integer_labels.correct(
-        outputs, jnp.array([1], jnp.uint8)
-    )[0]
+    assert not LABELS.correct(outputs, jnp.array([1], jnp.uint8))[0]
+
+
+BY_OPTAX = losses.from_function(optax.softmax_cross_entropy_with_integer_labels, targets="labels")
+INVALID = (
+    ("int32", -1),
+    ("int32", 3),
+    ("int8", -1),
+    ("uint8", 255),
+    ("uint32", 2**31),
+    ("int64", 2**32),
+    ("uint64", 2**32),
+)
+
+
+@pytest.mark.parametrize("loss", [LABELS, BY_OPTAX], ids=["ours", "optax"])
+@pytest.mark.parametrize(("dtype", "label"), INVALID)
+def test_a_row_with_an_invalid_label_is_nan_and_no_other(x64, loss, dtype, label):
+    y = jnp.asarray(np.random.default_rng(5).normal(size=(3, 2, 3)))
+    labels = np.array([[0, 1], [2, label], [1, 0]], dtype)
+    value, grad = jax.jit(lambda t: ours(loss, y, t))(labels)
+    np.testing.assert_array_equal(np.isnan(value), [False, True, False])
+    rows = np.zeros((3, 2), bool)
+    rows[1, 1] = True
+    np.testing.assert_array_equal(np.isnan(grad), np.repeat(rows[..., None], 3, axis=-1))
+    np.testing.assert_array_equal(loss.correct(y, labels)[1], False)
+    automatic = jax.grad(lambda y: loss.value(y, labels).sum())(y)
+    assert np.isnan(automatic[1, 1]).all()
+    with pytest.raises(ValueError, match=rf"labels in 0 ... 2 for 3 outputs, got {label} in row 1"):
+        loss.check(y, labels)
+
+
+def test_an_example_with_an_invalid_label_is_reported_and_left_out():
+    net = fnn.mlp((3, 4, 3), "gelu")
+    params, x, labels = net.init(jax.random.key(0)), jnp.ones((3, 3)), jnp.array([0, -1, 2])
+    clipped = fnn.per_example.clipped_gradient(fnn.source(net, LABELS), 1.0)
+    found = jax.jit(clipped)(params, x, labels)
+    assert found.reduction.examples == 2
+    value, grads = jax.jit(fnn.value_and_grad(net, LABELS))(params, x, labels)
+    assert all(np.isnan(leaf).any() for leaf in jax.tree.leaves((value, grads)))
+
+
+def test_labels_of_int8_may_have_300_classes():
+    y = jnp.zeros((2, 300))
+    np.testing.assert_allclose(LABELS.value(y, jnp.array([5, 127], jnp.int8)), np.log(300))
+
+
+def test_a_class_that_is_ruled_out_by_an_infinite_logit_costs_nothing():
+    y, labels = jnp.array([[0.0, -jnp.inf, 1.0]]), jnp.array([0])
+    value, grad = ours(LABELS, y, labels)
+    np.testing.assert_allclose(value, np.log1p(np.exp(1.0)), rtol=1e-6)
+    np.testing.assert_allclose(grad, [[-np.e / (1 + np.e), 0, np.e / (1 + np.e)]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=repr)
+def test_no_gradient_of_finite_outputs_is_nan_on_the_way(loss):
+    outputs = jnp.array([[0.0, 1.0, 0.5], [0.3, 0.3, 0.4]])
+    t = {
+        "labels": jnp.array([1, 0]),
+        "signs": jnp.array([[1.0, -1.0, 1.0], [1.0, 1.0, -1.0]]),
+    }.get(loss.targets, jnp.array([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]]))
+    with jax.debug_nans(True):  # not jitted, so that every operation is looked at
+        loss.grad(outputs, t)
+        jax.grad(lambda y: loss.grad(y, t).sum())(outputs)
+
+
+@pytest.mark.parametrize("number", [3_000_000_000, 2**24 + 1, 2**31 - 1, 2**63 - 1])
+def test_whole_numbers_that_float32_does_not_hold_are_refused(number):
+    outputs = jax.ShapeDtypeStruct((2, 1), jnp.float32)
+    with pytest.raises(ValueError, match=f"holds exactly, got {number} in row 1"):
+        losses.l2_loss.check(outputs, np.array([[2**24], [number]]))
+
+
+def test_whole_numbers_that_float64_does_not_hold_are_refused(x64):
+    outputs = jax.ShapeDtypeStruct((1, 1), jnp.float64)
+    losses.l2_loss.check(outputs, np.array([[2**53]]))
+    with pytest.raises(ValueError, match="holds exactly"):
+        losses.l2_loss.check(outputs, np.array([[2**53 + 1]]))
+
+
+CHECKED = (
+    ("hinge_loss", [[1.0], [0.5]], "-1 or 1, got 0.5 in row 1"),
+    ("sigmoid_binary_cross_entropy", [[1.0], [-1.0]], "in 0 ... 1, got -1.0 in row 1"),
+    ("binary_cross_entropy", [[1.0], [2.0]], "in 0 ... 1, got 2.0 in row 1"),
+    ("softmax_cross_entropy", [[1.0, 0.0], [0.5, 0.1]], "sum to 1, got 0.6 in row 1"),
+    ("softmax_cross_entropy", [[1.0, 0.0], [0.0, 0.0]], "sum to 1, got 0 in row 1"),
+    ("kl_divergence", [[1.0, 0.0], [1.5, -0.5]], "in 0 ... 1, got 1.5 in row 1"),
+    ("l2_loss", [[1.0], [np.nan]], "has nan at row 1"),
+)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(("name", "rows", "message"), CHECKED)
+def test_invalid_values_of_targets_are_named_with_their_row(name, rows, message, dtype):
+    t = jnp.asarray(rows, dtype)
+    with pytest.raises(ValueError, match=re.escape(message) if dtype == "float32" else None):
+        losses.get(name).check(jax.ShapeDtypeStruct(t.shape, dtype), t)
+
+
+def test_the_names_for_completion_are_those_of_the_losses():
+    assert typing.get_args(losses.Name) == tuple(loss.name for loss in LOSSES)
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=repr)
+def test_a_loss_from_optaxs_function_has_the_same_gradient(x64, loss):
+    if loss.name == "binary_cross_entropy":
+        return  # optax has none
+    same = losses.from_function(getattr(optax.losses, loss.name), targets=loss.targets)
+    assert same.name == loss.name
+    assert (same.correct is None) == (loss.correct is None)
+    y, t = batches(loss)[1]
+    found, expected = jax.jit(lambda y, t: (ours(same, y, t), ours(loss, y, t)))(y, t)
+    assert error(wide(found), wide(expected)) <= 1e-12
+
+
+def test_a_loss_from_a_function_trains_and_has_one_program():
+    def mine(outputs, targets):
+        return jnp.abs(outputs - targets) ** 3
+
+    assert losses.from_function(mine) == losses.from_function(mine)
+    assert losses.from_function(mine, "cubic").name == "cubic"
+    assert losses.from_function(functools.partial(mine)).name == "loss"
+    with jax.enable_x64(True):
+        manual, automatic = value_and_gradients(losses.from_function(mine))
+        assert error(wide(manual), wide(automatic)) <= 1e-12
+    with pytest.raises(TypeError, match="`value` must be a function"):
+        losses.from_function("l2_loss")
+    with pytest.raises(
+        ValueError, match=r"Unknown kind of targets 'label'\. Did you mean 'labels'"
+    ):
+        losses.from_function(mine, targets="label")
 
 
 def test_a_setting_of_numpy_promotes_nothing():

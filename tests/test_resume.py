@@ -163,7 +163,10 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, name, 
     for step, count in (((0, 0), 1), ((1, 3), 16), ((2, 11), 36)):
         with pytest.raises(
             Stopped,
-            match=rf"{name}: stopped in epoch {step[0]} after {step[1] + 1} steps of it; all is saved in .*run. The",
+            match=(
+                rf"{name}: stopped in epoch {step[0]} after {step[1] + 1} steps of it; all is "
+                r"saved in .*run. The"
+            ),
         ):
             train(tmp_path / "run", data=told_at(step), seconds=None)
         assert steps(tmp_path / "run")[-1] == count
@@ -188,7 +191,8 @@ def data(e):
         print(e, i, flush=True)
         time.sleep({pause} if i else 0)
         yield x, x
-fnn.fit(fnn.rules.backprop(net, fnn.losses.l2_loss), optax.sgd(0.1), net.init(jax.random.key(0)), data, epochs=9, batch_size=4,
+fnn.fit(fnn.rules.backprop(net, fnn.losses.l2_loss), optax.sgd(0.1), net.init(jax.random.key(0)), \
+data, epochs=9, batch_size=4,
         key=jax.random.key(0), checkpoint=Checkpointer(sys.argv[1]))
 """
 
@@ -235,7 +239,9 @@ def test_fewer_epochs_than_are_done_are_an_error(tmp_path):
     train(tmp_path, epochs=2)
     with pytest.raises(
         CheckpointError,
-        match=r"is of 2 epochs and 0 steps, but `epochs` is 1\. Pass more epochs, or another folder",
+        match=(
+            r"is of 2 epochs and 0 steps, but `epochs` is 1\. Pass more epochs, or another folder"
+        ),
     ):
         train(tmp_path, epochs=1)
     (tmp_path / "step-000000000024").rename(tmp_path / "gone")
@@ -245,7 +251,7 @@ def test_fewer_epochs_than_are_done_are_an_error(tmp_path):
         train(tmp_path, epochs=1)
 
 
-def weighed(params, state, x, targets, weights):
+def share_rows(params, state, x, targets, weights):
     return weights * x.sum(-1)
 
 
@@ -259,7 +265,7 @@ def test_what_is_recorded_of_batches_that_are_filled_up_goes_on(tmp_path):
             epochs=epochs,
             batch_size=4,
             key=KEY,
-            record=weighed,
+            record=share_rows,
             checkpoint=Checkpointer(folder),
         )
 
@@ -393,7 +399,10 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
 def test_a_metric_that_is_not_measured_is_an_error_that_lists_those_that_are(tmp_path):
     with pytest.raises(
         ValueError,
-        match="must be a metric of this training, loss, validation_loss, validation_accuracy; got 'acc'",
+        match=(
+            "must be a metric of this training, loss, validation_loss, validation_accuracy; got "
+            "'acc'"
+        ),
     ):
         train(tmp_path / "run", best="acc")
     assert not (tmp_path / "run").exists()  # before any training

@@ -163,9 +163,9 @@ def test_sigterm_saves_and_says_how_to_go_on(tmp_path):
         finally:
             child.kill()
     assert child.returncode == 1
-    assert (
-        said.splitlines()[-1]
-        == f"Stopped; all is saved in {tmp_path / 'run'}. Go on: python -m experiments train --resume {tmp_path / 'run'}"
+    assert said.splitlines()[-1] == (
+        f"Stopped; all is saved in {tmp_path / 'run'}. Go on: python -m experiments train --resume "
+        f"{tmp_path / 'run'}"
     )
 
 

@@ -572,14 +572,14 @@ BAD = [
     (
         lambda: sharding.make_mesh(data=4, model=4, devices=jax.devices()[:8]),
         ValueError,
-        "`data` x `model` is 4 x 4 = 16, but there are 8 devices. Ask for fewer, or try it on a CPU: set JAX_NUM_CPU_DEVICES=16 in the "
-        "environment before Python starts.",
+        "`data` x `model` is 4 x 4 = 16, but there are 8 devices. Ask for fewer, or try it on a "
+        "CPU: set JAX_NUM_CPU_DEVICES=16 in the environment before Python starts.",
     ),
     (
         lambda: sharding.make_mesh(model=3, devices=jax.devices()[:8]),
         ValueError,
-        "`model` is 3, which does not divide the number of devices, 8. Ask for fewer, or try it on a CPU: set JAX_NUM_CPU_DEVICES=3 in the "
-        "environment before Python starts.",
+        "`model` is 3, which does not divide the number of devices, 8. Ask for fewer, or try it on "
+        "a CPU: set JAX_NUM_CPU_DEVICES=3 in the environment before Python starts.",
     ),
     (
         lambda: sharding.make_mesh(data=0),
@@ -611,28 +611,33 @@ BAD = [
             PAIR,
         ),
         ValueError,
-        "`mesh` must have axes of type Auto, but 'data' is not (the default of `jax.make_mesh`). Make one: `fnn.sharding.make_mesh()`.",
+        "`mesh` must have axes of type Auto, but 'data' is not (the default of `jax.make_mesh`). "
+        "Make one: `fnn.sharding.make_mesh()`.",
     ),
     (
         lambda: sharding.replicated(mesh(), (X, 2.0)),
         TypeError,
-        "Leaves of `params` must be arrays, got float at `params[1]`. Pass what `net.init(key)` returns.",
+        "Leaves of `params` must be arrays, got float at `params[1]`. Pass what `net.init(key)` "
+        "returns.",
     ),
     (
         planned((Dense(P(), None), ())),
         ValueError,
-        "`plan` has no PartitionSpec for `params[0].b`. Edit one of `fnn.sharding.replicated(mesh, params)`.",
+        "`plan` has no PartitionSpec for `params[0].b`. Edit one of "
+        "`fnn.sharding.replicated(mesh, params)`.",
     ),
     (
         planned((Dense(P(), P()), (P(),))),
         ValueError,
-        "`plan[1][0]` stands for no array of `params`. Edit one of `fnn.sharding.replicated(mesh, params)`.",
+        "`plan[1][0]` stands for no array of `params`. Edit one of "
+        "`fnn.sharding.replicated(mesh, params)`.",
     ),
     (
         planned((Dense(P(), P()),)),
         ValueError,
-        "`plan` must be a tree like `params`, PyTreeDef((CustomNode(namedtuple[Dense], [*, *]), ())), got "
-        "PyTreeDef((CustomNode(namedtuple[Dense], [*, *]),)). Edit one of `fnn.sharding.replicated(mesh, params)`.",
+        "`plan` must be a tree like `params`, PyTreeDef((CustomNode(namedtuple[Dense], [*, *]), "
+        "())), got PyTreeDef((CustomNode(namedtuple[Dense], [*, *]),)). Edit one of "
+        "`fnn.sharding.replicated(mesh, params)`.",
     ),
     (
         planned((Dense(P(), "data"), ())),
@@ -652,18 +657,20 @@ BAD = [
     (
         planned((Dense(P(("data", "model")), P()), ())),
         ValueError,
-        "`plan[0].w` is P(('data', 'model'),), but axis 0 of `params[0].w`, shape (6, 3), does not divide into 8 parts. "
-        "Leave it whole: put None in its place.",
+        "`plan[0].w` is P(('data', 'model'),), but axis 0 of `params[0].w`, shape (6, 3), does not "
+        "divide into 8 parts. Leave it whole: put None in its place.",
     ),
     (
         lambda: sharding.place(mesh(), jax.eval_shape(lambda: PAIR)),
         TypeError,
-        "`params[0].w` is a shape and no array. Draw them: `jax.jit(net.init, out_shardings=shardings(mesh, plan))(key)`.",
+        "`params[0].w` is a shape and no array. Draw them: "
+        "`jax.jit(net.init, out_shardings=shardings(mesh, plan))(key)`.",
     ),
     (
         lambda: sharding.follow((P(),), (X, T), (X, T)),
         ValueError,
-        "`plan` has no PartitionSpec for `params[1]`. Edit one of `fnn.sharding.replicated(mesh, params)`.",
+        "`plan` has no PartitionSpec for `params[1]`. Edit one of "
+        "`fnn.sharding.replicated(mesh, params)`.",
     ),
     (
         lambda: sharding.place_batch(mesh(), [X, T]),
@@ -683,7 +690,8 @@ BAD = [
     (
         lambda: sharding.place_batch(mesh(), (X, T, W[:5])),
         ValueError,
-        "`weights` must have a row for each of `x`; their shapes are (5,) and (6, 3). One example? Pass `x[None]`.",
+        "`weights` must have a row for each of `x`; their shapes are (5,) and (6, 3). One example? "
+        "Pass `x[None]`.",
     ),
     (
         lambda: sharding.place_batch(mesh(), (X[:0], T[:0])),
@@ -698,7 +706,8 @@ BAD = [
     (
         lambda: sharding.data_parallel(mesh(), None),
         TypeError,
-        "`function` must be a function (params, x, targets[, weights]) -> (value, grads), got None.",
+        "`function` must be a function (params, x, targets[, weights]) -> (value, grads), got "
+        "None.",
     ),
     (
         lambda: sharding.data_parallel(mesh(), SENDING[0], all_reduce="mean"),

@@ -1,11 +1,12 @@
-"""Checkpoints: a tree of arrays in a folder, whole or not at all, and never loaded with one bit
-wrong.
+"""Checkpoints: a tree of arrays in a folder, whole or not at all.
 
-    folder/step-000000000042/arrays.safetensors     the leaves, by number
-                             manifest.json          format, versions, step, metadata; path, shape,
-                             dtype and SHA-256 of every leaf
-                             SHA256SUMS             of the manifest, as `sha256sum -c SHA256SUMS`
-                             reads it
+No checkpoint loads with one bit wrong.
+
+    folder/step-000000000042/
+        arrays.safetensors    the leaves, by number
+        manifest.json         format, versions, step, metadata;
+                              path, shape, dtype and SHA-256 of every leaf
+        SHA256SUMS            of the manifest, as `sha256sum -c SHA256SUMS` reads it
 
 A checkpoint is written into a folder of another name, flushed to the disk, and renamed: who is
 killed in between leaves the older ones as they were, and a folder `.unfinished-...` that the next

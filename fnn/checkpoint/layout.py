@@ -39,6 +39,7 @@ class CheckpointError(ValueError):
     """
 
     def __init__(self, path: Path, message: str) -> None:
+        """Keeps the path and the reason, and joins them into the message."""
         self.path, self.reason = path, message
         super().__init__(f"{path}: {message}")
 
@@ -77,7 +78,8 @@ def find(folder: Path, step: int | None) -> Path:
         there = ", ".join(map(str, [number(p) for p in every(folder)][-5:])) or "none"
         raise CheckpointError(
             folder,
-            f"no checkpoint{'' if step is None else f' of step {step}'} is there; steps that are: {there}.",
+            f"no checkpoint{'' if step is None else f' of step {step}'} is there; "
+            f"steps that are: {there}.",
         )
     return found[-1]
 

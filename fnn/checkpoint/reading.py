@@ -94,7 +94,10 @@ def _offering_older(path: Path) -> Iterator[None]:
         older = next((p for p in reversed(every(path.parent)) if p < path and _is_whole(p)), None)
         if older is None:
             raise
-        mend = f"An older one is whole: restore({str(older)!r}, ...); or remove {path} to go on from it."
+        mend = (
+            f"An older one is whole: restore({str(older)!r}, ...); "
+            f"or remove {path} to go on from it."
+        )
         raise CheckpointError(error.path, f"{error.reason} {mend}") from None
 
 
@@ -143,8 +146,10 @@ def _manifest(path: Path) -> tuple[Manifest, str]:
 
 
 def _read(path: Path) -> tuple[Manifest, dict[str, Any]]:
-    """The manifest, and the leaves' bytes by number, every one of which was checked and is not read
-    again."""
+    """The manifest, and the bytes of the leaves by number.
+
+    It checks every byte that it returns, and reads each file once.
+    """
     (found, header), content = _manifest(path), _content(path / ARRAYS)
     if hashlib.sha256(content[: 8 + int.from_bytes(content[:8], "little")]).hexdigest() != header:
         raise CheckpointError(
@@ -199,7 +204,8 @@ def _as(path: Path, name: str, kind: str, array: np.ndarray, leaf: Any) -> Any:
     """The numbers as what `like` has at that leaf."""
     differs = CheckpointError(
         path / MANIFEST,
-        f"leaf {name} is {kind} {array.dtype}{list(array.shape)}, but `like` has {_validate.said(leaf)}.",
+        f"leaf {name} is {kind} {array.dtype}{list(array.shape)}, "
+        f"but `like` has {_validate.describe(leaf)}.",
     )
     if kind in NUMBERS or type(leaf) in NUMBERS.values():
         if type(leaf) is not NUMBERS.get(kind):

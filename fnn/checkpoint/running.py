@@ -68,6 +68,7 @@ class Checkpointer:
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        """Raises a TypeError or a ValueError where a setting cannot be meant."""
         if not isinstance(self.folder, (str, os.PathLike)):
             raise TypeError(f"`folder` must be a path, got {self.folder!r}.")
         _validate.positive("every", self.every, whole=True)
@@ -115,7 +116,8 @@ def saving(settings: Checkpointer) -> Iterator[Saver]:
             yield Saver(save_soon, due, busy, told)
         if told():  # while the last checkpoint was written
             raise Stopped(
-                f"{signal.Signals(told()).name}: stopped after the last epoch; all is saved in {settings.folder}."
+                f"{signal.Signals(told()).name}: stopped after the last epoch; "
+                f"all is saved in {settings.folder}."
             )
 
 

@@ -156,11 +156,13 @@ def _leaf(path: str, leaf: Any) -> Leaf:
         return Leaf(path, f"key:{jax.random.key_impl(leaf)}", jax.random.key_data(leaf))
     if not isinstance(leaf, (jax.Array, np.ndarray, np.generic)):
         raise TypeError(
-            f"`tree{path}` must be an array, a key or a number, got {leaf!r:.80} ({name}). Put it into `metadata`."
+            f"`tree{path}` must be an array, a key or a number, got {leaf!r:.80} ({name}). "
+            "Put it into `metadata`."
         )
     if leaf.dtype.name not in DTYPES:
         raise TypeError(
-            f"`tree{path}` has the dtype {leaf.dtype}, which safetensors has no name for. Known: {', '.join(DTYPES)}."
+            f"`tree{path}` has the dtype {leaf.dtype}, which safetensors has no name for. "
+            f"Known: {', '.join(DTYPES)}."
         )
     return Leaf(path, "array", leaf)
 

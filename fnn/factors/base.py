@@ -1,162 +1,122 @@
-"""What a factor is, the factor that is already written out, and factors stacked by `repeat`."""
+"""What a factor is, what a backward pass does with it, and the factor that is written out.
+
+Arrays have a batch axis first and features last; the axes between are positions, over which an
+example sums.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jaxtyping import Float
 
-from fnn.factors.rows import (
-    centred,
-    joined_norms,
-    per_row,
-    quick_square,
-    safe_norm,
-    sum_of_squares,
-    times_row,
-)
-from fnn.types import Array, at_least_float32
+from fnn.types import Array
+from fnn.types import widen as widen
 
-_T = TypeVar("_T")
+T = TypeVar("T")
 
 
-class Method(NamedTuple):
-    """A way to an answer, and what it is predicted to cost."""
+class SquaredNorm(NamedTuple):
+    """Squared norms, and what tells how precise they are.
 
-    name: str
-    flops: float
-    bytes: float  # read and written
+    A sum of terms is exact to rounding where they do not cancel: where their size is near the sum.
+    """
+
+    value: Array  # [batch]
+    size: Array | None = None  # [batch]: of the terms of `value`; None where none can cancel
+    parts: Array | None = None  # [batch]: squared norms of what an example adds up; None if one
 
 
 class Factor:
-    """What one batch contributes to the gradient of one parameter.
+    """What one batch contributes to the gradient of one parameter: a pytree of arrays.
 
-    Subclasses answer these questions, or those they can better.
-
-    A factor is a pytree of arrays with a leading batch axis. A new one is a class here; a new
-    question is a method here.
+    A new factor is a class with `total`, `scaled`, `materialise` and `merged`. It inherits the
+    other answers, or gives cheaper ones.
     """
 
     def total(self) -> Array:
         """The sum over the batch, in the parameter's own shape: the ordinary gradient."""
         raise NotImplementedError
 
-    def scaled(self, weights: Array, present: Array | None = None) -> Any:
-        """The factor whose examples are multiplied by weights `[batch]`.
-
-        Its `total` is the weighted total.
-
-        Where `present` (`[batch]` of bool) is False an example becomes 0 even if it is not finite,
-        but for what `masked_total` has to see to.
-        """
+    def scaled(self, weights: Array) -> Any:
+        """The factor with example i times `weights[i]`; weight 0 gives 0 in what is scaled."""
         raise NotImplementedError
 
-    def masked_total(self, present: Array, into: Array) -> Array:
-        """The `total` of a factor scaled with `present`, whatever the examples that are not present
-        hold (0 x NaN is NaN).
-
-        `into` is an array of the result's shape whose place it may take.
-        """
-        return self.total()
-
     def materialise(self) -> Array:
-        """`[batch, *parameter shape]`: every example's own gradient.
-
-        Costs batch x parameters of memory.
-        """
+        """`[batch, *parameter shape]`: the gradient of every example, at batch x parameters."""
         raise NotImplementedError
 
     def merged(self) -> Factor:
-        """The factor of a parameter that is used several times, from arrays `[uses, batch, ...]`.
-
-        An example sums over its uses.
-        """
+        """The factor of a parameter used several times, from arrays `[uses, batch, ...]`."""
         raise NotImplementedError
 
-    def norm(self) -> Array:
-        """`[batch]`, at least float32: the Euclidean norm of every example's gradient.
+    def squared_norm(self) -> Array:
+        """`[batch]`, float32 at least: the squared norm of the gradient of every example."""
+        return square_rows(self.materialise())
 
-        Neither overflows nor underflows on the way.
-        """
-        return safe_norm(sum_of_squares, self.materialise())
-
-    def quick_square(self) -> tuple[Array, Array]:
-        """The squared norms `[batch]` unless they overflow, and a bound `[batch]` on what underflow
-        has cost them; cheaper than `norm`."""
-        square = self.norm() ** 2
-        return square, jnp.full_like(square, jnp.finfo(square.dtype).tiny)
+    def fast_squared_norm(self) -> SquaredNorm:
+        """The squared norms by a cheaper sum, whose terms may cancel."""
+        return SquaredNorm(self.squared_norm())
 
     def inner(self, other: Any) -> Array:
-        """`[batch, batch of other]`, at least float32.
+        """`[batch, batch of other]`: inner products of the gradients in two factors."""
+        a, b = (f.materialise() for f in (self, other))
+        return row_products(a, b)
 
-        The inner products of the gradients in two factors of one parameter.
+    @property
+    def one_by_one(self) -> bool:
+        """Whether the sums below go through the examples one at a time."""
+        return True
+
+    def exact_total(self, weights: Array) -> Array:
+        """The total by weights `[batch]`; the gradient of an example is formed, then scaled.
+
+        So its norm is the weight times `squared_norm`, whatever cancels in it; weight 0 counts
+        nothing, even for NaN.
         """
-        a, b = (at_least_float32(f.materialise()) for f in (self, other))
-        return a.reshape(len(a), -1) @ b.reshape(len(b), -1).T
+        return exact_totals([self], [weights])[0]
 
-    def moments(self, share: Array) -> tuple[Array, Array]:
-        """Mean and variance over the examples by their shares `[batch]` (which add up to 1), in the
-        parameter's shape, float32 at least.
+    def moments(self, shares: Array) -> tuple[Array, Array]:
+        """Mean and centred variance, in the parameter's shape; share 0 counts nothing.
 
-        The variance is that of the centred gradients, E[(g - E[g])^2], and never negative. A block
-        of examples at a time.
+        Args:
+            shares: `[batch]`, what each example counts for; their sum is 1.
         """
-        batch, *shape = jax.eval_shape(lambda f: f.materialise(), self).shape
-        mean = self.scaled(share).total()
-        size = max(1, min(batch, 2**20 // max(1, mean.size)))
+        return self.exact_total(shares), self.variance(shares)
 
-        def add(i: Any, sums: tuple[Array, Array]) -> tuple[Array, Array]:
-            start = jnp.minimum(i * size, batch - size)
-            rest = self.rows(start, size).materialise() - jnp.broadcast_to(mean, (size, *shape))
-            s = lax.dynamic_slice_in_dim(share, start, size)
-            # the last block may begin inside the one before
-            s = jnp.where(start + jnp.arange(size) >= i * size, s, jnp.zeros_like(s))
-            return sums[0] + jnp.tensordot(s, rest, 1), sums[1] + jnp.tensordot(s, rest * rest, 1)
+    def raw_moments(self, shares: Array) -> tuple[Array, Array] | None:
+        """E[g] and E[g^2] by cheap products; None where `moments` costs no more."""
+        return None
 
-        left, square = lax.fori_loop(
-            0, -(-batch // size), add, (jnp.zeros_like(mean), jnp.zeros_like(mean))
-        )
-        return mean + left, jnp.maximum(square - left * left, 0)
+    def variance(self, shares: Array) -> Array:
+        """The centred variance alone."""
+        if self.one_by_one:
+            return variances([self], shares)[0]
+        return self.moments(shares)[1]
 
-    def second_moment(self) -> Array:
-        """The sum over the batch of the elementwise squares of the per-example gradients, in the
-        parameter's shape, float32 at least."""
-        return (at_least_float32(self.materialise()) ** 2).sum(0)
+    def example(self, i: Array) -> Any:
+        """The factor of example i alone."""
+        return jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, i), self)
 
-    def methods(self) -> dict[str, Method]:
-        """How each question is answered, and at what predicted cost; a function of shapes alone."""
-        out = jax.eval_shape(lambda f: f.materialise(), self)
-        flops, size = float(out.size), float(out.size * out.dtype.itemsize)
-        return {
-            "total": Method("sum", flops, size),
-            "norm": Method("sum of squares", 2 * flops, size),
-            "gram": Method("product", 2 * flops * out.shape[0], size),
-            "moments": Method("centred squares", 6 * flops, 3 * size),
-        }
-
-    def rows(self, start: Any, size: int) -> Any:
-        """The factor of `size` examples from `start` on."""
-        return jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, start, size), self)
-
-    def masked(self, present: Array) -> Any:
-        """The factor with zeros for the examples that are not `present` (`[batch]` of bool),
-        whatever they held."""
-        return jax.tree.map(lambda a: jnp.where(per_row(present, a), a, jnp.zeros_like(a)), self)
+    def difference(self, other: Any) -> Array:
+        """The total less that of another factor, without cancellation where both are near."""
+        return self.total() - other.total()
 
     def wide(self) -> Any:
         """The factor in float32 at least."""
-        return jax.tree.map(
-            lambda a: at_least_float32(a) if jnp.issubdtype(a.dtype, jnp.floating) else a, self
-        )
+        return jax.tree.map(widen, self)
 
 
 @dataclass_transform(frozen_default=True)
-def factor(cls: type[_T]) -> type[_T]:
-    """Makes a frozen dataclass that is a pytree."""
+def factor(cls: type[T]) -> type[T]:
+    """A decorator that makes a frozen dataclass a pytree."""
     return jax.tree_util.register_dataclass(dataclass(frozen=True)(cls))
 
 
@@ -167,11 +127,10 @@ def is_factor(value: Any) -> bool:
 
 @factor
 class PerExample(Factor):
-    """Already every example's gradient: of a bias, or of a scale.
+    """The gradient of every example, written out: of a bias, or of a scale.
 
-    >>> import jax.numpy as jnp
-    >>> PerExample(jnp.array([[3.0, 4.0], [6.0, 8.0]])).norm()
-    Array([ 5., 10.], dtype=float32)
+    >>> PerExample(jnp.array([[3.0, 4.0], [6.0, 8.0]])).squared_norm()
+    Array([ 25., 100.], dtype=float32)
     """
 
     gradient: Array  # [batch, *parameter shape]
@@ -179,8 +138,8 @@ class PerExample(Factor):
     def total(self) -> Array:
         return self.gradient.sum(0)
 
-    def scaled(self, weights: Array, present: Array | None = None) -> PerExample:
-        return PerExample(times_row(self.gradient, weights, present))
+    def scaled(self, weights: Array) -> PerExample:
+        return PerExample(scale_rows(self.gradient, weights))
 
     def materialise(self) -> Array:
         return self.gradient
@@ -188,73 +147,221 @@ class PerExample(Factor):
     def merged(self) -> PerExample:
         return PerExample(self.gradient.sum(0))
 
-    def quick_square(self) -> tuple[Array, Array]:
-        return quick_square(self.gradient)
+    @property
+    def one_by_one(self) -> bool:
+        return False
 
-    def moments(self, share: Array) -> tuple[Array, Array]:
-        g = self.gradient
-        mean, rest = centred(g.reshape(len(g), -1), share)
-        return mean.reshape(g.shape[1:]), (share @ (rest * rest)).reshape(g.shape[1:])
+    def exact_total(self, weights: Array) -> Array:
+        return self.scaled(weights).total()
+
+    def moments(self, shares: Array) -> tuple[Array, Array]:
+        return centred_moments(self.gradient, shares)
 
 
-@factor
-class Stacked(Factor):
-    """A factor per layer of a `repeat`.
+@dataclass(frozen=True)
+class Reducer:
+    """What a backward pass does with every factor.
 
-    Every array has a leading axis of layers, and the parameter too.
+    Attributes:
+        name: for tables.
+        reduce: `(factor) -> result`.
+        stack: `(result [layers, ...]) -> result`: joins the results of the layers of a `repeat`.
     """
 
-    factor: Factor
+    name: str
+    reduce: Callable[[Any], Any]
+    stack: Callable[[Any], Any] = lambda result: result
 
-    def total(self) -> Array:
-        return self._each(lambda f: f.total())
+    def __call__(self, factor: Any) -> Any:
+        """The result for one factor; a TypeError for anything else."""
+        if not is_factor(factor):
+            raise TypeError(
+                f"`reduce` takes a factor, got {type(factor).__name__}. In a `backward`, wrap the "
+                "gradient of every example: `reduce(fnn.factors.PerExample(g))`."
+            )
+        return self.reduce(factor)
 
-    def scaled(self, weights: Array, present: Array | None = None) -> Stacked:
-        """As of any factor; `weights` may be `[layers, batch]` too."""
-        each = jax.vmap(
-            lambda f, w: f.scaled(w, present), in_axes=(0, None if weights.ndim == 1 else 0)
-        )
-        return Stacked(each(self.factor, weights))
+    def tree(self, factors: Any) -> Any:
+        """The results for a tree of factors."""
+        return jax.tree.map(self.reduce, factors, is_leaf=is_factor)
 
-    def masked_total(self, present: Array, into: Array) -> Array:
-        return jax.vmap(lambda f, i: f.masked_total(present, i))(self.factor, into)
 
-    def materialise(self) -> Array:
-        return jnp.moveaxis(self._each(lambda f: f.materialise()), 0, 1)
+def sum_layers(result: Any) -> Any:
+    """Sums every array of a result over its first axis."""
+    return jax.tree.map(lambda a: a.sum(0), result)
 
-    def merged(self) -> Stacked:
-        layers_first = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), self.factor)
-        return Stacked(jax.vmap(lambda f: f.merged())(layers_first))
 
-    def norm(self) -> Array:
-        return joined_norms(self._each(lambda f: f.norm()))
+total = Reducer("total", lambda f: f.total())
+"""The ordinary gradient."""
 
-    def quick_square(self) -> tuple[Array, Array]:
-        square, lost = self._each(lambda f: f.quick_square())
-        return square.sum(0), lost.sum(0)
+materialise = Reducer("materialise", lambda f: f.materialise(), lambda g: jnp.moveaxis(g, 0, 1))
+"""The gradient of every example, `[batch, ...]`."""
 
-    def inner(self, other: Any) -> Array:
-        return jax.vmap(lambda f, g: f.inner(g))(self.factor, other.factor).sum(0)
+squared_norm = Reducer("squared_norm", lambda f: f.squared_norm(), sum_layers)
+"""The squared norm of every example's gradient, `[batch]`."""
 
-    def moments(self, share: Array) -> tuple[Array, Array]:
-        return self._each(lambda f: f.moments(share))
+fast_squared_norm = Reducer("fast_squared_norm", lambda f: f.fast_squared_norm(), sum_layers)
+"""A `SquaredNorm`."""
 
-    def second_moment(self) -> Array:
-        return self._each(lambda f: f.second_moment())
+keep = Reducer("keep", lambda f: f)
+"""The factors themselves."""
 
-    def methods(self) -> dict[str, Method]:
-        layers = jax.tree.leaves(self.factor)[0].shape[0]
-        one = jax.eval_shape(lambda f: jax.tree.map(lambda a: a[0], f), self.factor)
-        return {
-            name: Method(m.name, layers * m.flops, layers * m.bytes)
-            for name, m in one.methods().items()
-        }
+REDUCERS = (total, materialise, squared_norm)
+"""What the tests run over."""
 
-    def rows(self, start: Any, size: int) -> Stacked:
-        return Stacked(self._each(lambda f: f.rows(start, size)))
 
-    def masked(self, present: Array) -> Stacked:
-        return Stacked(self._each(lambda f: f.masked(present)))
+def per_row(row: Array, like: Array) -> Array:
+    """`[batch]` as `[batch, ...]`."""
+    return jnp.broadcast_to(row.reshape(-1, *(1,) * (like.ndim - 1)), like.shape)
 
-    def _each(self, question: Callable[[Any], Any]) -> Any:
-        return jax.vmap(question)(self.factor)
+
+@jax.jit
+def scale_rows(a: Float[Array, "batch *rest"], weights: Array) -> Float[Array, "batch *rest"]:
+    """Row i times `weights[i]`, computed in float32 at least; weight 0 gives 0 even for NaN.
+
+    The result has the dtype of `a`, but float16 becomes float32: a small weight leaves its range.
+    """
+    wide = widen(a)
+    w = per_row(weights.astype(wide.dtype), wide)
+    scaled = jnp.where(w != 0, wide * w, 0)
+    return scaled if a.dtype == jnp.float16 else scaled.astype(a.dtype)
+
+
+def mask_rows(a: Float[Array, "batch *rest"], present: Array) -> Float[Array, "batch *rest"]:
+    """0 for every example that is not present."""
+    return jnp.where(per_row(present, a), a, jnp.zeros_like(a))
+
+
+@jax.jit
+def square_rows(a: Float[Array, "batch *rest"]) -> Float[Array, " batch"]:
+    """The sum of the squares of every row, in float32 at least."""
+    rows = flat_rows(a)
+    return (rows * rows).sum(1)
+
+
+@jax.jit
+def centred_moments(
+    g: Float[Array, "batch *rest"], shares: Float[Array, " batch"]
+) -> tuple[Float[Array, "*rest"], Float[Array, "*rest"]]:
+    """Mean and variance of the rows; share 0 counts nothing, even for NaN."""
+    mean = scale_rows(g, shares).sum(0)
+    gap = g - jnp.broadcast_to(mean, g.shape)
+    rest = scale_rows(gap, shares).sum(0)  # what rounding has left
+    variance = scale_rows(gap * gap, shares).sum(0) - rest * rest
+    return mean + rest, jnp.maximum(variance, 0)
+
+
+def flat_rows(a: Float[Array, "batch *rest"]) -> Float[Array, "batch numbers"]:
+    """`[batch, numbers]`, float32 at least."""
+    return widen(a).reshape(a.shape[0], math.prod(a.shape[1:]))
+
+
+def row_products(a: Float[Array, "a *rest"], b: Float[Array, "b *rest"]) -> Float[Array, "a b"]:
+    """The inner products of all pairs of rows, in float32 at least."""
+    return jnp.matmul(flat_rows(a), flat_rows(b).T, precision="highest")
+
+
+def shares(weights: Float[Array, " batch"]) -> Float[Array, " batch"]:
+    """What every example counts for in a mean: `weights / sum(weights)`; 0 where the sum is 0."""
+    whole = weights.sum()
+    return weights / jnp.where(whole != 0, whole, 1)
+
+
+def exact_totals(factors: list[Any], weights: Array | list[Array]) -> list[Array]:
+    """`Factor.exact_total` of every factor, by weights for all or by its own."""
+
+    @jax.jit
+    def add(total: Array, one: Any, weight: Array) -> Array:
+        return total + jnp.where(weight != 0, weight * one.total(), 0)
+
+    plain = [f.one_by_one for f in factors]
+    own = weights if isinstance(weights, list) else [weights] * len(factors)
+    some = [f.wide() for f, is_plain in zip(factors, plain, strict=True) if is_plain]
+    rows = [w for w, is_plain in zip(own, plain, strict=True) if is_plain]
+    starts = [zeros(jax.eval_shape(f.total), own[0]) for f in some]
+    totals = iter(fold_examples(add, starts, some, rows if isinstance(weights, list) else weights))
+    triples = zip(factors, own, plain, strict=True)
+    return [next(totals) if is_plain else f.exact_total(w) for f, w, is_plain in triples]
+
+
+def variances(factors: list[Any], shares: Float[Array, " batch"]) -> list[Array]:
+    """The centred variance for every factor; share 0 counts nothing.
+
+    It is E[d^2] - E[d]^2 of the differences d to one example that counts: they are small where the
+    variance is, so that nothing cancels.
+    """
+    plain = [f for f in factors if f.one_by_one]
+    origins = [f.example(jnp.argmax(shares)) for f in plain]
+
+    @jax.jit
+    def add(sums: tuple[Array, Array], one: Any, share: Array, origin: Any) -> Any:
+        d = jnp.where(share != 0, one.difference(origin), 0)
+        return sums[0] + share * d, sums[1] + share * d * d
+
+    starts = [(zeros(s, shares),) * 2 for s in (jax.eval_shape(f.total) for f in plain)]
+    sums = fold_examples(add, starts, plain, shares, origins)
+    found = iter(jnp.maximum(second - first * first, 0) for first, second in sums)
+    return [next(found) if f.one_by_one else f.variance(shares) for f in factors]
+
+
+def fold_examples(
+    add: Callable[..., Any],
+    starts: list[Any],
+    factors: list[Any],
+    rows: Array | list[Array],
+    *likes: Any,
+) -> list[Any]:
+    """Goes through the examples one at a time; compiled, it needs no memory but the sums.
+
+    Args:
+        add: `(sums, factor of one example, its row, *likes of the factor) -> sums`.
+        starts: the sums of every factor before the first example.
+        factors: with arrays `[batch, ...]`.
+        rows: `[batch]`, for all factors or for each.
+        *likes: lists with a tree of arrays for every factor.
+    """
+    if not factors:
+        return []
+
+    def body(sums: list[Any], example: tuple[list[Any], Any]) -> tuple[list[Any], None]:
+        ones, row = example
+        own = row if isinstance(row, list) else [row] * len(ones)
+        parts = zip(sums, jax.tree.map(lambda a: a[None], ones), own, *likes, strict=True)
+        return [add(*part) for part in parts], None
+
+    return lax.scan(body, starts, (factors, rows))[0]
+
+
+def by_columns(
+    f: Callable[[Array], Any], a: Float[Array, "batch *positions in"], columns: int
+) -> Any:
+    """`f(a)`, some columns of `a` at a time: memory for one block.
+
+    Args:
+        f: `(a [batch, ..., columns]) -> tree of arrays [columns, ...]`.
+        a: any array.
+        columns: of a block.
+    """
+    width = a.shape[-1]
+    if width <= columns:
+        return f(a)
+
+    def block(done: Any, start: Array) -> tuple[Any, None]:
+        found = f(lax.dynamic_slice_in_dim(a, start, columns, axis=-1))
+        put = lax.dynamic_update_slice_in_dim
+        return jax.tree.map(lambda d, new: put(d, new, start, 0), done, found), None
+
+    shapes = jax.eval_shape(f, a[..., :columns])
+    whole = jax.tree.map(lambda s: zeros(s.update(shape=(width, *s.shape[1:])), a), shapes)
+    starts = np.minimum(np.arange(0, width, columns), width - columns)  # the last two may overlap
+    return lax.scan(block, whole, jnp.asarray(starts))[0]
+
+
+def zeros(shape: Any, like: Array) -> Array:
+    """Zeros to begin a loop with; in `shard_map` they vary over the same axes of a mesh as `like`.
+
+    Args:
+        shape: a `jax.ShapeDtypeStruct`.
+        like: any array.
+    """
+    return lax.full_like(like, 0, shape.dtype, shape.shape)

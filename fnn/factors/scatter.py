@@ -2,129 +2,111 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import field
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from fnn.factors.base import Factor, Method, factor
-from fnn.factors.rows import (
-    lost_to_cancelling,
-    quick_square,
-    safe_norm,
-    sum_of_squares,
-    times_row,
-    unless_cancelled,
+from fnn.factors.base import (
+    Factor,
+    SquaredNorm,
+    by_columns,
+    factor,
+    scale_rows,
+    square_rows,
+    widen,
 )
-from fnn.factors.shapes import rows_of, uses_as_positions
-from fnn.types import Array, at_least_float32
+from fnn.types import Array
 
 
 @factor
 class Scatter(Factor):
-    """Per example and position one row `dy` added at `index`: the gradient of an embedding table.
+    """Per example and position one row `dy` added at `index`: of an embedding table.
 
-    >>> import jax.numpy as jnp
+    Rows of equal index are added before they are squared, so that nothing cancels.
+
     >>> Scatter(jnp.array([[2, 0]]), jnp.array([[[1.0], [5.0]]]), 3).total()
     Array([[5.],
            [0.],
            [1.]], dtype=float32)
     """
 
-    index: Array  # [batch, ...] of whole numbers in 0 ... size - 1
+    index: Array  # [batch, ...] of whole numbers in 0 ... size - 1; others count nothing
     dy: Array  # [batch, ..., features]
     size: int = field(metadata={"static": True})  # rows of the table
 
     def total(self) -> Array:  # [size, features]
-        dy = rows_of(self.dy)
-        return jnp.zeros((self.size, dy.shape[-1]), dy.dtype).at[self.index.reshape(-1)].add(dy)
+        return self._added(self.dy)
 
-    def scaled(self, weights: Array, present: Array | None = None) -> Scatter:
-        return Scatter(self.index, times_row(self.dy, weights, present), self.size)
+    def scaled(self, weights: Array) -> Scatter:
+        return Scatter(self.index, scale_rows(self.dy, weights), self.size)
 
     def materialise(self) -> Array:  # [batch, size, features]
-        index, dy = self._positions()
-        return jax.vmap(lambda i, g: Scatter(i, g, self.size).total())(index, dy)
+        return jax.vmap(lambda i, g: Scatter(i, g, self.size).total())(self.index, self.dy)
 
     def merged(self) -> Scatter:
-        return Scatter(uses_as_positions(self.index, 0), uses_as_positions(self.dy, 1), self.size)
+        index, dy = jnp.moveaxis(self.index, 0, 1), jnp.moveaxis(self.dy, 0, 1)
+        return Scatter(index, dy, self.size)
 
-    def norm(self) -> Array:
-        index, dy = self._positions()
-        if index.shape[1] == 1:  # one row an example: no two can meet
-            return safe_norm(sum_of_squares, dy)
-        if self._through_gram():  # the positions that meet in a row
-            return safe_norm(
-                lambda i, g: unless_cancelled(*self._gram_square(i, g), self._square, i, g),
-                index,
-                dy,
-            )
-        return safe_norm(self._square, index, dy)
+    @property
+    def one_by_one(self) -> bool:
+        return False
 
-    def quick_square(self) -> tuple[Array, Array]:
-        index, dy = self._positions()
-        dy = at_least_float32(dy)
-        square, lost = quick_square(dy)
-        if index.shape[1] == 1:
-            return square, lost
-        lost = index.shape[1] * lost
-        if not self._through_gram():
-            return self._square(index, dy), lost
-        square, size = self._gram_square(index, dy)
-        return square, lost_to_cancelling(square, size, lost)
+    def squared_norm(self) -> Array:
+        def block(dy: Array) -> Array:  # [columns, batch]
+            rows, part = Scatter(self.index, dy, self.size)._rows()
+            return jnp.einsum("btc,bt->cb", rows * rows, part)
+
+        return by_columns(block, self.dy, 16).sum(0)
 
     def inner(self, other: Any) -> Array:
-        if not self._through_gram(other):
+        index, j = (f.index.reshape(f.index.shape[0], -1) for f in (self, other))
+        if index.shape[1] * j.shape[1] > self.size:
             return super().inner(other)
-        (index, dy), (j, db) = self._positions(), other._positions()
-        meet = (index[:, None, :, None] == j[None, :, None, :]).astype(at_least_float32(dy).dtype)
-        return (jnp.einsum("xtf,ysf->xyts", at_least_float32(dy), at_least_float32(db)) * meet).sum(
-            (2, 3)
-        )
+        meet = index[:, None, :, None] == j[None, :, None, :]
+        dy, db = (widen(f.dy).reshape(*i.shape, -1) for f, i in ((self, index), (other, j)))
+        return jnp.where(meet, jnp.einsum("xtf,ysf->xyts", dy, db), 0).sum((2, 3))
 
-    def methods(self) -> dict[str, Method]:
-        _, dy = jax.eval_shape(lambda f: f._positions(), self)
-        batch, t, features = dy.shape
-        item, found = dy.dtype.itemsize, super().methods()
-        found["total"] = Method("scatter", dy.size, item * (2 * dy.size + self.size * features))
-        if t == 1:
-            found["norm"] = Method("|dy|", 2 * dy.size, item * dy.size)
-        elif self._through_gram():
-            found["norm"] = Method(
-                "Gram of equal rows", 2 * t * dy.size, item * (dy.size + 3 * batch * t * t)
-            )
-        else:
-            found["norm"] = Method("materialised", found["norm"].flops, found["norm"].bytes)
-        if self._through_gram():
-            found["gram"] = Method(
-                "Gram of equal rows",
-                2 * batch * t * dy.size,
-                item * (dy.size + 3 * batch**2 * t * t),
-            )
-        found["moments"] = Method(
-            "materialised, in blocks", found["moments"].flops, found["moments"].bytes
-        )
-        return found
+    def fast_squared_norm(self) -> SquaredNorm:
+        several = self._indices().shape[1] > 1
+        return SquaredNorm(self.squared_norm(), parts=square_rows(self.dy) if several else None)
 
-    def _square(self, index: Array, dy: Array) -> Array:
-        return sum_of_squares(Scatter(index, dy, self.size).materialise())
+    def exact_total(self, weights: Array) -> Array:
+        rows, part = self._rows()
+        return self._added(scale_rows(rows * part[..., None], weights))
 
-    def _gram_square(self, index: Array, dy: Array) -> tuple[Array, Array]:
-        square = (jnp.einsum("btf,bsf->bts", dy, dy) * _equal(index, dy.dtype)).sum((1, 2))
-        return square, sum_of_squares(dy)
+    def moments(self, shares: Array) -> tuple[Array, Array]:
+        """As of any factor; an example is 0 in the rows that it does not have."""
+        mean = self.scaled(shares).total()
+        rows, part = self._rows()
+        part = scale_rows(part, shares)[..., None]  # adds up to the share of an example in a row
+        gap = rows - mean.at[self._indices()].get(mode="clip")
+        gap = jnp.where(part != 0, gap, 0)
+        without = 1 - self._added(part)  # the share of the examples that do not have a row
+        rest = self._added(part * gap) - without * mean
+        variance = self._added(part * gap**2) + without * mean**2 - rest**2
+        counts = (shares.sum() != 0).astype(mean.dtype)
+        return mean + counts * rest, counts * jnp.maximum(variance, 0)
 
-    def _positions(self) -> tuple[Array, Array]:  # [batch, positions], [batch, positions, features]
-        return self.index.reshape(self.index.shape[0], -1), self.dy.reshape(
-            self.index.shape[0], -1, self.dy.shape[-1]
-        )
+    def _indices(self) -> Array:  # [batch, positions]
+        return self.index.reshape(self.index.shape[0], -1)
 
-    def _through_gram(self, other: Any = None) -> bool:
-        other = self if other is None else other
-        return math.prod(self.index.shape[1:]) * math.prod(other.index.shape[1:]) <= self.size
+    def _rows(self) -> tuple[Array, Array]:
+        """What an example adds to the row of each position, and 1 / positions of that row.
 
+        Returns:
+            `[batch, positions, features]` and `[batch, positions]`.
+        """
+        index = self._indices()
+        dy = widen(self.dy).reshape(*index.shape, -1)
+        if index.shape[1] == 1:
+            return dy, jnp.ones_like(dy[..., 0])
+        equal = (index[:, :, None] == index[:, None, :]).astype(dy.dtype)
+        return jnp.einsum("bts,bsf->btf", equal, dy, precision="highest"), 1 / equal.sum(2)
 
-def _equal(index: Array, dtype: Any) -> Array:
-    """`[batch, positions, positions]`: 1 where two positions have the same row."""
-    return (index[:, :, None] == index[:, None, :]).astype(dtype)
+    def _added(self, rows: Array) -> Array:
+        """Rows `[batch, ..., n]` added at their index, `[size, n]`."""
+        rows = rows.reshape(-1, rows.shape[-1])
+        empty = jnp.zeros((self.size, rows.shape[-1]), rows.dtype)
+        return empty.at[self.index.reshape(-1)].add(rows, mode="drop")

@@ -1,29 +1,29 @@
 """A net as the chain of its blocks: what rules that go layer by layer see.
 
 A block is a layer with weights and what follows it, its activation say, up to the next layer with
-weights: `dense, relu` of an `mlp`, of a flat `serial`, or of each turn of a `repeat` are the same
-blocks. What is no chain, a `residual` say, stays whole.
+weights. An `mlp`, a flat `serial` and a `repeat` of the same layers have the same blocks. What is
+no chain, a `residual` say, stays whole.
 
-    h_0 = x,    h_l = block_l(h_{l-1}),    outputs = h_L        (lecture 003: the latent
-    representations z_l)
+    h_0 = x,    h_l = block_l(h_{l-1}),    outputs = h_L     (lecture 003: the representations z_l)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from fnn.factors import total
-from fnn.nets.combinators import Chain, check_net, serial
+from fnn.nets.combinators import check_net, serial
 from fnn.nets.layers import Dense
 from fnn.types import Array, Layer, Params
 
 
 class Blocks(NamedTuple):
-    """A net's blocks and its params by block.
+    """The blocks of a net, and its params by block.
 
     Attributes:
         layers: each a `serial` that begins with the layer that has the weights.
@@ -36,13 +36,13 @@ class Blocks(NamedTuple):
     join: Callable[[Sequence[Params]], Params]
 
     def forward(self, params: Sequence[Params], x: Array) -> tuple[list[Array], list[Any]]:
-        """`[h_0, ..., h_L]`, the input and every block's output, and the residuals of every block."""
-        hs, kept = [jnp.asarray(x)], []
+        """`[h_0, ..., h_L]`, the input and every block's output, and the residuals of each."""
+        outputs, kept = [jnp.asarray(x)], []
         for layer, p in zip(self.layers, params, strict=True):
-            h, residuals = layer.forward(p, hs[-1])
-            hs.append(h)
+            h, residuals = layer.forward(p, outputs[-1])
+            outputs.append(h)
             kept.append(residuals)
-        return hs, kept
+        return outputs, kept
 
     def backward(
         self,
@@ -51,9 +51,9 @@ class Blocks(NamedTuple):
         dys: Sequence[Array],
         reduce: Any = total,
     ) -> Params:
-        """The gradients where block l is given its own `dys[l]`, as a tree like the net's params."""
-        each = zip(self.layers, params, residuals, dys, strict=True)
-        return self.join([layer.backward(p, r, dy, reduce)[0] for layer, p, r, dy in each])
+        """The gradients where block l gets its own `dys[l]`, as a tree like the params."""
+        parts = zip(self.layers, params, residuals, dys, strict=True)
+        return self.join([layer.backward(p, r, dy, reduce)[0] for layer, p, r, dy in parts])
 
 
 def blocks(net: Layer) -> Blocks:
@@ -68,24 +68,23 @@ def blocks(net: Layer) -> Blocks:
 
     >>> import fnn
     >>> inner = fnn.serial(fnn.dense(3, 3), fnn.activations.tanh)
-    >>> net = fnn.serial(fnn.dense(2, 3), fnn.activations.relu, fnn.repeat(inner, 2), fnn.dense(3, 1))
+    >>> ends = fnn.dense(2, 3), fnn.dense(3, 1)
+    >>> net = fnn.serial(ends[0], fnn.activations.relu, fnn.repeat(inner, 2), ends[1])
     >>> [[layer.name for layer in block.layers] for block in blocks(net).layers]
     [['dense(2, 3)', 'relu'], ['dense(3, 3)', 'tanh'], ['dense(3, 3)', 'tanh'], ['dense(3, 1)']]
     """
     links = _links(net)
-    sizes = _sizes(links)
-    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
-
-    def grouped(items: Sequence[Any]) -> list[tuple[Any, ...]]:
-        return [tuple(items[end - size : end]) for end, size in zip(ends, sizes, strict=True)]
+    starts = [i for i, layer in enumerate(links) if has_weights(layer)]
+    bounds = list(itertools.pairwise([0, *starts[1:], len(links)]))
 
     def split(params: Params) -> tuple[Params, ...]:
-        return tuple(grouped(_split(net, params)))
+        parts = _split(net, params)
+        return tuple(tuple(parts[start:end]) for start, end in bounds)
 
-    def join(each: Sequence[Params]) -> Params:
-        return _join(net, [p for block in each for p in block])
+    def join(parts: Sequence[Params]) -> Params:
+        return _join(net, itertools.chain.from_iterable(parts))
 
-    return Blocks(tuple(serial(*group) for group in grouped(links)), split, join)
+    return Blocks(tuple(serial(*links[start:end]) for start, end in bounds), split, join)
 
 
 def hidden_blocks(rule: str, net: Layer) -> Blocks:
@@ -99,8 +98,9 @@ def hidden_blocks(rule: str, net: Layer) -> Blocks:
     found = blocks(net)
     if len(found.layers) < 2:
         raise ValueError(
-            f"`net` of {rule} must be a chain of at least two layers with weights, got {net.name}, which is one block: "
-            "the rule trains block by block and does not see inside. Build it by `fnn.mlp((inputs, hidden, outputs))` or `fnn.serial`."
+            f"`net` of {rule} must be a chain of at least two layers with weights, got {net.name}, "
+            "which is one block: the rule trains block by block and does not see inside. Build it "
+            "by `fnn.mlp((inputs, hidden, outputs))` or `fnn.serial`."
         )
     return found
 
@@ -115,8 +115,10 @@ def dense_blocks(rule: str, net: Layer) -> Blocks:
     for i, block in enumerate(chain.layers[:-1]):
         if not begins_with_dense(block):
             raise ValueError(
-                f"`net` of {rule}: hidden block {i} must begin with a dense layer, got {block.layers[0].name}. The rule's formula is one "
-                "for the weights of `fnn.dense`. Build the net by `fnn.mlp`, or by `fnn.serial` of dense layers and activations."
+                f"`net` of {rule}: hidden block {i} must begin with a dense layer, got "
+                f"{block.layers[0].name}. The rule has a formula for the weights of `fnn.dense` "
+                "alone. Build the net by `fnn.mlp`, or by `fnn.serial` of dense layers and "
+                "activations."
             )
     return chain
 
@@ -128,53 +130,37 @@ def width(params: Params) -> int:
 
 def has_weights(layer: Layer) -> bool:
     """Whether a layer has a matrix among its parameters; a norm's scale and bias are none."""
-    return any(leaf.ndim > 1 for leaf in jax.tree.leaves(_shapes(layer)))
+    return any(leaf.ndim > 1 for leaf in jax.tree.leaves(param_shapes(layer)))
 
 
 def begins_with_dense(block: Layer) -> bool:
     """Whether the layer that gives a block its weights is `fnn.dense`."""
     first = block.layers[0]
-    return not first.layers and isinstance(_shapes(first), Dense)
+    return not first.layers and isinstance(param_shapes(first), Dense)
 
 
-def _shapes(layer: Layer) -> Params:
-    """A layer's params as shapes and dtypes; computes no array."""
+def param_shapes(layer: Layer) -> Params:
+    """The params of a layer as shapes and dtypes; computes no array."""
     return jax.eval_shape(layer.init, jax.eval_shape(jax.random.key, 0))
 
 
 def _links(layer: Layer) -> list[Layer]:
-    return (
-        [inner for link in layer.links for inner in _links(link)]
-        if isinstance(layer, Chain)
-        else [layer]
-    )
+    """The layers of a chain, chains inside it opened."""
+    if layer.split is None:
+        return [layer]
+    return [link for inner in layer.layers for link in _links(inner)]
 
 
 def _split(layer: Layer, params: Params) -> list[Params]:
-    if not isinstance(layer, Chain):
+    """The params of each link."""
+    if layer.split is None:
         return [params]
-    return [
-        inner
-        for link, p in zip(layer.links, layer.split(params), strict=True)
-        for inner in _split(link, p)
-    ]
+    parts = zip(layer.layers, layer.split(params), strict=True)
+    return [link for inner, part in parts for link in _split(inner, part)]
 
 
-def _join(layer: Layer, each: list[Params]) -> Params:
-    """The params of a layer from those of its innermost links, which are taken off the list from
-    the front."""
-    if not isinstance(layer, Chain):
-        return each.pop(0)
-    return layer.join(tuple(_join(link, each) for link in layer.links))
-
-
-def _sizes(links: list[Layer]) -> list[int]:
-    """How many links each block has: a new one begins at every link with weights but the first."""
-    sizes, begun = [0], False
-    for link in links:
-        if has_weights(link):
-            if begun:
-                sizes.append(0)
-            begun = True
-        sizes[-1] += 1
-    return sizes
+def _join(layer: Layer, parts: Iterator[Params]) -> Params:
+    """The params of a layer from the next of its links' params."""
+    if layer.join is None:
+        return next(parts)
+    return layer.join(tuple(_join(inner, parts) for inner in layer.layers))

@@ -12,15 +12,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.nn.initializers import he_normal, normal, ones, zeros
 
 from fnn import _validate
-from fnn.factors import Outer, PerExample, Scatter, sum_positions, total
-from fnn.types import Array, Key, Layer, at_least_float32
+from fnn.factors import Outer, PerExample, Scatter, total
+from fnn.types import Array, Key, Layer, by_recipe, widen
 
-Initializer = Callable[..., Array]  # (key, shape, dtype=...) -> array, as in jax.nn.initializers
+Initializer = Callable[..., Array]  # (key, shape) -> array, as in jax.nn.initializers
 
 
 class Dense(NamedTuple):
@@ -31,7 +30,7 @@ class Dense(NamedTuple):
 
 
 class Norm(NamedTuple):
-    """Parameters of `layer_norm`, or their gradients."""
+    """Parameters of `layer_norm` and `rms_norm`, or their gradients."""
 
     scale: Any  # [features]
     bias: Any  # [features]; None for rms_norm
@@ -43,13 +42,14 @@ class Embedding(NamedTuple):
     w: Any  # [size, features]
 
 
+@by_recipe
 def dense(
     in_features: int,
     out_features: int,
     *,
     kernel_init: Initializer = he_normal(),
     bias_init: Initializer | None = zeros,
-) -> Layer:
+) -> Layer[Dense]:
     """Fully-connected layer, `z = x @ w + b`.
 
     Args:
@@ -62,7 +62,7 @@ def dense(
         A layer from `[..., in]` to `[..., out]` with `params = Dense(w=[in, out], b=[out])`.
 
     Raises:
-        TypeError, ValueError: a size is not a whole number above 0; at the call, `x` or `params` do
+        TypeError, ValueError: a size is no whole number above 0; at the call, `x` or `params` do
             not fit.
 
     Source: lecture 004, eqs 21 and 25-27 (columns there, rows here).
@@ -73,8 +73,8 @@ def dense(
     """
     _validate.positive("in_features", in_features, whole=True)
     _validate.positive("out_features", out_features, whole=True)
-    name, shape = f"dense({in_features}, {out_features})", (in_features, out_features)
-    bias_shape = None if bias_init is None else (out_features,)
+    name = f"dense({in_features}, {out_features})"
+    shapes = Dense((in_features, out_features), None if bias_init is None else (out_features,))
     _validate.is_function("kernel_init", kernel_init, "(key, shape) -> array")
     if bias_init is not None:
         _validate.is_function("bias_init", bias_init, "(key, shape) -> array, or None")
@@ -82,27 +82,28 @@ def dense(
     def init(key: Key) -> Dense:
         _validate.is_key("key", key)
         w_key, b_key = jax.random.split(key)
-        b = None if bias_init is None else _drawn("bias_init", bias_init, b_key, shape[1:])
-        return Dense(w=_drawn("kernel_init", kernel_init, w_key, shape), b=b)
+        b = None if bias_init is None else _draw("bias_init", bias_init, b_key, shapes.b)
+        return Dense(w=_draw("kernel_init", kernel_init, w_key, shapes.w), b=b)
 
-    def forward(params: Dense, x: Array) -> tuple[Array, Array]:
-        _check_dense(name, shape, bias_shape, params, x)
-        x = jnp.asarray(x)
+    def forward(params, x):
+        x = _check(name, shapes, params, x, in_features)
         z = x @ params.w
         return z if params.b is None else z + _as_rows(params.b, z), x
 
-    def backward(params: Dense, x: Array, dz: Array, reduce: Any = total) -> tuple[Dense, Array]:
+    def backward(params, x, dz, reduce=total):
         # dw = x^T dz, db = sum over the batch of dz, dx = dz w^T
         b = None if params.b is None else reduce(PerExample(sum_positions(dz)))
-        return Dense(w=reduce(Outer(x, dz)), b=b), dz @ params.w.T
+        w = reduce(Outer(_with_batch(x), _with_batch(dz)))
+        return Dense(w=w, b=b), dz @ params.w.T
 
     return Layer(name, init, forward, backward)
 
 
-def layer_norm(features: int, *, epsilon: float = 1e-6) -> Layer:
-    """Layer normalisation.
+@by_recipe
+def layer_norm(features: int, *, epsilon: float = 1e-6) -> Layer[Norm]:
+    """Layer normalisation over the last axis.
 
-    `y = (x - mean) / sqrt(variance + epsilon) * scale + bias` over the last axis.
+        y = (x - mean) / sqrt(variance + epsilon) * scale + bias
 
     Args:
         features: width of `x`, at least 1.
@@ -120,10 +121,11 @@ def layer_norm(features: int, *, epsilon: float = 1e-6) -> Layer:
     return _norm("layer_norm", features, epsilon, centre=True)
 
 
-def rms_norm(features: int, *, epsilon: float = 1e-6) -> Layer:
-    """Root-mean-square normalisation.
+@by_recipe
+def rms_norm(features: int, *, epsilon: float = 1e-6) -> Layer[Norm]:
+    """Root-mean-square normalisation over the last axis.
 
-    `y = x / sqrt(mean(x^2) + epsilon) * scale` over the last axis.
+        y = x / sqrt(mean(x^2) + epsilon) * scale
 
     Args:
         features: width of `x`, at least 1.
@@ -141,20 +143,21 @@ def rms_norm(features: int, *, epsilon: float = 1e-6) -> Layer:
     return _norm("rms_norm", features, epsilon, centre=False)
 
 
-def embedding(size: int, features: int, *, init: Initializer = normal(1.0)) -> Layer:
+@by_recipe
+def embedding(size: int, features: int, *, init: Initializer = normal(1.0)) -> Layer[Embedding]:
     """A table of vectors, looked up by whole numbers: `y = w[x]`.
 
-    A first layer, since whole numbers have no gradient.
+    It comes first in a net, since whole numbers have no gradient.
 
     Args:
-        size: rows of the table, at least 1; `x` must be in 0 ... size - 1 (a row of NaN where it is
-            not).
+        size: rows of the table, at least 1. `x` is in 0 ... size - 1; other numbers give a row of
+            NaN, in the outputs and in the gradient.
         features: width of a row, at least 1.
         init: `(key, (size, features)) -> w`.
 
     Returns:
-        A layer from whole numbers `[...]` to `[..., features]` with `params = Embedding(w=[size,
-        features])`. Its `dx` has dtype `float0`, as JAX's gradients with respect to whole numbers.
+        A layer from whole numbers `[...]` to `[..., features]` with
+        `params = Embedding(w=[size, features])`. Its `dx` is None.
 
     >>> layer = embedding(27, 4)
     >>> layer.apply(layer.init(jax.random.key(0)), jnp.array([[1, 2, 3]])).shape
@@ -163,51 +166,45 @@ def embedding(size: int, features: int, *, init: Initializer = normal(1.0)) -> L
     _validate.positive("size", size, whole=True)
     _validate.positive("features", features, whole=True)
     _validate.is_function("init", init, "(key, shape) -> array")
-    name, shape = f"embedding({size}, {features})", (size, features)
+    name, shapes = f"embedding({size}, {features})", Embedding((size, features))
 
     def draw(key: Key) -> Embedding:
         _validate.is_key("key", key)
-        return Embedding(w=_drawn("init", init, key, shape))
+        return Embedding(w=_draw("init", init, key, shapes.w))
 
-    def forward(params: Embedding, x: Array) -> tuple[Array, Array]:
+    def forward(params, x):
         _validate.is_array("x", x)
         if not jnp.issubdtype(x.dtype, jnp.integer):
-            raise TypeError(
-                f"{name}: `x` must hold whole numbers, got {x.dtype}. Convert it: `x.astype(jnp.int32)`."
-            )
-        _check_params(name, Embedding, params, (shape,))
-        index = jnp.asarray(x).astype(jnp.int32)
-        # else JAX would count it from the end
-        index = jnp.where(index < 0, jnp.full_like(index, size), index)
-        return jnp.take(params.w, index, axis=0, mode="fill"), index
+            mend = "Convert it: `x.astype(jnp.int32)`."
+            raise TypeError(f"{name}: `x` must hold whole numbers, got {x.dtype}. {mend}")
+        _check_params(name, shapes, params)
+        index = _valid_index(jnp.asarray(x), size)
+        rows = jnp.take(params.w, index, axis=0, mode="clip")
+        return jnp.where((index >= 0)[..., None], rows, jnp.nan), index
 
-    def backward(
-        params: Embedding, x: Array, dy: Array, reduce: Any = total
-    ) -> tuple[Embedding, Any]:
-        index = jnp.atleast_1d(x)
-        return Embedding(
-            w=reduce(Scatter(index, dy.reshape(*index.shape, features), size))
-        ), np.zeros(x.shape, jax.dtypes.float0)
+    def backward(params, index, dy, reduce=total):
+        index = jnp.atleast_1d(index)
+        dy = dy.reshape(*index.shape, features)
+        dy = jnp.where((index >= 0)[..., None], dy, jnp.nan)  # the NaN goes to the first row
+        return Embedding(w=reduce(Scatter(jnp.maximum(index, 0), dy, size))), None
 
     return Layer(name, draw, forward, backward)
 
 
-def _norm(kind: str, features: int, epsilon: float, *, centre: bool) -> Layer:
+def _norm(kind: str, features: int, epsilon: float, *, centre: bool) -> Layer[Norm]:
     """`layer_norm`, and without the centring (and the bias that goes with it) `rms_norm`."""
     _validate.positive("features", features, whole=True)
     _validate.positive("epsilon", epsilon)
-    name, shape = f"{kind}({features})", (features,)
+    name = f"{kind}({features})"
+    shapes = Norm((features,), (features,) if centre else None)
 
     def init(key: Key) -> Norm:
         _validate.is_key("key", key)
-        return Norm(scale=ones(key, shape), bias=zeros(key, shape) if centre else None)
+        return Norm(scale=ones(key, shapes.scale), bias=zeros(key, shapes.bias) if centre else None)
 
-    def forward(params: Norm, x: Array) -> tuple[Array, tuple[Array, Array]]:
-        _validate.is_float("x", x)
-        _check_params(name, Norm, params, (shape, shape if centre else None))
-        _check_width(name, features, x)
-        _validate.same_dtype("x", x, "scale", params.scale)
-        wide = at_least_float32(jnp.asarray(x))
+    def forward(params, x):
+        x = _check(name, shapes, params, x, features)
+        wide = widen(x)
         if centre:
             wide = wide - wide.mean(-1, keepdims=True)
         r = lax.rsqrt((wide * wide).mean(-1, keepdims=True) + epsilon)
@@ -215,11 +212,9 @@ def _norm(kind: str, features: int, epsilon: float, *, centre: bool) -> Layer:
         y = n * _as_rows(params.scale, n)
         return (y + _as_rows(params.bias, y) if centre else y), (n, r)
 
-    def backward(
-        params: Norm, residuals: tuple[Array, Array], dy: Array, reduce: Any = total
-    ) -> tuple[Norm, Array]:
-        # n = r (x - mean x), r = (variance + eps)^-1/2. With dn = dy * scale: dx = r (dn - mean(dn)
-        # - n mean(dn n))
+    def backward(params, residuals, dy, reduce=total):
+        # n = r (x - mean x), r = (variance + eps)^-1/2. With dn = dy * scale:
+        # dx = r (dn - mean(dn) - n mean(dn n))
         n, r = residuals
         dn = (dy * _as_rows(params.scale, dy)).astype(r.dtype)
         wide = n.astype(r.dtype)
@@ -227,66 +222,90 @@ def _norm(kind: str, features: int, epsilon: float, *, centre: bool) -> Layer:
         if centre:
             dx = dx - dn.mean(-1, keepdims=True)
         bias = reduce(PerExample(sum_positions(dy))) if centre else None
-        return Norm(scale=reduce(PerExample(sum_positions(dy * n))), bias=bias), (r * dx).astype(
-            dy.dtype
-        )
+        scale = reduce(PerExample(sum_positions(dy * n)))
+        return Norm(scale=scale, bias=bias), (r * dx).astype(dy.dtype)
 
     return Layer(name, init, forward, backward)
 
 
+def _valid_index(x: Array, size: int) -> Array:
+    """Whole numbers as int32, -1 for what is not in 0 ... size - 1."""
+    wide = x.astype(jnp.int32) if x.dtype.itemsize < 4 else x  # int8 does not hold a size of 300
+    return jnp.where((wide >= 0) & (wide < size), wide, -1).astype(jnp.int32)
+
+
+def _with_batch(v: Array) -> Array:
+    """`[features]` as a batch of one."""
+    return v[None] if v.ndim == 1 else v
+
+
+def sum_positions(dy: Array) -> Array:
+    """`[batch, ..., features]` to `[batch, features]`, and `[features]` to `[1, features]`."""
+    if dy.ndim == 1:
+        return dy[None]
+    return dy.sum(tuple(range(1, dy.ndim - 1))) if dy.ndim > 2 else dy
+
+
 def _as_rows(v: Array, like: Array) -> Array:
-    """`[features]` as `[..., features]`, in so many words: rank promotion may be "raise"."""
+    """`[features]` as `[..., features]`: rank promotion may be "raise"."""
     return jnp.broadcast_to(v, like.shape)
 
 
-def _check_width(name: str, features: int, x: Any) -> None:
-    if x.ndim < 1 or x.shape[-1] != features:
+def _check(name: str, shapes: Any, params: Any, x: Any, features: int) -> Array:
+    """`x` as an array; raises unless it and the params fit a layer of floating-point numbers."""
+    _validate.is_float("x", x)
+    x = jnp.asarray(x)
+    if _fit(shapes, params, x.dtype) and x.shape[-1:] == (features,):
+        return x
+    _check_params(name, shapes, params)
+    if x.shape[-1:] != (features,):
         raise ValueError(
-            f"{name}: `x` has shape {tuple(x.shape)}, expected [..., {features}]. "
+            f"{name}: `x` has shape {x.shape}, expected [..., {features}]. "
             "Samples as columns? Pass `x.T`. Images? Flatten them to rows."
         )
+    _validate.same_dtype("x", x, params._fields[0], params[0])
+    return x
 
 
-def _check_params(name: str, kind: type, params: Any, shapes: tuple[Any, ...]) -> None:
-    if not isinstance(params, kind):
-        raise ValueError(
-            f"{name}: `params` must be {kind.__name__}, got {type(params).__name__}. Params of another net?"
-        )
-    for field, leaf, shape in zip(kind._fields, params, shapes, strict=True):  # type: ignore[attr-defined]
+def _fit(shapes: Any, params: Any, dtype: Any) -> bool:
+    """Whether `params` is a NamedTuple of JAX's arrays of these shapes, all of one dtype."""
+    if type(params) is not type(shapes):
+        return False
+    pairs = zip(params, shapes, strict=True)
+    return all(
+        leaf is shape
+        or (isinstance(leaf, jax.Array) and leaf.shape == shape and leaf.dtype == dtype)
+        for leaf, shape in pairs
+    )
+
+
+def _check_params(name: str, shapes: Any, params: Any) -> None:
+    """Raises unless `params` is a NamedTuple of arrays of these shapes and of one dtype."""
+    if not isinstance(params, type(shapes)):
+        kind, came = type(shapes).__name__, type(params).__name__
+        raise ValueError(f"{name}: `params` must be {kind}, got {came}. Params of another net?")
+    for field, leaf, shape in zip(shapes._fields, params, shapes, strict=True):
         if leaf is not None:
             _validate.is_float(field, leaf)
-        if (None if leaf is None else leaf.shape) != shape:
-            came = "is None" if leaf is None else f"has shape {leaf.shape}"
-            expected = f"None: this layer has no `{field}`" if shape is None else f"shape {shape}"
-            raise ValueError(
-                f"{name}: `{field}` {came}, expected {expected}. Params of another net?"
-            )
-        if leaf is not None:
-            _validate.same_dtype(field, leaf, kind._fields[0], params[0])  # type: ignore[attr-defined]
+            _validate.same_dtype(field, leaf, shapes._fields[0], params[0])
+        if getattr(leaf, "shape", None) != shape:
+            _explain_shape(name, field, leaf, shape)
 
 
-def _check_dense(
-    name: str, shape: tuple[int, int], bias_shape: tuple[int] | None, params: Any, x: Any
-) -> None:
-    _validate.is_float("x", x)
-    if isinstance(params, Dense) and getattr(params.w, "shape", shape) == shape[::-1] != shape:
-        raise ValueError(
-            f"{name}: `w` has shape {params.w.shape}, expected [in, out] = {shape}. Stored [out, in]? Pass `w.T`."
-        )
-    _check_params(name, Dense, params, (shape, bias_shape))
-    _check_width(name, shape[0], x)
-    _validate.same_dtype("x", x, "w", params.w)
+def _explain_shape(name: str, field: str, leaf: Any, shape: Any) -> None:
+    came = "is None" if leaf is None else f"has shape {leaf.shape}"
+    expected = f"None: this layer has no `{field}`" if shape is None else f"shape {shape}"
+    mend = "Params of another net?"
+    if leaf is not None and shape is not None and leaf.shape == shape[::-1] != shape:
+        expected, mend = f"[in, out] = {shape}", f"Stored [out, in]? Pass `{field}.T`."
+    raise ValueError(f"{name}: `{field}` {came}, expected {expected}. {mend}")
 
 
-def _drawn(name: str, initializer: Initializer, key: Key, shape: tuple[int, ...]) -> Array:
+def _draw(name: str, initializer: Initializer, key: Key, shape: tuple[int, ...]) -> Array:
     """What the initialiser gives, of the right shape."""
     leaf = initializer(key, shape)
     if getattr(leaf, "shape", None) != shape:
         came = f"shape {leaf.shape}" if hasattr(leaf, "shape") else f"{leaf!r:.80}"
-        mend = (
-            " A factory, such as `he_normal`? Call it first: `he_normal()`."
-            if callable(leaf)
-            else ""
-        )
+        mend = " A factory, such as `he_normal`? Call it: `he_normal()`." if callable(leaf) else ""
         raise ValueError(f"`{name}` must return an array of shape {shape}, got {came}.{mend}")
     return leaf

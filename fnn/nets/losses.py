@@ -1,286 +1,321 @@
-"""Losses: optax's names and values, one number per example, each with its gradient written by hand.
+"""Losses: optax's names, one value per example, each with its gradient written by hand.
 
 `value(outputs, targets)` is `[batch]`: what optax leaves per element is summed over every axis but
 the first, so `l2_loss` of `[batch, out]` is 1/2 sum (y - t)^2 per example. `grad` is the gradient
 of each example's own value with respect to its outputs; the mean over the batch lives in one place,
-`fnn.backprop`. To add a loss, write one `Loss(...)` (most easily by `loss(...)`) and put it into
-`LOSSES`: the tests run over that tuple.
+`fnn.backprop`. Narrow dtypes are computed in float32. To add a loss, write one `loss(...)` entry
+and put it into `LOSSES` and `Name`: the tests run over them.
 
 Sources: lectures 000 (regression, classification), 003 (empirical risk), 004 eqs 5 and 24; values
-as in `optax.losses`.
+by optax where it has them to rounding error.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+import optax
+from jax import nn
+from jax.lax import logistic, stop_gradient
+from jax.numpy import exp, expm1, log1p, where
 from jax.scipy.special import xlog1py, xlogy
 
 from fnn import _validate
-from fnn.types import Array, Loss
+from fnn.types import Loss, TargetKind, by_recipe, widen
 
 
-@dataclass(frozen=True)
-class Targets:
-    """What a loss takes for targets.
-
-    Their shape (checked while tracing) and their values (checked where data enters).
-    """
-
-    # whole numbers [batch, ...] for outputs [batch, ..., classes]; else shaped and typed like the
-    # outputs
-    labels: bool
-    check: Callable[[np.ndarray, int], None]  # (concrete targets, classes); raises ValueError
-    # elementwise or per row; all must hold for an example to be correct
-    correct: Callable[[Array, Array], Array] | None
-
-
+@by_recipe
 def loss(
     name: str,
-    value: Callable[..., Array],
-    grad: Callable[..., Array],
-    targets: Targets,
-    **settings: Any,
+    value: Callable,
+    grad: Callable,
+    targets: TargetKind = "numbers",
+    **settings: float,
 ) -> Loss:
     """A loss from functions per element, or per row of the last axis.
+
+    Both get targets of the outputs' dtype (labels: int32), and float32 where outputs are narrower.
 
     Args:
         name: what tables call it.
         value: `(outputs, targets, **settings) -> [batch, ...]`; the axes after the first are summed
             here.
         grad: `(outputs, targets, **settings) -> like outputs`.
-        targets: one of `REAL`, `UNIT`, `SIGNS`, `DISTRIBUTION`, `LABELS`.
-        **settings: numbers that both take, with their defaults.
+        targets: what targets are, as in `Loss`.
+        **settings: numbers above 0 that both take, with their defaults.
 
     Returns:
         A `Loss` that checks shapes and dtypes before it computes; `loss(setting=number)` changes a
-        setting.
+        setting. The value and the gradient of a row with a label out of range are NaN.
+
+    Raises:
+        ValueError: `targets` is no kind of targets.
+
+    >>> cubic = loss("cubic", lambda y, t: abs(y - t) ** 3, lambda y, t: 3 * (y - t) * abs(y - t))
+    >>> cubic.value(jnp.array([[2.0, 1.0]]), jnp.zeros((1, 2)))
+    Array([9.], dtype=float32)
     """
+    _validate.one_of("kind of targets", targets, get_args(TargetKind))
 
-    def checked(outputs: Any, t: Any) -> tuple[Array, Array]:
-        return jnp.asarray(outputs), _check_shapes(name, targets, outputs, t)
+    def per_example(outputs, t):
+        y, t = _enter(name, targets, outputs, t)
+        each = value(y, t, **settings)
+        return _leave(targets, outputs, t, each.sum(range(1, each.ndim)))
 
-    def per_example(outputs: Array, t: Array) -> Array:
-        v = value(*checked(outputs, t), **settings)
-        return v.sum(tuple(range(1, v.ndim)))
+    def gradient(outputs, t):
+        y, t = _enter(name, targets, outputs, t)
+        return _leave(targets, outputs, t, grad(y, t, **settings))
 
-    def gradient(outputs: Array, t: Array) -> Array:
-        return grad(*checked(outputs, t), **settings)
-
-    def check(outputs: Any, t: Any) -> None:
+    def check(outputs, t):
         _check_shapes(name, targets, outputs, t)
         _validate.finite("targets", t)
-        targets.check(np.asarray(t), outputs.shape[-1])
+        _check_values(targets, np.asarray(t), outputs)
 
-    def correct(outputs: Array, t: Array) -> Array:
-        assert targets.correct is not None
-        hit = targets.correct(*checked(outputs, t))
-        return hit.all(tuple(range(1, hit.ndim)))
+    def correct(outputs, t):
+        hit = _is_correct(targets, *_enter(name, targets, outputs, t))
+        return hit.all(range(1, hit.ndim))
 
-    def with_parameters(**new: Any) -> Loss:
+    def with_settings(**new):
         for setting, number in new.items():
             _validate.one_of(f"setting of {name}", setting, settings)
             _validate.positive(setting, number)
-        return loss(
-            name,
-            value,
-            grad,
-            targets,
-            **{**settings, **{k: np.asarray(v).item() for k, v in new.items()}},
-        )
+        numbers = {setting: float(number) for setting, number in new.items()}
+        return loss(name, value, grad, targets, **settings | numbers)
 
-    return Loss(
-        name, per_example, gradient, check, correct if targets.correct else None, with_parameters
-    )
+    decides = None if targets == "numbers" else correct
+    return Loss(name, per_example, gradient, targets, check, decides, with_settings)
 
 
-def _check_shapes(name: str, targets: Targets, outputs: Any, t: Any) -> Array:
-    """The targets as an array that fits the outputs; raises where shapes or dtypes cannot be meant."""
+@by_recipe
+def from_function(value: Callable, name: str = "", targets: TargetKind = "numbers") -> Loss:
+    """A loss from its value alone; the gradient is by `jax.vjp`.
+
+    Args:
+        value: `(outputs, targets) -> [batch, ...]`; the axes after the first are summed, as for
+            optax's losses.
+        name: what tables call it; by default the function's.
+        targets: what targets are, as in `Loss`.
+
+    Returns:
+        A `Loss`.
+
+    Raises:
+        TypeError, ValueError: `value` is no function, or `targets` no kind of targets.
+
+    >>> import optax
+    >>> cosine = from_function(optax.cosine_distance)
+    >>> cosine, cosine.value(jnp.array([[2.0, 0.0]]), jnp.array([[0.0, 1.0]]))
+    (cosine_distance, Array([1.], dtype=float32))
+    """
+    _validate.is_function("value", value, "(outputs, targets) -> [batch]")
+
+    def grad(outputs, t):
+        values, pullback = jax.vjp(lambda y: value(y, t), outputs)
+        return pullback(jnp.ones_like(values))[0]
+
+    return loss(name or getattr(value, "__name__", "loss"), value, grad, targets)
+
+
+def _enter(name, kind, outputs, t):
+    """Checked arrays for the formulas: float32 at least; an invalid label becomes -1."""
+    _check_shapes(name, kind, outputs, t)
+    outputs, t = widen(jnp.asarray(outputs)), jnp.asarray(t)
+    if kind != "labels":
+        return outputs, t.astype(outputs.dtype)
+    t = t.astype(int)  # 64 bits stay, and int8 does not hold the number of 300 classes
+    valid = (t >= 0) & (t < outputs.shape[-1])
+    return outputs, where(valid, t, -1).astype(jnp.int32)
+
+
+def _leave(kind, outputs, t, found):
+    """Values or gradients in the dtype of the outputs; NaN where a label is invalid."""
+    if kind == "labels":
+        # Not in the outputs: XLA's exp of a constant NaN is a number on CPUs (jaxlib 0.10.2).
+        invalid = (t < 0).any(range(found.ndim, t.ndim))
+        invalid = jnp.expand_dims(invalid, range(t.ndim, found.ndim))
+        found = found * where(invalid, jnp.nan, 1)  # NaN in derivatives too
+    return found.astype(_validate.canonical_dtype(outputs))
+
+
+def _check_shapes(name, kind, outputs, t):
+    """Raises unless the targets have the shape and the dtype that a loss of `outputs` takes."""
     _validate.is_float("outputs", outputs)
     _validate.is_array("targets", t)
-    least = 2 if targets.labels else 1
-    if outputs.ndim < least:
-        raise ValueError(
-            f"{name}: `outputs` has shape {outputs.shape}, expected [batch{', ..., classes' if targets.labels else ', ...'}]."
-        )
-    if not targets.labels:
-        if t.shape != outputs.shape:
-            raise ValueError(
-                f"{name}: `targets` has shape {tuple(t.shape)} but `outputs` has {tuple(outputs.shape)}; they must be equal (nothing is "
-                f"broadcast). {_mend_shape(outputs.shape, t)}"
+    shapes = f"{name}: `targets` has shape {t.shape} but `outputs` has"
+    if kind == "labels":
+        if not jnp.issubdtype(t.dtype, jnp.integer):
+            raise TypeError(
+                f"{name}: `targets` must be whole-number labels, got {t.dtype}. Float labels? "
+                "`targets.astype(jnp.int32)`. One-hot rows? Use softmax_cross_entropy."
             )
-        if jnp.issubdtype(t.dtype, jnp.floating):
-            _validate.same_dtype("targets", t, "outputs", outputs)
-        return jnp.asarray(t).astype(outputs.dtype)  # whole numbers and bools become floats exactly
-    if not jnp.issubdtype(t.dtype, jnp.integer):
-        raise TypeError(
-            f"{name}: `targets` must be whole-number labels, got {t.dtype}. "
-            "Float labels? `targets.astype(jnp.int32)`. One-hot rows? Use softmax_cross_entropy."
-        )
-    if t.shape != outputs.shape[:-1]:
+        if t.shape != outputs.shape[:-1]:
+            raise ValueError(
+                f"{shapes} shape {outputs.shape}, [batch, ..., classes]; expected "
+                f"{outputs.shape[:-1]}, one label per row."
+            )
+        return
+    if t.shape != outputs.shape:
         raise ValueError(
-            f"{name}: `targets` has shape {tuple(t.shape)}, expected {tuple(outputs.shape[:-1])}: "
-            f"one label per row of `outputs` {tuple(outputs.shape)}."
+            f"{shapes} {outputs.shape}; they must be equal (nothing is broadcast). "
+            "One output? Pass `targets[:, None]`. Labels? Use "
+            "softmax_cross_entropy_with_integer_labels, or `jax.nn.one_hot(targets, classes)`."
         )
-    return jnp.asarray(t)
+    if jnp.issubdtype(t.dtype, jnp.floating):
+        _validate.same_dtype("targets", t, "outputs", outputs)
 
 
-def _mend_shape(expected: tuple[int, ...], t: Any) -> str:
-    if t.shape == expected[:-1]:
-        if expected[-1] == 1:
-            return "Pass `targets[:, None]`."
-        return "Labels? Use softmax_cross_entropy_with_integer_labels, or `jax.nn.one_hot(targets, classes)`."
-    return "Pass `targets.reshape(outputs.shape)` if the order is right."
+UNIT = "be probabilities in 0 ... 1, got {} in row {}. Signs -1, 1? Pass `(targets + 1) / 2`."
+# By kind: what concrete targets must be.
+EXPECTED = {
+    "numbers": "be whole numbers that the outputs' dtype holds exactly, got {} in row {}. "
+    "Scale them, or pass floats.",
+    "bits": UNIT,
+    "probabilities": UNIT,
+    "signs": "be -1 or 1, got {} in row {}. Classes 0, 1? Pass `2 * targets - 1`.",
+    "one_hot": UNIT,
+    "labels": "be labels in 0 ... {2} for {3} outputs, got {0} in row {1}. "
+    "Labels that count from 1? Pass `targets - 1`.",
+}
 
 
-def _any_number(t: np.ndarray, classes: int) -> None:
-    """Finite is enough."""
+def _check_values(kind, t, outputs):
+    """Raises where concrete targets are not what the loss takes."""
+    classes = outputs.shape[-1]
+    last = classes - 1 if kind == "labels" else 1
+    valid = (t >= 0) & (t <= last)
+    if kind == "signs":
+        valid = abs(t) == 1
+    if kind == "numbers":
+        wide = np.float64 if outputs.dtype == np.float64 else np.float32
+        held = np.asarray(jnp.asarray(t), wide)  # JAX may keep 32 bits of 64
+        valid = (held == t.astype(np.longdouble)) | (t.dtype.kind not in "iu")
+    _require(valid, t, EXPECTED[kind], last, classes)
+    if kind == "one_hot":
+        text = "have rows that sum to 1, got {:.6g} in row {}. A label out of range has a row of 0."
+        sums = t.sum(-1, dtype=np.float64)
+        _require(abs(sums - 1) <= 1e-2, sums, text)
 
 
-def _in_unit_interval(t: np.ndarray, classes: int) -> None:
-    if ((t < 0) | (t > 1)).any():
-        raise ValueError(
-            f"`targets` must be probabilities in 0 ... 1, got {t.min()} ... {t.max()}. Signs -1, 1? Pass `(targets + 1) / 2`."
-        )
+def _require(valid, found, text, *more):
+    """Raises a ValueError that shows the first of `found` that is not valid."""
+    if not valid.all():
+        place = tuple(np.argwhere(~valid)[0])
+        raise ValueError("`targets` must " + text.format(found[place], place[0], *more))
 
 
-def _plus_or_minus_one(t: np.ndarray, classes: int) -> None:
-    if (np.abs(t) != 1).any():
-        row = int(np.argwhere(np.abs(t) != 1)[0][0])
-        raise ValueError(
-            f"`targets` must be -1 or 1, got {np.unique(t[row])} in row {row}. Classes 0, 1? Pass `2 * targets - 1`."
-        )
+CUTS = {"bits": 0, "signs": 0, "probabilities": 0.5}  # above which an output says yes
 
 
-def _rows_sum_to_one(t: np.ndarray, classes: int) -> None:
-    _in_unit_interval(t, classes)
-    sums = np.asarray(t, np.float64).sum(-1)
-    bad = np.argwhere(np.abs(sums - 1) > 1e-2)
-    if len(bad):
-        raise ValueError(
-            f"`targets` must have rows that sum to 1, got {sums[tuple(bad[0])]:.6g} in row {_place(bad[0])}. "
-            "A one-hot row of a label out of range is all zeros."
-        )
+def _is_correct(kind, outputs, t):
+    """Whether an element, or a row of classes, is right."""
+    if kind in CUTS:
+        return (outputs > CUTS[kind]) == (t > 0.5)
+    if kind == "one_hot":
+        t = t.argmax(-1)
+    return outputs.argmax(-1).astype(t.dtype) == t
 
 
-def _labels_in_range(t: np.ndarray, classes: int) -> None:
-    bad = np.argwhere((t < 0) | (t >= classes))
-    if len(bad):
-        raise ValueError(
-            f"`targets` must be labels in 0 ... {classes - 1} for {classes} outputs, got {t[tuple(bad[0])]} in row {_place(bad[0])}. "
-            "Labels that count from 1? Pass `targets - 1`."
-        )
+def _probability_grad(p, t):
+    # -t/p + (1 - t)/(1 - p) = (p - t) / (p (1 - p)); 1 and -1 for right and certain answers
+    size = p * (1 - p)
+    certain = (p == t) & (size == 0)
+    return where(certain, 1 - 2 * t, (p - t) / where(certain, 1, size))
 
 
-def _place(index: np.ndarray) -> str:
-    """A row, or row and position."""
-    return str(int(index[0])) if len(index) == 1 else str(tuple(int(i) for i in index))
+def _softmax_parts(z):
+    """`z - max`, its exponentials, and their sums: of the ones, and of those below 1."""
+    top = stop_gradient(z.max(-1, keepdims=True))
+    shifted = z - where(jnp.isfinite(top), top, 0)
+    e = exp(shifted)
+    below = where(e < 1, e, 0)
+    ones = (e - below).sum(-1, keepdims=True)
+    return shifted, e, ones, below.sum(-1, keepdims=True)
 
 
-def _same_argmax(outputs: Array, t: Array) -> Array:
-    return outputs.argmax(-1) == t.argmax(-1)
+def _cross_entropy(z, t):
+    shifted, _, ones, rest = _softmax_parts(z)  # -ln p = ln(sum e) - shifted
+    return (t * (log1p(ones - 1 + rest) - shifted)).sum(-1)
 
 
-REAL = Targets(False, _any_number, None)
-UNIT = Targets(False, _in_unit_interval, lambda z, t: (z > 0) == (t > 0.5))  # for logits
-PROBABILITY = Targets(False, _in_unit_interval, lambda p, t: (p > 0.5) == (t > 0.5))
-SIGNS = Targets(False, _plus_or_minus_one, lambda y, t: (y > 0) == (t > 0))
-DISTRIBUTION = Targets(False, _rows_sum_to_one, _same_argmax)
-LABELS = Targets(
-    True, _labels_in_range, lambda z, t: z.argmax(-1).astype(jnp.int32) == t.astype(jnp.int32)
-)
+def _cross_entropy_grad(z, t):
+    # p - t, and for p > 1/2 the equal (1 - t) - (1 - p); the sum of t is 1 for a distribution
+    _, e, ones, rest = _softmax_parts(z)
+    p, others = e / (ones + rest), (ones - e + rest) / (ones + rest)
+    total = t.sum(-1, keepdims=True)
+    return where(p > 0.5, total - t - total * others, total * p - t)
 
 
-def _huber(y: Array, t: Array, delta: float) -> Array:
-    size = jnp.abs(y - t)  # e^2/2 where |e| <= delta, delta (|e| - delta/2) beyond
-    near = jnp.minimum(size, delta)
-    return 0.5 * near**2 + delta * (size - near)
+def _label_parts(z, labels):
+    """Where the label is, the exponentials, the sum of the others', and `z - max` at the label."""
+    shifted, e, _, _ = _softmax_parts(z)
+    at_label = nn.one_hot(labels, z.shape[-1], dtype=bool)
+    others = where(at_label, 0, e).sum(-1, keepdims=True)
+    return at_label, e, others, jnp.take_along_axis(shifted, labels[..., None], axis=-1)
 
 
-def _binary_cross_entropy_grad(p: Array, t: Array) -> Array:
-    # -t/p + (1 - t)/(1 - p); a term whose coefficient is 0 is 0 also where its divisor is
-    return jnp.where(t == 1, 0, (1 - t) / jnp.where(t == 1, 1, 1 - p)) - jnp.where(
-        t == 0, 0, t / jnp.where(t == 0, 1, p)
-    )
+def _label_value(z, labels):
+    _, _, others, own = _label_parts(z, labels)
+    return (log1p(others + expm1(own)) - own)[..., 0]
 
 
-def _label_value(z: Array, labels: Array) -> Array:
-    return -jnp.take_along_axis(jax.nn.log_softmax(z, axis=-1), labels[..., None], axis=-1)[..., 0]
+def _label_grad(z, labels):
+    at_label, e, others, own = _label_parts(z, labels)
+    return where(at_label, -others, e) / (others + exp(own))
 
 
-def _label_grad(z: Array, labels: Array) -> Array:
-    # softmax(z) - one_hot(labels), as a scatter into the softmax: no [batch, classes] of zeros and
-    # ones is formed
-    p = jax.nn.softmax(z, axis=-1)
-    rows = p.reshape(-1, z.shape[-1])
-    return rows.at[jnp.arange(len(rows)), labels.reshape(-1)].add(-1).reshape(z.shape)
-
-
-def _softmax_grad(z: Array, t: Array) -> Array:
-    # d/dz of -sum t (z - ln sum e^z) = softmax(z) sum(t) - t; sum(t) = 1 for a distribution
-    return jax.nn.softmax(z, axis=-1) * t.sum(-1, keepdims=True) - t
-
-
-# Lecture 000 (its printed sqrt(Y^2 - T^2) is wrong): 1/2 sum (y - t)^2, dE/dy = y - t. optax: half
-# the squared error.
-l2_loss = loss("l2_loss", lambda y, t: 0.5 * (y - t) ** 2, lambda y, t: y - t, REAL)
-squared_error = loss("squared_error", lambda y, t: (y - t) ** 2, lambda y, t: 2 * (y - t), REAL)
+# Lecture 000 (its printed sqrt(Y^2 - T^2) is wrong): 1/2 sum (y - t)^2, dE/dy = y - t.
+l2_loss = loss("l2_loss", optax.l2_loss, lambda y, t: y - t)
+squared_error = loss("squared_error", optax.squared_error, lambda y, t: 2 * (y - t))
+# e^2/2 where |e| <= delta, and delta (|e| - delta/2) beyond, for e = y - t.
 huber_loss = loss(
-    "huber_loss", _huber, lambda y, t, delta: jnp.clip(y - t, -delta, delta), REAL, delta=1.0
+    "huber_loss",
+    optax.huber_loss,
+    lambda y, t, delta: (y - t).clip(-delta, delta),
+    delta=1.0,
 )
-log_cosh = loss(
-    "log_cosh",
-    lambda y, t: jnp.logaddexp(y - t, t - y) - np.log(2.0).astype(y.dtype),
-    lambda y, t: jnp.tanh(y - t),
-    REAL,
-)
+# ln cosh(y - t).
+log_cosh = loss("log_cosh", optax.log_cosh, lambda y, t: jnp.tanh(y - t))
 # max(0, 1 - y t) for t = -1 or 1; at the kink the gradient is 0, as for jax.nn.relu.
 hinge_loss = loss(
     "hinge_loss",
-    lambda y, t: jax.nn.relu(1 - y * t),
-    lambda y, t: jnp.where(1 - y * t > 0, -t, jnp.zeros_like(t)),
-    SIGNS,
+    optax.hinge_loss,
+    lambda y, t: where(y * t < 1, -t, 0),
+    "signs",
 )
-# -(t ln s(z) + (1 - t) ln(1 - s(z))), stable for every logit: lecture 004 eq 24 with a = s(z);
-# dE/dz = a - t.
+# Lecture 004 eq 24 with a = s(z): -(t ln s(z) + (1 - t) ln(1 - s(z))). dE/dz = a - t cancels for a
+# right answer; with 1 - a = s(-z) it is (1 - t) a - t (1 - a).
 sigmoid_binary_cross_entropy = loss(
     "sigmoid_binary_cross_entropy",
-    lambda z, t: t * jax.nn.softplus(-z) + (1 - t) * jax.nn.softplus(z),
-    lambda z, t: lax.logistic(z) - t,
-    UNIT,
+    optax.sigmoid_binary_cross_entropy,
+    lambda z, t: (1 - t) * logistic(z) - t * logistic(-z),
+    "bits",
 )
 # Lecture 004 eq 5, on probabilities as printed; infinite where a certain answer is wrong (on logits
 # it stays finite).
 binary_cross_entropy = loss(
     "binary_cross_entropy",
     lambda p, t: -xlogy(t, p) - xlog1py(1 - t, -p),
-    _binary_cross_entropy_grad,
-    PROBABILITY,
+    _probability_grad,
+    "probabilities",
 )
 # Lecture 000: H(p, q) = -sum p ln q, q = softmax(z).
 softmax_cross_entropy = loss(
     "softmax_cross_entropy",
-    lambda z, t: -(t * jax.nn.log_softmax(z, axis=-1)).sum(-1),
-    _softmax_grad,
-    DISTRIBUTION,
+    _cross_entropy,
+    _cross_entropy_grad,
+    "one_hot",
 )
 softmax_cross_entropy_with_integer_labels = loss(
-    "softmax_cross_entropy_with_integer_labels", _label_value, _label_grad, LABELS
+    "softmax_cross_entropy_with_integer_labels", _label_value, _label_grad, "labels"
 )
 # Lecture 000: KL(t || q) = sum t ln(t/q); the outputs are ln q.
-kl_divergence = loss(
-    "kl_divergence",
-    lambda log_q, t: (xlogy(t, t) - t * log_q).sum(-1),
-    lambda log_q, t: -t,
-    DISTRIBUTION,
-)
+kl_divergence = loss("kl_divergence", optax.kl_divergence, lambda log_q, t: -t, "one_hot")
 
+# Every loss, by the name that `get` knows it.
 LOSSES = (
     l2_loss,
     squared_error,
@@ -293,11 +328,29 @@ LOSSES = (
     softmax_cross_entropy_with_integer_labels,
     kl_divergence,
 )
-"""Every loss, by the name that `get` knows it."""
+# For completion by a type checker.
+Name = Literal[
+    "l2_loss",
+    "squared_error",
+    "huber_loss",
+    "log_cosh",
+    "hinge_loss",
+    "sigmoid_binary_cross_entropy",
+    "binary_cross_entropy",
+    "softmax_cross_entropy",
+    "softmax_cross_entropy_with_integer_labels",
+    "kl_divergence",
+]
 
 
-def get(name: str | Loss) -> Loss:
+def get(name: Name | str | Loss) -> Loss:
     """The loss of that name; a loss is returned as it is.
+
+    Args:
+        name: a name out of `Name`, or a loss.
+
+    Returns:
+        A loss.
 
     Raises:
         ValueError: no loss has this name; offers the nearest.
@@ -307,10 +360,5 @@ def get(name: str | Loss) -> Loss:
     """
     if isinstance(name, Loss):
         return name
-    if not isinstance(name, str):
-        raise TypeError(
-            f"`loss` must be a name or a Loss, got {name!r}. A function? Make it a loss: `fnn.Loss(name, value, grad)`."
-        )
-    known = {known_loss.name: known_loss for known_loss in LOSSES}
-    _validate.one_of("loss", name, known)
-    return known[name]
+    _validate.one_of("loss", name, get_args(Name))
+    return globals()[name]

@@ -3,43 +3,42 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.nn.initializers import he_normal, zeros
 
 from fnn import _validate
 from fnn.nets import activations
-from fnn.nets.combinators import serial
+from fnn.nets.blocks import param_shapes
+from fnn.nets.combinators import check_net, serial
 from fnn.nets.layers import Dense, Initializer, dense
 from fnn.types import Layer, Params
 
 
 def mlp(
     sizes: Sequence[int],
-    activation: str | Layer = "relu",
+    activation: activations.Name | Layer[Any] = "relu",
     *,
     kernel_init: Initializer = he_normal(),
     bias_init: Initializer | None = zeros,
-) -> Layer:
-    """A multi-layer perceptron.
-
-    A `serial` of blocks `dense, activation`, and a last block that is linear (logits).
+) -> Layer[tuple[Any, ...]]:
+    """A multi-layer perceptron: blocks `dense, activation`, and a last dense layer (logits).
 
     Args:
         sizes: `(inputs, hidden, ..., outputs)`, at least two numbers above 0.
         activation: a name out of `ACTIVATIONS`, or a layer.
-        kernel_init, bias_init: as for `dense`.
+        kernel_init: as for `dense`.
+        bias_init: as for `dense`.
 
     Returns:
-        A layer from `[..., sizes[0]]` to `[..., sizes[-1]]`; `params[l][0].w` is hidden block `l`'s
-        weight and `params[-1].w` the last one's.
+        A layer from `[..., sizes[0]]` to `[..., sizes[-1]]`; `params[l][0].w` is the weight of
+        hidden block `l` and `params[-1].w` the last one.
 
     Raises:
-        TypeError, ValueError: fewer than two sizes, a size that is not a whole number above 0, an
+        TypeError, ValueError: fewer than two sizes, a size that is no whole number above 0, an
             unknown activation.
 
     Source: lecture 003 (z_i = sigma(W_i z_{i-1} + b_i)), 004 eqs 21-28.
@@ -50,7 +49,8 @@ def mlp(
     """
     if isinstance(sizes, str) or not hasattr(sizes, "__len__"):
         raise TypeError(
-            f"`sizes` must be a sequence of whole numbers, (inputs, ..., outputs), got {sizes!r} ({type(sizes).__name__})."
+            "`sizes` must be a sequence of whole numbers, (inputs, ..., outputs), got "
+            f"{sizes!r} ({type(sizes).__name__})."
         )
     if len(sizes) < 2:
         raise ValueError(
@@ -58,10 +58,8 @@ def mlp(
         )
     for i, size in enumerate(sizes):
         _validate.positive(f"sizes[{i}]", size, whole=True)
-    layers = [
-        dense(m, n, kernel_init=kernel_init, bias_init=bias_init)
-        for m, n in itertools.pairwise(sizes)
-    ]
+    pairs = itertools.pairwise(sizes)
+    layers = [dense(m, n, kernel_init=kernel_init, bias_init=bias_init) for m, n in pairs]
     hidden = activations.get(activation)
     return serial(*(serial(layer, hidden) for layer in layers[:-1]), layers[-1])
 
@@ -75,7 +73,7 @@ def summary(net: Layer, input_shape: Sequence[int], *, dtype: Any = float) -> st
         dtype: dtype of `x`; a whole-number one for a net that begins with an embedding.
 
     Returns:
-        The table as text, one line a layer, indented by nesting.
+        The table as text, one line a layer, indented by nesting; equal layers in a row share one.
 
     >>> print(summary(mlp((784, 64, 10)), (32, 784)))
     layer                output shape    parameters
@@ -85,40 +83,42 @@ def summary(net: Layer, input_shape: Sequence[int], *, dtype: Any = float) -> st
         relu             (32, 64)                 0
       dense(64, 10)      (32, 10)               650
     """
-    if not isinstance(net, Layer):
-        raise TypeError(f"`net` must be a Layer, got {net!r}.")
+    check_net(net)
     if not hasattr(input_shape, "__len__"):
         raise TypeError(
-            f"`input_shape` must be a tuple, the shape of `x`, got {input_shape!r}. Pass `(batch, {input_shape!r})`."
+            f"`input_shape` must be a tuple, the shape of `x`, got {input_shape!r}. "
+            f"Pass `(batch, {input_shape!r})`."
         )
-    rows: list[tuple[str, str, str]] = []
+    x = jax.ShapeDtypeStruct(tuple(input_shape), dtype)
+    rows = [("layer", "output shape", "parameters"), *_rows(net, x, 0, 1)]
+    width = max(len(name) for name, _, _ in rows[1:]) + 3
+    return "\n".join(f"{name:<{width}}{shape:<15}{count:>11}" for name, shape, count in rows)
 
-    def visit(layer: Layer, x: Any, depth: int) -> Any:
-        params = jax.eval_shape(layer.init, jax.eval_shape(jax.random.key, 0))
-        y = jax.eval_shape(layer.apply, params, x)
-        count = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
-        rows.append(("  " * depth + layer.name, str(y.shape), f"{count:,}"))
-        for inner in layer.layers:
-            x = visit(inner, x, depth + 1)
-        return y
 
-    visit(net, jax.ShapeDtypeStruct(tuple(input_shape), dtype), 0)
-    width = max(len(name) for name, _, _ in rows) + 3
-    table = [("layer", "output shape", "parameters"), *rows]
-    return "\n".join(f"{name:<{width}}{shape:<15}{count:>11}" for name, shape, count in table)
+def _rows(layer: Layer, x: Any, depth: int, times: int) -> Iterator[tuple[str, str, str]]:
+    """The row of a layer that comes `times` times, and those of the layers inside."""
+    params = param_shapes(layer)
+    y = jax.eval_shape(layer.apply, params, x)
+    count = times * sum(leaf.size for leaf in jax.tree.leaves(params))
+    label = f"{times} x {layer.name}" if times > 1 else layer.name
+    yield "  " * depth + label, str(y.shape), f"{count:,}"
+    for inner, run in itertools.groupby(layer.layers):
+        uses = len(list(run))
+        yield from _rows(inner, x, depth + 1, uses if layer.split else 1)
+        x = jax.eval_shape(inner.apply, param_shapes(inner), x)
 
 
 def collapse(params: Params) -> Dense:
-    """The one dense layer that a net of dense layers without activations amounts to.
+    """The one dense layer that equals a net of dense layers without activations.
 
-    `w = w_1 w_2 ... w_n`, b accumulated.
+        w = w_1 w_2 ... w_n,    b accumulated
 
     Args:
         params: params of a net whose only parameters are `Dense`, in order: `mlp`, `serial`,
             `repeat` of one dense layer.
 
     Returns:
-        `Dense(w=[in, out], b=[out])` such that `x @ w + b` is the net's output where every
+        `Dense(w=[in, out], b=[out])` such that `x @ w + b` is the output of the net where every
         activation is the identity.
 
     Raises:
@@ -131,43 +131,37 @@ def collapse(params: Params) -> Dense:
     >>> collapse(net.init(jax.random.key(0))).w.shape
     (3, 2)
     """
-    w, b = None, None
-    for i, layer in enumerate(_dense_layers(params)):
-        bias = jnp.zeros(layer.w.shape[-1:], layer.w.dtype) if layer.b is None else layer.b
-        if w is None or b is None:
-            w, b = layer.w, bias
-        elif w.shape[1] != layer.w.shape[0]:
-            raise ValueError(
-                f"`params`: dense layer {i} takes {layer.w.shape[0]} features but the one before gives {w.shape[1]}."
-            )
-        else:
-            w, b = w @ layer.w, b @ layer.w + bias
-    if w is None or b is None:
+    layers = _dense_layers(params)
+    if not layers:
         raise ValueError("`params` hold no Dense layer: there is nothing to collapse.")
+    w, b = layers[0]
+    for i, layer in enumerate(layers[1:], 1):
+        if w.shape[1] != layer.w.shape[0]:
+            raise ValueError(
+                f"`params`: dense layer {i} takes {layer.w.shape[0]} features but the one before "
+                f"gives {w.shape[1]}."
+            )
+        w, b = w @ layer.w, b @ layer.w + layer.b
     return Dense(w, b)
 
 
 def _dense_layers(params: Params) -> list[Dense]:
-    """The dense layers of a tree in order; those that `repeat` stacked one by one."""
+    """The dense layers of a tree in order, with a bias each; those of a `repeat` one by one."""
     found: list[Dense] = []
     before: tuple[int, ...] = ()  # the axes of layers of the Dense before
     for node in jax.tree.leaves(params, is_leaf=lambda p: isinstance(p, Dense)):
         if not isinstance(node, Dense):
             came = f"an array of shape {node.shape}" if hasattr(node, "shape") else repr(node)
-            raise ValueError(
-                f"`params` hold {came} outside a Dense layer: only dense layers collapse."
-            )
+            raise ValueError(f"`params` hold {came} outside a Dense layer: only those collapse.")
         stacked = node.w.shape[:-2]
-        if stacked and before and stacked[0] == before[0]:
+        if stacked and before[:1] == stacked[:1]:
             raise ValueError(
-                f"`params` hold two Dense layers in a row with a leading axis of {stacked[0]}: params do not tell their order "
-                "(several layers in one `repeat`, several `repeat`s, or many nets?). Collapse each layer's, or each net's, by itself."
+                f"`params` hold two Dense layers in a row with a leading axis of {stacked[0]}: "
+                "params do not tell their order (several layers in one `repeat`, several "
+                "`repeat`s, or many nets?). Collapse each layer, or each net, by itself."
             )
         before = stacked
-        flat = jax.tree.map(lambda leaf, k=len(stacked): leaf.reshape(-1, *leaf.shape[k:]), node)
-        found += (
-            [jax.tree.map(lambda leaf, i=i: leaf[i], flat) for i in range(len(flat.w))]
-            if stacked
-            else [node]
-        )
+        w = node.w.reshape(-1, *node.w.shape[-2:])
+        b = jnp.zeros((len(w), w.shape[2]), w.dtype) if node.b is None else node.b
+        found += map(Dense, w, b.reshape(len(w), -1))
     return found

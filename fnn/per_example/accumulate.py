@@ -2,39 +2,49 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Float
 
 from fnn import _validate
+from fnn.factors.base import widen, zeros
 from fnn.per_example.clipping import Gradient, Reduction
 from fnn.per_example.moments import Moments
-from fnn.types import Array, Params, at_least_float32
+from fnn.types import Array, Params
+
+Merge = Literal["mean", "sum", "examples"]
+
+
+class _State(NamedTuple):
+    """What the microbatches so far amount to; None for what a result does not have."""
+
+    weight: Float[Array, ""]  # the sum of the weights
+    total: Any = None
+    mean: Any = None
+    variance: Any = None
 
 
 def accumulate(
-    fn: Callable[..., Any],
-    microbatch_size: int,
-    *,
-    reduction: Literal["mean", "sum", "examples"] | None = None,
+    fn: Callable[..., Any], microbatch_size: int, *, reduction: Merge | None = None
 ) -> Callable[..., Any]:
-    """The same function, but a batch is gone through `microbatch_size` examples at a time under one
-    `lax.scan`.
+    """The same function, that goes through a batch `microbatch_size` examples at a time.
 
     Args:
         fn: `(params, *batch, weights=None) -> result`. A result that states its reduction (of
             `clipped_gradient`, `weighted_gradient`, `moments`) needs nothing more.
-        microbatch_size: examples at a time, at least 1; the last time there may be fewer.
+        microbatch_size: examples at a time, at least 1.
         reduction: what any other result is, all of it: `"mean"` over the batch by the weights
             (`fnn.value_and_grad`), `"sum"`, or `"examples"`: arrays `[batch, ...]` (`gradients`,
             `norms`).
 
     Returns:
-        A function like `fn` with the same result, to rounding, at the memory of one microbatch. It
-        passes `weights` on only where they are given.
+        A function like `fn` with the same result, to rounding, at the memory of one microbatch,
+        under one `lax.scan`. The last microbatch is filled up with examples of weight 0.
 
     Raises:
         TypeError, ValueError: the reduction is not known; the arrays of a batch differ in length.
@@ -52,154 +62,131 @@ def accumulate(
         _validate.one_of("reduction", reduction, ("mean", "sum", "examples"))
 
     def accumulated(params: Params, *batch: Any, weights: Any = None) -> Any:
-        data = (batch, weights)
-        for leaf in jax.tree.leaves(data):
-            _validate.is_array("batch", leaf)
-        lengths = {leaf.shape[0] if leaf.ndim else 0 for leaf in jax.tree.leaves(data)}
-        if len(lengths) != 1 or not min(lengths):
-            raise ValueError(
-                f"The arrays of a batch must have one length of at least 1, got {sorted(lengths)} rows."
-            )
-        whole, rest = divmod(min(lengths), microbatch_size)
+        rows = _rows((batch, weights))
+        missing = -rows % microbatch_size
+        if weights is None and missing and reduction != "examples":
+            _check_takes_weights(fn, rows, microbatch_size)
+            weights = jnp.ones(rows)
 
-        def part(start: Any, size: int) -> tuple[Any, _State]:
-            cut, w = jax.tree.map(
-                lambda a: lax.dynamic_slice_in_dim(jnp.asarray(a), start, size), data
-            )
-            result = fn(params, *cut, **({} if w is None else {"weights": w}))
-            return _apart(
-                result,
-                jnp.full((), size, jnp.float32) if w is None else _as_float(w).sum(),
-                reduction,
-            )
+        def part(chunk: tuple[Any, Any]) -> tuple[Any, Any, _State]:
+            some, w = chunk
+            result = fn(params, *some, **({} if w is None else {"weights": w}))
+            weight = jnp.full((), microbatch_size, jnp.float32) if w is None else widen(w).sum()
+            return result, *_apart(result, weight, reduction)
 
-        def turn(state: _State, i: Array) -> tuple[_State, Any]:
-            each, new = part(i * microbatch_size, microbatch_size)
-            return _merged(state, new), each
+        def turn(state: _State, chunk: tuple[Any, Any]) -> tuple[_State, Any]:
+            _, each, new = part(chunk)
+            return _merge(state, new), each
 
-        shapes = jax.eval_shape(lambda: part(0, min(microbatch_size, min(lengths)))[1])
-        state = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        state, each = lax.scan(turn, state, jnp.arange(whole)) if whole else (state, None)
-        each = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), each)
-        if rest:
-            last, new = part(whole * microbatch_size, rest)
-            state = _merged(state, new)
-            each = (
-                last
-                if each is None
-                else jax.tree.map(lambda a, b: jnp.concatenate([a, b]), each, last)
-            )
-        return _whole(
-            jax.eval_shape(fn, params, *batch, **({} if weights is None else {"weights": weights})),
-            each,
-            state,
-            reduction,
+        chunks = (
+            _chunks(batch, missing, microbatch_size),
+            _chunks(weights, missing, microbatch_size, 0),
         )
+        like, _, shapes = jax.eval_shape(part, jax.tree.map(lambda a: a[0], chunks))
+        first = jax.tree.leaves(chunks)[0]
+        state, each = lax.scan(turn, jax.tree.map(lambda s: zeros(s, first), shapes), chunks)
+        each = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:rows], each)
+        return _whole(like, each, state, reduction)
 
     return accumulated
 
 
-class _State(NamedTuple):
-    """What microbatches come to; `()` for what a result has not."""
+def _rows(batch: Any) -> int:
+    """How many examples a batch has."""
+    for leaf in jax.tree.leaves(batch):
+        _validate.is_array("batch", leaf)
+    lengths = {leaf.shape[0] if leaf.ndim else 0 for leaf in jax.tree.leaves(batch)}
+    if len(lengths) != 1 or not min(lengths):
+        came = sorted(lengths)
+        raise ValueError(
+            f"The arrays of a batch must have one length of at least 1, got {came} rows."
+        )
+    return lengths.pop()
 
-    weight: Array  # the sum of the weights
-    total: Any = ()  # what adds up: sums, and means times the sum of their weights
-    mean: Any = ()
-    variance: Any = ()
+
+def _check_takes_weights(fn: Callable[..., Any], rows: int, size: int) -> None:
+    parameters = inspect.signature(fn).parameters.values()
+    if not any(p.name == "weights" or p.kind == p.VAR_KEYWORD for p in parameters):
+        raise ValueError(
+            f"{rows} rows do not divide into microbatches of {size}, and `fn` takes no `weights` "
+            "that could fill up the last. Pass a `microbatch_size` that divides them."
+        )
+
+
+def _chunks(tree: Any, missing: int, size: int, fill: float | None = None) -> Any:
+    """`[batch, ...]` as `[microbatches, size, ...]`, filled up with copies of a row or a number."""
+
+    def chunk(a: Array) -> Array:
+        a = jnp.asarray(a)
+        more = jnp.broadcast_to(
+            a[:1] if fill is None else jnp.zeros_like(a[:1]), (missing, *a.shape[1:])
+        )
+        return jnp.concatenate([a, more]).reshape(-1, size, *a.shape[1:])
+
+    return jax.tree.map(chunk, tree)
 
 
 def _apart(result: Any, weight: Array, reduction: str | None) -> tuple[Any, _State]:
-    """A result as what it holds for every example, and what it holds for all of them together."""
-    stated = getattr(result, "reduction", None)
+    """A result as what it holds for every example, and what it holds for all of them."""
     if isinstance(result, Moments):
-        return (result.reduction.weights, result.reduction.non_finite), _State(
-            result.reduction.weights.sum(), mean=result.mean, variance=result.variance
-        )
+        each = result.reduction.weights, result.reduction.non_finite
+        state = _State(each[0].sum(), mean=result.mean, variance=result.variance)
+        return each, state
     if isinstance(result, Gradient):
-        each = (result.reduction.weights, result.reduction.non_finite, result.values, result.norms)
-        weight = result.reduction.weights.sum()
-        return each, _State(weight, _times(result.gradient, weight, result.reduction.kind))
-    if stated is not None:
+        kind, weights = result.reduction.kind, result.reduction.weights
+        each = weights, result.reduction.non_finite, result.values, result.norms
+        return each, _state(weights.sum(), result.gradient, kind)
+    name = type(result).__name__
+    if hasattr(result, "reduction"):
         raise ValueError(
-            f"`fn` returns {type(result).__name__}, which microbatches cannot be joined to. Accumulate what it is made of."
+            f"`fn` returns {name}, which does not add up. Accumulate what it is made of."
         )
     if reduction is None:
         raise ValueError(
-            f"`fn` returns {type(result).__name__}, which does not state its reduction: pass `reduction`, "
-            '"mean" (as `fnn.value_and_grad`), "sum", or "examples" (arrays [batch, ...], as `norms`).'
+            f"`fn` returns {name}, which does not state its reduction: pass `reduction`, "
+            '"mean" (as `fnn.value_and_grad`), "sum", or "examples" (arrays [batch, ...]).'
         )
     if reduction == "examples":
         return result, _State(weight)
-    return (), _State(weight, _times(result, weight, reduction))
+    return (), _state(weight, result, reduction)
 
 
-def _merged(a: _State, b: _State) -> _State:
-    """Two states as one.
+def _state(weight: Array, tree: Any, kind: str) -> _State:
+    wide = jax.tree.map(widen, tree)
+    return _State(weight, mean=wide) if kind == "mean" else _State(weight, total=wide)
 
-    Source: Chan, Golub, LeVeque (1983), doi:10.2307/2683386 (pairwise variance).
-    """
+
+def _merge(a: _State, b: _State) -> _State:
+    """Two states as one. Source: Chan, Golub, LeVeque (1983), doi:10.2307/2683386."""
     weight = a.weight + b.weight
-    whole = _divisor(weight)
+    share = b.weight / jnp.where(weight != 0, weight, 1)
 
     def mean(m: Array, n: Array) -> Array:
-        return m + (n - m) * (b.weight.astype(m.dtype) / whole.astype(m.dtype))
+        return m + (n - m) * share.astype(m.dtype)
 
     def variance(v: Array, w: Array, m: Array, n: Array) -> Array:
-        return mean(v, w) + (n - m) ** 2 * ((a.weight / whole) * (b.weight / whole)).astype(v.dtype)
+        return mean(v, w) + (n - m) ** 2 * (share * (1 - share)).astype(v.dtype)
 
-    means = jax.tree.map(mean, a.mean, b.mean)
-    return _State(
-        weight,
-        jax.tree.map(jnp.add, a.total, b.total),
-        means,
-        jax.tree.map(variance, a.variance, b.variance, a.mean, b.mean),
+    merged = _State(
+        weight, jax.tree.map(jnp.add, a.total, b.total), jax.tree.map(mean, a.mean, b.mean)
     )
+    if a.variance is None:
+        return merged
+    spread = jax.tree.map(variance, a.variance, b.variance, a.mean, b.mean)
+    return merged._replace(variance=spread)
 
 
 def _whole(like: Any, each: Any, state: _State, reduction: str | None) -> Any:
-    """The result for all microbatches, in the dtypes that one for the whole batch has."""
+    """The result for all microbatches, in the dtypes of `like`, that of one."""
     if isinstance(like, Moments):
         return Moments(state.mean, state.variance, Reduction("mean", *each))
     if isinstance(like, Gradient):
-        kind = like.reduction.kind
-        return Gradient(
-            each[2],
-            _over(state.total, state.weight, kind, like.gradient),
-            each[3],
-            Reduction(kind, *each[:2]),
-        )
-    return each if reduction == "examples" else _over(state.total, state.weight, reduction, like)
+        weights, non_finite, values, norms = each
+        counted = Reduction(like.reduction.kind, weights, non_finite)
+        return Gradient(values, _in_dtypes(like.gradient, state), norms, counted)
+    return each if reduction == "examples" else _in_dtypes(like, state)
 
 
-def _times(tree: Any, weight: Array, kind: str) -> Any:
-    """A tree of sums from means or sums, in float32 at least."""
-    wide = jax.tree.map(
-        lambda a: at_least_float32(a) if jnp.issubdtype(a.dtype, jnp.floating) else a, tree
-    )
-    return (
-        wide
-        if kind == "sum"
-        else jax.tree.map(lambda a: a * _divisor(weight).astype(a.dtype), wide)
-    )
-
-
-def _over(tree: Any, weight: Array, kind: str | None, like: Any) -> Any:
-    """A tree of means or sums, in the dtypes of `like`, from sums."""
-    means = (
-        tree
-        if kind == "sum"
-        else jax.tree.map(lambda a: a / _divisor(weight).astype(a.dtype), tree)
-    )
-    return jax.tree.map(lambda a, b: a.astype(b.dtype), means, like)
-
-
-def _as_float(weights: Array) -> Array:
-    return (
-        at_least_float32(weights)
-        if jnp.issubdtype(weights.dtype, jnp.floating)
-        else weights.astype(jnp.float32)
-    )
-
-
-def _divisor(weight: Array) -> Array:
-    return jnp.where(weight != 0, weight, jnp.ones_like(weight))
+def _in_dtypes(like: Any, state: _State) -> Any:
+    result = state.total if state.mean is None else state.mean
+    return jax.tree.map(lambda a, s: a.astype(s.dtype), result, like)

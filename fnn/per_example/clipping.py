@@ -1,14 +1,12 @@
-"""Sums and means of individual gradients, each example by a weight of its own.
-
-Clipped, importance-weighted, without the broken.
+"""Sums and means of the gradients of examples, each by a weight: clipped, or by importance.
 
 One backward pass: its factors give the norms, the norms the weights, and every parameter one
-weighted product. An example whose gradient is not finite is left out: its weight is 0, and its
-factors are masked too, since 0 x NaN is NaN.
+weighted product. An example whose gradient is not finite is left out, and reported.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -16,13 +14,24 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.core import Tracer
+from jaxtyping import Bool, Float
 
 from fnn import _validate
-from fnn.factors import Stacked, is_factor
-from fnn.factors.rows import joined_norms, mended
-from fnn.per_example.norms import Source, asked, is_source, whole_norms
-from fnn.types import Array, ArrayLike, Params
+from fnn.factors import (
+    PerExample,
+    Scatter,
+    Stacked,
+    exact_totals,
+    is_factor,
+    keep,
+    shares,
+    widen,
+)
+from fnn.factors.base import SquaredNorm
+from fnn.per_example.norms import CANCEL, ask, check_is_source, sum_leaves
+from fnn.types import Array, ArrayLike, Params, Source
 
 Kind = Literal["mean", "sum"]
 
@@ -30,34 +39,32 @@ Kind = Literal["mean", "sum"]
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Reduction:
-    """What a result is of: a sum or a mean, over which examples, by which weights.
+    """What a result is of: a sum or a mean, over which examples. It prints as a sentence.
 
-    It prints as a sentence.
+    Attributes:
+        kind: "mean" or "sum".
+        weights: what every example counts for; 0 for padding, and where the gradient is not finite.
+        non_finite: True for an example that is left out because its gradient is not finite.
     """
 
     kind: Kind = field(metadata={"static": True})
-    # [batch]: what every example counted for; 0 for padding, and where the gradient is not finite
-    weights: Array
-    # [batch] of bool: left out because the gradient is not finite, and not padding
-    non_finite: Array
+    weights: Float[Array, " batch"]
+    non_finite: Bool[Array, " batch"]
 
     @property
     def examples(self) -> Array:
-        """How many examples counted."""
+        """How many examples count."""
         return (self.weights != 0).sum(-1)
 
     def __str__(self) -> str:
-        batch, counted, broken = (
-            self.weights.shape[0],
-            int(self.examples),
-            int(self.non_finite.sum()),
-        )
-        text = f"{self.kind} over {counted} of {batch} examples, weights sum to {float(self.weights.sum()):g}"
+        """The reduction as a sentence."""
+        batch, counted = self.weights.shape[0], int(self.examples)
+        weight, broken = float(self.weights.sum()), int(self.non_finite.sum())
+        text = f"{self.kind} over {counted} of {batch} examples, weights sum to {weight:g}"
         if broken:
             first = int(np.argmax(np.asarray(self.non_finite)))
-            text += (
-                f"; {broken} left out because the gradient is not finite, the first in row {first}"
-            )
+            text += f"; {broken} left out because the gradient is not finite, "
+            text += f"the first in row {first}"
         return text
 
 
@@ -67,26 +74,27 @@ class Gradient:
     """A weighted gradient. Unpacks as `values, gradient, norms`.
 
     Attributes:
-        values: `[batch]`, every example's loss.
+        values: the loss of every example.
         gradient: a tree like `params`: `sum_i weights_i scale_i g_i`, over `sum_i weights_i` for a
             mean.
-        norms: `[batch]`, of every example's whole gradient, before any clipping; not finite where
-            the gradient is not.
+        norms: of the whole gradient of every example, before any clipping; not finite where the
+            gradient is not.
         reduction: what it is of.
     """
 
-    values: Array
+    values: Float[Array, " batch"]
     gradient: Params
-    norms: Array
+    norms: Float[Array, " batch"]
     reduction: Reduction
 
     def __iter__(self) -> Iterator[Any]:
+        """`values, gradient, norms`."""
         return iter((self.values, self.gradient, self.norms))
 
 
 def clipped_gradient(
     source: Source,
-    max_norm: float | None = None,
+    max_norm: float | Float[Array, ""] | None = None,
     *,
     per_layer: bool = False,
     scale: Callable[[Array], Array] | None = None,
@@ -96,23 +104,23 @@ def clipped_gradient(
 
     Args:
         source: `(params, *batch) -> (values, factors)`.
-        max_norm: greatest norm of an example's gradient, above 0; infinite clips nothing. May be
-            traced.
-        per_layer: clip each layer's gradient by its own norm, each to `max_norm`. A layer is the
-            arrays of one container, such as `Dense(w, b)` (bare arrays of one tuple are one layer);
-            those that `repeat` stacks are layers of their own. The norm of the whole is then at
-            most `max_norm * sqrt(layers)`.
-        scale: in the place of `max_norm`, a function `norms -> factors`, elementwise, that every
-            gradient (or layer's) is multiplied by: `lambda n: 1 / (n + 0.01)` normalises.
+        max_norm: greatest norm of the gradient of an example, above 0; infinite clips nothing. May
+            be traced.
+        per_layer: clip the gradient of each layer by its own norm, each to `max_norm`. A layer is
+            the arrays of one container, such as `Dense(w, b)` (bare arrays of one tuple are one
+            layer); those that `repeat` stacks are layers of their own. The norm of the whole is
+            then at most `max_norm * sqrt(layers)`.
+        scale: in the place of `max_norm`, an elementwise function `norms -> factors`: every
+            gradient (or that of every layer) is multiplied by its factor.
+            `lambda n: 1 / (n + 0.01)` normalises.
         reduction: `"mean"`, by the weights of the examples that count, or `"sum"`.
 
     Returns:
-        A function `(params, *batch, weights=None) -> Gradient` (`values, gradient, norms`;
-        `.reduction` says of what). `weights` is `[batch]`, by default 1; weight 0 is padding and
-        counts nowhere. All of weight 0 gives a zero gradient.
+        A function `(params, *batch, weights=None) -> Gradient`. `weights` is `[batch]`, by default
+        1; weight 0 is padding and counts for nothing. All of weight 0 gives a zero gradient.
 
     Raises:
-        TypeError, ValueError: `max_norm` is not above 0, both or neither of `max_norm` and `scale`
+        TypeError, ValueError: `max_norm` is not above 0; both or neither of `max_norm` and `scale`
             are given.
 
     Source: Abadi et al. (2016), arXiv:1607.00133; in one backward pass, Li et al. (2022),
@@ -121,11 +129,12 @@ def clipped_gradient(
     >>> import fnn
     >>> net = fnn.mlp((3, 2))
     >>> f = clipped_gradient(fnn.source(net, fnn.losses.l2_loss), 1.0)
-    >>> values, gradient, norms = f(net.init(jax.random.key(0)), jnp.ones((5, 3)), jnp.zeros((5, 2)))
-    >>> print(f(net.init(jax.random.key(0)), jnp.ones((5, 3)), jnp.zeros((5, 2)), weights=jnp.array([1.0, 1, 1, 0, 0])).reduction)
+    >>> batch = jnp.ones((5, 3)), jnp.zeros((5, 2))
+    >>> values, gradient, norms = f(net.init(jax.random.key(0)), *batch)
+    >>> some = jnp.array([1.0, 1, 1, 0, 0])
+    >>> print(f(net.init(jax.random.key(0)), *batch, weights=some).reduction)
     mean over 3 of 5 examples, weights sum to 3
     """
-    is_source(source)
     if (max_norm is None) == (scale is None):
         raise TypeError(
             "Give one of `max_norm`, the greatest norm, and `scale`, a function norms -> factors."
@@ -133,154 +142,180 @@ def clipped_gradient(
     if scale is None:
         check_max_norm("max_norm", max_norm)
 
-    def by(norms: Array) -> Array:
-        if scale is not None:
-            return scale(norms)
-        # a traced one is not looked at
-        bound = jnp.maximum(jnp.asarray(max_norm).astype(norms.dtype), 0)
-        over = norms > bound
-        return jnp.where(
-            over, bound / jnp.where(over, norms, jnp.ones_like(norms)), jnp.ones_like(norms)
-        )
+    def limit(norms: Array) -> Array:
+        return _limit(norms, jnp.asarray(max_norm).astype(norms.dtype))
 
-    return _weighted(source, by, per_layer, reduction)
+    return _weighted(source, scale or limit, per_layer, reduction)
 
 
 def weighted_gradient(source: Source, *, reduction: Kind = "sum") -> Callable[..., Gradient]:
-    """The sum (or mean) of the gradients by weights of any sign, an example that is not finite left
-    out.
+    """The sum (or mean) of the gradients by weights of any sign.
 
     Args:
         source: `(params, *batch) -> (values, factors)`.
         reduction: `"sum"`, or `"mean"`, which divides by the sum of the weights.
 
     Returns:
-        A function `(params, *batch, weights=None) -> Gradient` (`values, gradient, norms`).
+        A function `(params, *batch, weights=None) -> Gradient`.
 
     >>> import fnn
     >>> net = fnn.mlp((3, 2))
     >>> f = weighted_gradient(fnn.source(net, fnn.losses.l2_loss))
-    >>> f(net.init(jax.random.key(0)), jnp.ones((2, 3)), jnp.zeros((2, 2)), weights=jnp.array([1.0, -1.0])).gradient[-1].b
+    >>> batch = jnp.ones((2, 3)), jnp.zeros((2, 2))
+    >>> f(net.init(jax.random.key(0)), *batch, weights=jnp.array([1.0, -1.0])).gradient[-1].b
     Array([0., 0.], dtype=float32)
     """
     return _weighted(source, None, False, reduction)
 
 
 def _weighted(
-    source: Source, by: Callable[[Array], Array] | None, per_layer: bool, kind: Kind
+    source: Source, scale: Callable[[Array], Array] | None, per_layer: bool, kind: Kind
 ) -> Callable[..., Gradient]:
+    check_is_source(source)
     _validate.one_of("reduction", kind, ("mean", "sum"))
-    factors_of = asked(source)
 
     def reduced(params: Params, *batch: ArrayLike, weights: ArrayLike | None = None) -> Gradient:
-        values, factors = factors_of(params, *batch)
-        norms = whole_norms(factors)
-        counted = count(kind, norms, weights)
-        share = counted.weights / total_weight(counted) if kind == "mean" else counted.weights
-        finite = jnp.isfinite(norms)
+        values, tree = ask(source, keep, params, *batch)
+        factors, structure = jax.tree.flatten(tree, is_leaf=is_factor)
+        layers = _layers(tree) if per_layer else [()] * len(factors)
 
-        def of(n: Array) -> Array:
-            share_of, spread = (
-                jnp.broadcast_to(share, n.shape),
-                jnp.broadcast_to(counted.weights != 0, n.shape),
+        def weigh(squares: dict[Any, Array]) -> tuple[Array, Reduction, list[Array]]:
+            norms = jnp.sqrt(sum_leaves([_over_layers(square) for square in squares.values()]))
+            counted = count(kind, norms, weights)
+            share = shares(counted.weights) if kind == "mean" else counted.weights
+            scales = {layer: _times(share, scale, square) for layer, square in squares.items()}
+            return norms, counted, [scales[layer] for layer in layers]
+
+        squares, sizes = _squares(factors, layers, fast=True)
+        if sizes:
+            safe = [(size <= CANCEL * squares[layer]).all() for layer, size in sizes.items()]
+            norms, counted, totals = lax.cond(
+                jnp.stack(safe).all(),
+                lambda: _fast(*weigh(squares), factors),
+                lambda: _exact(*weigh(_squares(factors, layers, fast=False)[0]), factors),
             )
-            return share_of if by is None else share_of * by(jnp.where(spread, n, jnp.ones_like(n)))
-
-        if per_layer:
-            scales = jax.tree.map(of, layer_norms(factors))
         else:
-            whole = of(norms)
-            scales = jax.tree.map(lambda _: whole, factors, is_leaf=is_factor)
-        return Gradient(values, weighted_total(factors, scales, finite), norms, counted)
+            norms, counted, scales = weigh(squares)
+            present = (counted.weights != 0).astype(norms.dtype)
+            totals = _totals(factors, scales, jnp.isfinite(norms).all(), present)
+        leaves = jax.tree.leaves(params)
+        grads = [total.astype(p.dtype) for total, p in zip(totals, leaves, strict=True)]
+        return Gradient(values, jax.tree.unflatten(structure, grads), norms, counted)
 
     return reduced
 
 
-def weighted_total(factors: Any, weights: Any, finite: Array) -> Params:
-    """The weighted total of every factor, from a tree of weights `[batch]`.
+def _fast(norms: Array, counted: Reduction, scales: list[Array], factors: list[Any]) -> Any:
+    totals = [widen(f.scaled(s).total()) for f, s in zip(factors, scales, strict=True)]
+    return norms, counted, totals
 
-    What is not `finite` counts nothing.
+
+def _exact(norms: Array, counted: Reduction, scales: list[Array], factors: list[Any]) -> Any:
+    return norms, counted, [widen(total) for total in exact_totals(factors, scales)]
+
+
+def _totals(factors: list[Any], scales: list[Array], finite: Array, present: Array) -> list[Array]:
+    """The totals of factors without positions; example by example where not all is finite."""
+    scaled = [f.scaled(s) for f, s in zip(factors, scales, strict=True)]
+    risky = [i for i, f in enumerate(factors) if not isinstance(f, (PerExample, Scatter))]
+    some = [scaled[i] for i in risky]
+    found = lax.cond(
+        finite,
+        lambda: [widen(f.total()) for f in some],
+        lambda: exact_totals(some, present),
+    )
+    totals = {i: f.total() for i, f in enumerate(scaled) if i not in risky}
+    totals |= dict(zip(risky, found, strict=True))
+    return [totals[i] for i in range(len(factors))]
+
+
+@jax.jit
+def _limit(norms: Array, bound: Array) -> Array:
+    """`min(1, bound / norm)`."""
+    bound = jnp.maximum(bound, 0)  # a traced bound is not looked at
+    over = norms > bound
+    return jnp.where(over, bound / jnp.where(over, norms, 1), 1)
+
+
+def _times(share: Array, scale: Callable[[Array], Array] | None, squares: Array) -> Array:
+    """What every example, or every layer of it, is multiplied by: `[*layers, batch]`."""
+    share = jnp.broadcast_to(share, squares.shape)
+    if scale is None:
+        return share
+    return share * scale(jnp.sqrt(jnp.where(share != 0, squares, 1)))
+
+
+def layer_count(tree: Any) -> int:
+    """How many layers `per_layer` clips, from a tree of factors or of their shapes."""
+    return sum(math.prod(depth) for _, depth in set(_layers(tree)))
+
+
+def _layers(tree: Any) -> list[Any]:
+    """For every factor what tells its layer: the path of its container, and the axes of layers."""
+    paths = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_factor)
+    return [(path[:-1], _depth(f)) for path, f in paths]
+
+
+def _depth(factor: Any) -> tuple[int, ...]:
+    """The axes of layers that `repeat` has put in front."""
+    if not isinstance(factor, Stacked):
+        return ()
+    return jax.tree.leaves(factor)[0].shape[0], *_depth(factor.factor)
+
+
+def _squares(factors: list[Any], layers: list[Any], *, fast: bool) -> tuple[dict, dict]:
+    """By layer the squared norms `[*layers, batch]`, and the size of what an example adds up.
+
+    The sizes are empty where every example is one product in every layer.
     """
-    # a share of a float16 gradient may be too small for float16
-    short = jax.tree.map(
-        lambda f: any(a.dtype == jnp.float16 for a in jax.tree.leaves(f)),
-        factors,
-        is_leaf=is_factor,
-    )
-    scaled = jax.tree.map(
-        lambda f, w, s: (f.wide() if s else f).scaled(w, finite),
-        factors,
-        weights,
-        short,
-        is_leaf=is_factor,
-    )
-    plain = jax.tree.map(lambda f: f.total(), scaled, is_leaf=is_factor)
-
-    def masked(plain: Params) -> Params:
-        return jax.tree.map(
-            lambda f, into: f.masked_total(finite, into), scaled, plain, is_leaf=is_factor
-        )
-
-    totals = mended(finite.all(), plain, masked)
-    return jax.tree.map(lambda total, s: total.astype(jnp.float16) if s else total, totals, short)
+    values: dict[Any, Array] = {}
+    sizes: dict[Any, Array] = {}
+    several = False
+    for f, layer in zip(factors, layers, strict=True):
+        found = _leaf_squares(f, fast)
+        if not layer:
+            found = jax.tree.map(_over_layers, found)
+        size = found.parts if found.size is None else found.size
+        several = several or size is not None
+        _add(values, layer, found.value)
+        _add(sizes, layer, found.value if size is None else size)
+    return values, sizes if several else {}
 
 
-def layer_norms(factors: Any) -> Any:
-    """A tree like that of factors with norms `[*layers of repeat, batch]`.
-
-    The arrays of one container have that of them all.
-    """
-
-    def apart(f: Any) -> Array:
-        return jax.vmap(apart)(f.factor) if isinstance(f, Stacked) else f.norm()
-
-    paths, tree = jax.tree_util.tree_flatten_with_path(
-        jax.tree.map(apart, factors, is_leaf=is_factor)
-    )
-    layers: dict[Any, list[Array]] = {}
-    for path, n in paths:
-        layers.setdefault((path[:-1], n.shape), []).append(n)
-    return jax.tree.unflatten(
-        tree, [joined_norms(jnp.stack(layers[path[:-1], n.shape])) for path, n in paths]
-    )
+def _add(sums: dict[Any, Array], key: Any, value: Array) -> None:
+    sums[key] = sums[key] + value if key in sums else value
 
 
-def count(kind: Kind, norms: Array, weights: ArrayLike | None) -> Reduction:
+def _leaf_squares(factor: Any, fast: bool) -> SquaredNorm:
+    """The squared norms of one factor, layer by layer of a `repeat`."""
+    if isinstance(factor, Stacked):
+        return lax.map(lambda f: _leaf_squares(f, fast), factor.factor)
+    return factor.fast_squared_norm() if fast else SquaredNorm(factor.squared_norm())
+
+
+def _over_layers(squares: Array) -> Array:
+    """`[*layers, batch]` summed to `[batch]`."""
+    return squares.sum(tuple(range(squares.ndim - 1))) if squares.ndim > 1 else squares
+
+
+def count(kind: Kind, norms: Float[Array, " batch"], weights: ArrayLike | None) -> Reduction:
     """What every example counts for."""
     w = jnp.ones_like(norms)
     if weights is not None:
-        _validate.is_array("weights", weights)
-        if weights.shape != norms.shape:
-            raise ValueError(
-                f"`weights` has shape {tuple(weights.shape)}, expected {tuple(norms.shape)}: one per example."
-            )
+        _validate.per_example("weights", weights, norms.shape[0])
         w = jnp.asarray(weights).astype(norms.dtype)
     finite = jnp.isfinite(norms)
-    return Reduction(kind, jnp.where(finite, w, jnp.zeros_like(w)), ~finite & (w != 0))
-
-
-def total_weight(reduction: Reduction) -> Array:
-    """The sum of the weights, or 1 where no example counts."""
-    whole = reduction.weights.sum()
-    return jnp.where(whole != 0, whole, jnp.ones_like(whole))
+    return Reduction(kind, jnp.where(finite, w, 0), ~finite & (w != 0))
 
 
 def check_max_norm(name: str, value: Any) -> None:
-    """Raises unless `value` is a number above 0, infinity included.
-
-    What is traced is not looked at.
-    """
+    """Raises unless `value` is a number above 0, infinity included; a traced one is not checked."""
     if isinstance(value, Tracer):
         return
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, (int, float, np.number, np.ndarray, jax.Array))
-        or np.shape(value) != ()
-    ):
-        raise TypeError(
-            f"`{name}` must be a number above 0, got {value!r:.80} ({type(value).__name__})."
-        )
+    kinds = (int, float, np.number, np.ndarray, jax.Array)
+    if isinstance(value, bool) or not isinstance(value, kinds) or np.shape(value) != ():
+        came = f"{value!r:.80} ({type(value).__name__})"
+        raise TypeError(f"`{name}` must be a number above 0, got {came}.")
     if not value > 0:
-        raise ValueError(
-            f"`{name}` must be above 0, got {value!r}. No clipping? Pass `float('inf')`."
-        )
+        mend = "No clipping? Pass `float('inf')`."
+        raise ValueError(f"`{name}` must be above 0, got {value!r}. {mend}")

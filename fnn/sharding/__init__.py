@@ -7,10 +7,12 @@ is a tree like the params with a `PartitionSpec` for each array: data, to be loo
 
     mesh = make_mesh(model=2)
     plan = tensor_parallel(mesh, params)
-    where = follow(plan, params, state)  # a `TrainState` of `fnn.steps`: params, optimiser's state,
-    rule's state step = jax.jit(fnn.steps.step(rule, optimizer), out_shardings=(shardings(mesh,
-    where), None))  # else XLA may move them state, value = step(place(mesh, state, where),
-    *place_batch(mesh, (x, targets)))
+    # of a `TrainState` of `fnn.steps`: params, the optimiser's state, the rule's state
+    where = follow(plan, params, state)
+    # without `out_shardings` XLA may move them
+    out = (shardings(mesh, where), None)
+    step = jax.jit(fnn.steps.step(rule, optimizer), out_shardings=out)
+    state, value = step(place(mesh, state, where), *place_batch(mesh, (x, targets)))
 
 With several processes every function here is called by all of them alike.
 """

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from fnn import _validate
 from fnn.sharding.mesh import DATA, check_mesh, size_of
 from fnn.sharding.plans import Plan, replicated, shardings
-from fnn.types import Array, ArrayLike, Params, at_least_float32
+from fnn.types import Array, ArrayLike, Params, widen
 
 
 def gathered(
@@ -64,11 +64,12 @@ def data_parallel(
     *,
     all_reduce: Callable[[Params], Params] | None = None,
 ) -> Callable[..., tuple[Array, Params]]:
-    """A gradient for which every device takes its own rows, and nothing is sent over "data" but
-    what stands here.
+    """A gradient for which every device takes its own rows.
 
-        w_d = sum of the weights of device d,   share_d = w_d / psum(w),   value = psum(share
-        value_d),   grads = all_reduce(share grads_d)
+    Over "data" the devices send each other only what `psum` and `all_reduce` take here.
+
+        w_d = sum of the weights of device d,    share_d = w_d / psum(w_d)
+        value = psum(share_d value_d),           grads = all_reduce(share_d grads_d)
 
     A device whose rows all have weight 0 counts nothing, whatever `function` makes of them.
 
@@ -130,7 +131,8 @@ def data_parallel(
         if x.shape[0] % size:
             mend = "Fill it up: `fnn.sharding.place_batch(mesh, (x, targets))`."
             raise ValueError(
-                f"`x` has {x.shape[0]} rows, which the {size} parts of the mesh axis {DATA!r} do not divide. {mend}"
+                f"`x` has {x.shape[0]} rows, "
+                f"which the {size} parts of the mesh axis {DATA!r} do not divide. {mend}"
             )
         return spread(params, (x, targets) if weights is None else (x, targets, weights))
 
@@ -139,7 +141,7 @@ def data_parallel(
 
 def _share(weights: tuple[ArrayLike, ...], value: Array) -> Array:
     """What the rows of this device count for in the mean over all, in float32 at least."""
-    dtype = at_least_float32(value).dtype
+    dtype = widen(value).dtype
     if not weights:
         return jnp.full((), 1 / lax.axis_size(DATA), dtype)
     own = jnp.asarray(weights[0]).astype(dtype).sum()
@@ -149,5 +151,5 @@ def _share(weights: tuple[ArrayLike, ...], value: Array) -> Array:
 
 def _times(a: Array, share: Array) -> Array:
     """`a * share` in float32 at least; 0 where the share is 0, whatever `a` holds."""
-    wide = at_least_float32(a)
+    wide = widen(a)
     return jnp.where(share > 0, wide * share.astype(wide.dtype), jnp.zeros_like(wide))

@@ -42,13 +42,15 @@ def make_mesh(
     if data is None:
         if not found or len(found) % model:
             raise ValueError(
-                f"`model` is {model}, which does not divide the number of devices, {len(found)}. {_more(model)}"
+                f"`model` is {model}, which does not divide the number of devices, {len(found)}. "
+                f"{_more(model)}"
             )
         data = len(found) // model
     _validate.positive("data", data, whole=True)
     if data * model > len(found):
         raise ValueError(
-            f"`data` x `model` is {data} x {model} = {data * model}, but there are {len(found)} devices. {_more(data * model)}"
+            f"`data` x `model` is {data} x {model} = {data * model}, "
+            f"but there are {len(found)} devices. {_more(data * model)}"
         )
     return jax.make_mesh(
         (int(data), int(model)), (DATA, MODEL), (AxisType.Auto,) * 2, devices=found[: data * model]
@@ -56,7 +58,10 @@ def make_mesh(
 
 
 def _more(count: int) -> str:
-    return f"Ask for fewer, or try it on a CPU: set JAX_NUM_CPU_DEVICES={count} in the environment before Python starts."
+    return (
+        f"Ask for fewer, or try it on a CPU: set JAX_NUM_CPU_DEVICES={count} in the environment "
+        "before Python starts."
+    )
 
 
 def size_of(mesh: Mesh, axis: str) -> int:
@@ -64,7 +69,8 @@ def size_of(mesh: Mesh, axis: str) -> int:
     check_mesh(mesh)
     if axis not in mesh.shape:
         raise ValueError(
-            f"`mesh` must have an axis {axis!r}, got {', '.join(map(repr, mesh.axis_names)) or 'none'}. {MEND}"
+            f"`mesh` must have an axis {axis!r}, "
+            f"got {', '.join(map(repr, mesh.axis_names)) or 'none'}. {MEND}"
         )
     return mesh.shape[axis]
 
@@ -86,5 +92,6 @@ def check_mesh(mesh: Any) -> None:
     )
     if other is not None:
         raise ValueError(
-            f"`mesh` must have axes of type Auto, but {other!r} is not (the default of `jax.make_mesh`). {MEND}"
+            f"`mesh` must have axes of type Auto, but {other!r} is not "
+            f"(the default of `jax.make_mesh`). {MEND}"
         )

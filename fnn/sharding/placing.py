@@ -47,8 +47,9 @@ def place(mesh: Mesh, params: Params, plan: Plan | None = None) -> Params:
 
 
 def place_batch(mesh: Mesh, batch: tuple[Any, ...]) -> tuple[Array, Array, Array | None]:
-    """A batch split over "data", filled up by rows of weight 0 where the mesh axis does not divide
-    it.
+    """A batch split over "data".
+
+    Rows of weight 0 fill it up where the mesh axis does not divide it.
 
     Args:
         mesh: of `make_mesh`.
@@ -83,8 +84,10 @@ def place_batch(mesh: Mesh, batch: tuple[Any, ...]) -> tuple[Array, Array, Array
 
 
 def _put(leaf: Any, sharding: NamedSharding) -> Array:
-    """`jax.device_put`, also of keys and of what lies on a device of its own, where the mesh spans
-    processes."""
+    """`jax.device_put`, also where the mesh spans processes.
+
+    There it takes keys too, and arrays that lie on a device of their own.
+    """
     if sharding.is_fully_addressable or not (
         isinstance(leaf, jax.Array) and leaf.is_fully_addressable
     ):
@@ -108,7 +111,8 @@ def _check_batch(batch: Any) -> int:
         if part.ndim < 1 or part.shape[0] != batch[0].shape[0]:
             shapes = " and ".join(str(tuple(a.shape)) for a in (part, batch[0]))
             raise ValueError(
-                f"`{name}` must have a row for each of `x`; their shapes are {shapes}. One example? Pass `x[None]`."
+                f"`{name}` must have a row for each of `x`; their shapes are {shapes}. "
+                "One example? Pass `x[None]`."
             )
         if part.shape[0] == 0:
             raise ValueError(
@@ -121,22 +125,28 @@ def _check_spec(mesh: Mesh, path: str, leaf: Any, spec: P) -> None:
     """Raises unless an array can be split so."""
     if isinstance(leaf, jax.ShapeDtypeStruct):
         raise TypeError(
-            f"`params{path}` is a shape and no array. Draw them: `jax.jit(net.init, out_shardings=shardings(mesh, plan))(key)`."
+            f"`params{path}` is a shape and no array. "
+            "Draw them: `jax.jit(net.init, out_shardings=shardings(mesh, plan))(key)`."
         )
     if len(spec) > len(leaf.shape):
         raise ValueError(
-            f"`plan{path}` is {spec}, for {len(spec)} axes, but `params{path}` has shape {tuple(leaf.shape)}."
+            f"`plan{path}` is {spec}, for {len(spec)} axes, "
+            f"but `params{path}` has shape {tuple(leaf.shape)}."
         )
     for axis, names in enumerate(spec):
         names = () if names is None else names if isinstance(names, tuple) else (names,)
         unknown = next((name for name in names if name not in mesh.shape), None)
         if unknown is not None:
             raise ValueError(
-                f"`plan{path}` is {spec}, but `mesh` has no axis {unknown!r}. Its axes: {', '.join(mesh.axis_names)}."
+                f"`plan{path}` is {spec}, but `mesh` has no axis {unknown!r}. "
+                f"Its axes: {', '.join(mesh.axis_names)}."
             )
         parts = math.prod(mesh.shape[name] for name in names)
         if leaf.shape[axis] % parts:
-            split = f"axis {axis} of `params{path}`, shape {tuple(leaf.shape)}, does not divide into {parts} parts"
+            split = (
+                f"axis {axis} of `params{path}`, shape {tuple(leaf.shape)}, "
+                f"does not divide into {parts} parts"
+            )
             raise ValueError(
                 f"`plan{path}` is {spec}, but {split}. Leave it whole: put None in its place."
             )

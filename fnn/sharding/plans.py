@@ -1,12 +1,12 @@
 """Plans: trees like the params with a `PartitionSpec` for every array.
 
 - `replicated`: every device has all parameters. Gradients are summed over "data".
-- `tensor_parallel`: in f(x w_1) w_2 with w_1 split by columns and w_2 by rows the hidden layer is
-split, and only x w_1 w_2, and its like
-  in the backward pass, are summed over "model". Shoeybi et al. (2019), arXiv:1909.08053.
+- `tensor_parallel`: in f(x w_1) w_2 it splits w_1 by columns and w_2 by rows, which splits the
+  hidden layer. Only f(x w_1) w_2, and its like in the backward pass, are summed over "model".
+  Shoeybi et al. (2019), arXiv:1909.08053.
 - `fully_sharded`: every parameter is split over "data", and the optimiser state follows.
-Rajbhandari et al. (2020), arXiv:1910.02054
-  (ZeRO). XLA may split products in the place of gathering weights; `gathered` leaves it no choice.
+  Rajbhandari et al. (2020), arXiv:1910.02054 (ZeRO). XLA may split products in the place of
+  gathering weights; `gathered` leaves it no choice.
 
 A plan is edited like any tree: `(*plan[:-1], plan[-1]._replace(w=P("data", "model")))`.
 """
@@ -48,8 +48,9 @@ def replicated(mesh: Mesh, params: Params) -> Plan:
 
 
 def tensor_parallel(mesh: Mesh, params: Params) -> Plan:
-    """The plan that splits dense layers two by two over "model", the first by columns and the
-    second by rows.
+    """The plan that splits dense layers two by two over "model".
+
+    It splits the first of each pair by columns and the second by rows.
 
     Two `Dense` that follow each other in the tree are such a pair where the outputs of the first
     are as many as the inputs of the second, the mesh axis divides them, and `repeat` has stacked
@@ -67,7 +68,8 @@ def tensor_parallel(mesh: Mesh, params: Params) -> Plan:
     Source: Shoeybi et al. (2019), arXiv:1909.08053, section 3.
 
     >>> from fnn.sharding import make_mesh
-    >>> tensor_parallel(make_mesh(data=1), (Dense(jnp.ones((3, 4)), jnp.ones(4)), Dense(jnp.ones((4, 2)), None)))
+    >>> params = Dense(jnp.ones((3, 4)), jnp.ones(4)), Dense(jnp.ones((4, 2)), None)
+    >>> tensor_parallel(make_mesh(data=1), params)
     (Dense(w=P(None, 'model'), b=P('model',)), Dense(w=P('model',), b=None))
     """
     size = size_of(mesh, MODEL)
@@ -88,11 +90,10 @@ def tensor_parallel(mesh: Mesh, params: Params) -> Plan:
 
 
 def fully_sharded(mesh: Mesh, params: Params) -> Plan:
-    """The plan that splits every array over "data", by the longer of its last two axes that the
-    mesh axis divides.
+    """The plan that splits every array over "data".
 
-    Arrays without one are replicated. The axes of `repeat` are not split, since its scan takes
-    layer by layer.
+    It splits the longer of those of the last two axes that the mesh axis divides. It replicates
+    arrays without one. It never splits the axes of `repeat`, whose scan takes layer by layer.
 
     Args:
         mesh: of `make_mesh`.
@@ -185,7 +186,8 @@ def planned(params: Params, plan: Plan) -> list[tuple[tuple[Any, ...], Any, P]]:
         )
     if jax.tree.structure(params) != jax.tree.structure(plan):
         raise ValueError(
-            f"`plan` must be a tree like `params`, {jax.tree.structure(params)}, got {jax.tree.structure(plan)}. {mend}"
+            f"`plan` must be a tree like `params`, {jax.tree.structure(params)}, "
+            f"got {jax.tree.structure(plan)}. {mend}"
         )
     for path, spec in specs.items():
         if not isinstance(spec, P):
@@ -197,8 +199,10 @@ def planned(params: Params, plan: Plan) -> list[tuple[tuple[Any, ...], Any, P]]:
 
 
 def _are_paired(first: Dense, second: Dense, size: int) -> bool:
-    """Whether what the first dense layer puts out, once for every layer of a `repeat`, is what the
-    second takes, and can be split."""
+    """Whether two dense layers make a pair that can be split into `size` parts.
+
+    The second takes as many features as the first puts out, and `repeat` has stacked both alike.
+    """
     return (
         first.w.shape[:-2] == second.w.shape[:-2]
         and first.w.shape[-1] == second.w.shape[-2]

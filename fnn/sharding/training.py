@@ -31,8 +31,10 @@ class Placement(NamedTuple):
     leaves: tuple[NamedSharding, ...]
 
     def out(self, others: int) -> tuple[Any, ...]:
-        """`out_shardings` of a function that returns the state and so many other things, which
-        every device has."""
+        """`out_shardings` of a function that returns the state and so many other things.
+
+        Every device has the whole of those others.
+        """
         return jax.tree.unflatten(self.structure, self.leaves), *[
             NamedSharding(self.mesh, P())
         ] * others

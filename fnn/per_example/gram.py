@@ -1,0 +1,156 @@
+"""Inner products of gradients: Gram matrices, influence, and the neural tangent kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float
+
+from fnn import _validate
+from fnn.factors import is_factor, keep
+from fnn.nets.combinators import check_net
+from fnn.per_example.norms import ask, check_is_source, sum_leaves
+from fnn.types import Array, ArrayLike, Layer, Params, Source
+
+Outputs = Literal["full", "trace", "diagonal"]
+
+
+def inner_products(
+    source: Source, other_source: Source | None = None
+) -> Callable[..., Float[Array, "a b"]]:
+    """Inner products between the gradients of two batches, `G[i, j] = <g_i, g'_j>`.
+
+    No gradient is formed. A negative one is a conflict: a step down the gradient of one example
+    raises the loss of the other. With `lr` the step size at each of several checkpoints,
+    `sum(lr * inner_products(source)(params, train, test) for params in checkpoints)` are the TracIn
+    scores: how much training on i has lowered the loss of j.
+
+    Args:
+        source: `(params, *batch) -> (values, factors)`.
+        other_source: of the second batch, where its loss is another one; `source`, if None. Both
+            are of the same params.
+
+    Returns:
+        A function `(params, batch_a, batch_b) -> [examples of a, examples of b]`, float32 at least;
+        a batch is a tuple such as `(x, targets)`.
+
+    Raises:
+        TypeError: a batch is no tuple.
+
+    Source: Pruthi, Liu, Kale, Sundararajan (2020), arXiv:2002.08484 (TracIn).
+
+    >>> import fnn
+    >>> net = fnn.mlp((3, 2))
+    >>> f = inner_products(fnn.source(net, fnn.losses.l2_loss))
+    >>> batch = jnp.ones((5, 3)), jnp.zeros((5, 2))
+    >>> f(net.init(jax.random.key(0)), batch, (jnp.ones((4, 3)), jnp.ones((4, 2)))).shape
+    (5, 4)
+    """
+    second = source if other_source is None else other_source
+    check_is_source(source)
+    check_is_source(second)
+
+    def products(params: Params, batch_a: tuple[Any, ...], batch_b: tuple[Any, ...]) -> Array:
+        for name, batch in (("batch_a", batch_a), ("batch_b", batch_b)):
+            if not isinstance(batch, tuple):
+                came = type(batch).__name__
+                raise TypeError(f"`{name}` must be a tuple such as (x, targets), got {came}.")
+        return _inner(
+            ask(source, keep, params, *batch_a)[1], ask(second, keep, params, *batch_b)[1]
+        )
+
+    return products
+
+
+def gram(source: Source) -> Callable[..., Float[Array, "batch batch"]]:
+    """The Gram matrix of the gradients, `G[i, j] = <g_i, g_j>`.
+
+    It is the empirical neural tangent kernel of the loss; `ntk` is that of the outputs.
+
+    Args:
+        source: `(params, *batch) -> (values, factors)`.
+
+    Returns:
+        A function `(params, *batch) -> [batch, batch]`, float32 at least; symmetric, positive
+        semi-definite to rounding. Its diagonal are the squared norms;
+        `G / (n[:, None] * n[None, :])` with `n = sqrt(diagonal)` are the cosines.
+
+    Source: Jacot, Gabriel, Hongler (2018), arXiv:1806.07572.
+
+    >>> import fnn
+    >>> net = fnn.mlp((3, 2))
+    >>> f = gram(fnn.source(net, fnn.losses.l2_loss))
+    >>> f(net.init(jax.random.key(0)), jnp.ones((5, 3)), jnp.zeros((5, 2))).shape
+    (5, 5)
+    """
+    check_is_source(source)
+
+    def products(params: Params, *batch: ArrayLike) -> Array:
+        factors = ask(source, keep, params, *batch)[1]
+        return _inner(factors, factors)
+
+    return products
+
+
+def ntk(net: Layer, outputs: Outputs = "full") -> Callable[..., Float[Array, "a b *outputs"]]:
+    """The empirical neural tangent kernel of the outputs, `K = J(x_a) J(x_b)^T`.
+
+    J is the Jacobian of the outputs with respect to the params; it is never formed. One backward
+    pass an output gives its factors.
+
+    Args:
+        net: any layer.
+        outputs: `"full"`, every pair of outputs; `"diagonal"`, every output with itself; or
+            `"trace"`, the sum of the diagonal.
+
+    Returns:
+        A function `(params, x_a [a, ...], x_b [b, ...]) -> kernel`: `[a, b, outputs, outputs]`,
+        `[a, b, outputs]` or `[a, b]`, float32 at least. Outputs of several axes count as one.
+
+    Raises:
+        TypeError, ValueError: `net` is no Layer; `outputs` is unknown.
+
+    Source: Jacot, Gabriel, Hongler (2018), arXiv:1806.07572; Novak, Sohl-Dickstein, Schoenholz
+    (2022), arXiv:2206.08720 (structured derivatives).
+
+    >>> import fnn
+    >>> net = fnn.dense(3, 2)
+    >>> x = jnp.ones((4, 3))
+    >>> ntk(net)(net.init(jax.random.key(0)), x, x)[0, 0]  # |x|^2 + 1 for the bias
+    Array([[4., 0.],
+           [0., 4.]], dtype=float32)
+    """
+    check_net(net)
+    _validate.one_of("outputs", outputs, ("full", "trace", "diagonal"))
+
+    def kernel(params: Params, x_a: ArrayLike, x_b: ArrayLike) -> Array:
+        first, second = (_jacobian(net, params, x) for x in (x_a, x_b))
+        if outputs == "full":
+            rows = jax.vmap(lambda f: jax.vmap(lambda g: _inner(f, g))(second))(first)
+            return jnp.transpose(rows, (2, 3, 0, 1))
+        diagonal = jax.vmap(_inner)(first, second)  # [outputs, a, b]
+        return diagonal.sum(0) if outputs == "trace" else jnp.moveaxis(diagonal, 0, 2)
+
+    return kernel
+
+
+def _jacobian(net: Layer, params: Params, x: ArrayLike) -> Any:
+    """The factors of the gradient of every output, arrays `[outputs, batch, ...]`."""
+    _validate.is_array("x", x)
+    y, residuals = net.forward(params, jnp.asarray(x))
+    size = y[0].size
+    one_hot = jnp.eye(size, dtype=bool).reshape(size, 1, *y.shape[1:])
+
+    def of_output(which: Array) -> Any:
+        dy = jnp.where(which, jnp.ones_like(y), 0)
+        return net.backward(params, residuals, dy, keep)[0]
+
+    return jax.vmap(of_output)(one_hot)
+
+
+def _inner(factors: Any, others: Any) -> Array:
+    """The inner products of whole gradients."""
+    return sum_leaves(jax.tree.map(lambda f, g: f.inner(g), factors, others, is_leaf=is_factor))

@@ -1,0 +1,168 @@
+"""The compiled programs of the statistics: size, memory, and JAX's transformations of them."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+import fnn
+from fnn import per_example as pe
+
+LABELS = fnn.losses.softmax_cross_entropy_with_integer_labels
+SQUARES = fnn.losses.l2_loss
+STATISTICS = {
+    "norms": pe.norms,
+    "clipped": lambda source: pe.clipped_gradient(source, 1.0),
+    "per_layer": lambda source: pe.clipped_gradient(source, 1.0, per_layer=True),
+    "weighted": pe.weighted_gradient,
+    "moments": pe.moments,
+    "noise_scale": pe.noise_scale,
+    "gram": pe.gram,
+    "gradients": pe.gradients,
+}
+LIMITS = {"norms": 2.0, "clipped": 2.5, "per_layer": 3.0, "moments": 4.0, "noise_scale": 3.0}
+
+
+def by_jax(net, loss):
+    return jax.value_and_grad(fnn.mean_loss(net, loss))
+
+
+def shape(*axes, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(axes, dtype)
+
+
+def labels(batch):
+    return shape(batch, dtype=jnp.int32)
+
+
+def shapes_of(net):
+    return jax.eval_shape(net.init, jax.random.key(0))
+
+
+def lowered(f, *args):
+    return jax.jit(f).lower(*args).as_text()
+
+
+def operations(f, *args):
+    """The lines of the lowered text that define a value."""
+    return sum(bool(re.match(r"\s*%[^=]*= ", line)) for line in lowered(f, *args).splitlines())
+
+
+@pytest.mark.parametrize("depth", [4, 16, 64])
+def test_programs_are_a_few_times_as_large_as_that_of_jax_grad(depth):
+    net = fnn.mlp((64,) * (depth + 1))
+    args = shapes_of(net), shape(32, 64), labels(32)
+    whole = operations(by_jax(net, LABELS), *args)
+    source = fnn.source(net, LABELS)
+    for name, limit in LIMITS.items():
+        ratio = operations(STATISTICS[name](source), *args) / whole
+        assert ratio <= limit, f"{name}: {ratio:.2f}"
+
+
+SMALL = fnn.serial(
+    fnn.dense(5, 6),
+    fnn.activations.tanh,
+    fnn.repeat(fnn.residual(fnn.serial(fnn.layer_norm(6), fnn.dense(6, 6))), 2),
+    fnn.iterate(fnn.residual(fnn.serial(fnn.dense(6, 6), fnn.activations.softplus)), 3),
+    fnn.dense(6, 4),
+)
+TABLE = fnn.serial(fnn.embedding(7, 5), fnn.dense(5, 4))
+NETS = {
+    "one position": (SMALL, (8, 5), jnp.float32, (8, 4)),
+    "positions": (SMALL, (8, 3, 5), jnp.float32, (8, 3, 4)),
+    "embedding": (TABLE, (8, 3), jnp.int32, (8, 3, 4)),
+}
+
+
+def batch_of(name):
+    net, x_shape, dtype, t_shape = NETS[name]
+    keys = jax.random.split(jax.random.key(3), 2)
+    x = 3 * jax.random.normal(keys[0], x_shape)
+    x = (jnp.abs(x) % 7).astype(dtype) if dtype == jnp.int32 else x
+    return net, net.init(jax.random.key(0)), x, jax.random.normal(keys[1], t_shape)
+
+
+def assert_close(ours, expected):
+    def close(a, b):
+        a, b = (np.asarray(v, np.float64) for v in (a, b))
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * max(1, np.abs(b).max()))
+
+    jax.tree.map(close, ours, expected)
+
+
+def each(test):
+    test = pytest.mark.parametrize("net", NETS)(test)
+    return pytest.mark.parametrize("name", STATISTICS)(test)
+
+
+@each
+def test_a_program_has_one_cond_at_most(name, net):
+    net, params, x, targets = batch_of(net)
+    text = lowered(STATISTICS[name](fnn.source(net, SQUARES)), params, x, targets)
+    assert len(re.findall(r"stablehlo\.(?:case|if)\b", text)) <= 1
+
+
+@each
+def test_shard_map_with_its_default_checks(name, net):
+    net, params, x, targets = batch_of(net)
+    f = STATISTICS[name](fnn.source(net, SQUARES))
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = PartitionSpec("data")
+
+    def with_axis(params, x, targets):
+        return jax.tree.map(jnp.atleast_1d, f(params, x, targets))
+
+    specs = (PartitionSpec(), rows, rows)
+    sharded = jax.shard_map(with_axis, mesh=mesh, in_specs=specs, out_specs=rows)
+    ours = jax.jit(sharded)(params, x, targets)
+    assert_close(jax.tree.leaves(ours), jax.tree.leaves(with_axis(params, x, targets)))
+
+
+@each
+def test_vmap_over_nets(name, net):
+    net, params, x, targets = batch_of(net)
+    f = jax.jit(STATISTICS[name](fnn.source(net, SQUARES)))
+    other = jax.tree.map(lambda p: 0.5 * p, params)
+    both = jax.tree.map(lambda *p: jnp.stack(p), params, other)
+    ours = jax.jit(jax.vmap(f, (0, None, None)))(both, x, targets)
+    one_by_one = [f(p, x, targets) for p in (params, other)]
+    assert_close(ours, jax.tree.map(lambda *a: jnp.stack(a), *one_by_one))
+
+
+@each
+def test_reverse_mode_is_forward_mode(name, net):
+    net, params, x, targets = batch_of(net)
+    f = STATISTICS[name](fnn.source(net, SQUARES))
+
+    def scalar(step):
+        moved = jax.tree.map(lambda p: p + step * jnp.cos(p), params)
+        leaves = jax.tree.leaves(f(moved, x, targets))
+        return sum((a**2).mean() for a in leaves if jnp.issubdtype(a.dtype, jnp.floating))
+
+    backwards = jax.jit(jax.grad(scalar))(0.0)
+    forwards = jax.jit(lambda s: jax.jvp(scalar, (s,), (1.0,))[1])(0.0)
+    np.testing.assert_allclose(backwards, forwards, rtol=1e-3, atol=1e-6)
+    assert abs(forwards) > 1e-9
+
+
+@each
+def test_debug_nans_finds_none(name, net):
+    net, params, x, targets = batch_of(net)
+    f = STATISTICS[name](fnn.source(net, SQUARES))
+    with jax.debug_nans(True):
+        jax.block_until_ready(jax.jit(f)(params, x, targets))
+
+
+@each
+def test_export_with_a_symbolic_batch(name, net):
+    net, params, x, targets = batch_of(net)
+    f = STATISTICS[name](fnn.source(net, SQUARES))
+    (batch,) = jax.export.symbolic_shape("batch")
+    args = [jax.ShapeDtypeStruct((batch, *a.shape[1:]), a.dtype) for a in (x, targets)]
+    exported = jax.export.export(jax.jit(f))(shapes_of(net), *args)
+    for rows in (8, 3):
+        ours = exported.call(params, x[:rows], targets[:rows])
+        assert_close(ours, f(params, x[:rows], targets[:rows]))
