@@ -82,7 +82,7 @@ def moons(seed: int, data_dir: Path | None) -> Dataset:
 
 
 def spirals(seed: int, data_dir: Path | None) -> Dataset:
-    """1,000 points on two arms of a spiral, one and a half turns each, with noise; 20 % held out."""
+    """1,000 noisy points on two arms of a spiral, one and a half turns each; 20 % held out."""
     rng = np.random.default_rng(seed)
     t = np.arange(1000) % 2
     # uniform along the area, so that the outer turns are not thin
@@ -174,7 +174,8 @@ def _images(name: str, data_dir: Path | None, description: str) -> Dataset:
     )
     if x_train.shape[1:] != x_test.shape[1:]:
         raise ValueError(
-            f"{folder}: train images are {x_train.shape[1:]} pixels but test images are {x_test.shape[1:]}."
+            f"{folder}: train images are {x_train.shape[1:]} pixels but test images are "
+            f"{x_test.shape[1:]}."
         )
     x_train, x_test = (x.reshape(len(x), -1).astype(np.float32) / 255 for x in (x_train, x_test))
     return _of_classes(name, (x_train, t_train, x_test, t_test), description)

@@ -39,8 +39,14 @@ FILES = (
     "t10k-images-idx3-ubyte.gz",
     "t10k-labels-idx1-ubyte.gz",
 )
-_MNIST = "f68b3c2dcbeaaa9fbdd348bbdeb94873 d53e105ee54ea40749a09fcbcd1e9432 9fb629c4189551a2d022fa330f9573f3 ec29112dd5afa0611ce80d1b7f02629c"
-_FASHION = "8d4fb7e6c68d591d4c3dfef9ec88bf0d 25c81989df183df01b3e8a0aad5dffbe bef4ecab320f06d8554ea6380940ec79 bb300cfdad3c16e7a12a480ee83cd310"
+_MNIST = (
+    "f68b3c2dcbeaaa9fbdd348bbdeb94873 d53e105ee54ea40749a09fcbcd1e9432 "
+    "9fb629c4189551a2d022fa330f9573f3 ec29112dd5afa0611ce80d1b7f02629c"
+)
+_FASHION = (
+    "8d4fb7e6c68d591d4c3dfef9ec88bf0d 25c81989df183df01b3e8a0aad5dffbe "
+    "bef4ecab320f06d8554ea6380940ec79 bb300cfdad3c16e7a12a480ee83cd310"
+)
 REMOTES = {
     "mnist": Remote(
         "https://ossci-datasets.s3.amazonaws.com/mnist",
@@ -69,20 +75,23 @@ def read_idx(path: Path) -> np.ndarray:
     content = _contents(path)
     if len(content) < 4 or content[:2] != b"\0\0" or content[2] not in DTYPES:
         raise ValueError(
-            f"{path}: expected an IDX file, which begins with 0, 0, a dtype code out of {', '.join(f'0x{code:02x}' for code in DTYPES)}, "
-            f"got the bytes {content[:4].hex(' ') or '(none)'}. Is it another file under this name?"
+            f"{path}: expected an IDX file, which begins with 0, 0, a dtype code out of "
+            f"{', '.join(f'0x{code:02x}' for code in DTYPES)}, got the bytes "
+            f"{content[:4].hex(' ') or '(none)'}. Is it another file under this name?"
         )
     axes, dtype = content[3], np.dtype(DTYPES[content[2]])
     start = 4 + 4 * axes
     if len(content) < start:
         raise ValueError(
-            f"{path}: expected a header of {start} bytes for {axes} axes, got {len(content)} bytes. The file is cut off."
+            f"{path}: expected a header of {start} bytes for {axes} axes, got {len(content)} "
+            "bytes. The file is cut off."
         )
     shape = struct.unpack(f">{axes}I", content[4:start])
     expected, got = dtype.itemsize * int(np.prod(shape, dtype=object)), len(content) - start
     if got != expected:
         raise ValueError(
-            f"{path}: expected {expected} bytes for shape {shape} of {dtype.name}, got {got}. Fetch the file again."
+            f"{path}: expected {expected} bytes for shape {shape} of {dtype.name}, got {got}. "
+            "Fetch the file again."
         )
     return (
         np.frombuffer(content, dtype, offset=start).reshape(shape).astype(dtype.newbyteorder("="))
@@ -108,11 +117,13 @@ def read_images(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
     for file, array, axes in ((image_file, images, 3), (label_file, labels, 1)):
         if array.ndim != axes or array.dtype != np.uint8 or array.size == 0:
             raise ValueError(
-                f"{file}: expected {axes} axes of uint8, none empty, got shape {array.shape} of {array.dtype}."
+                f"{file}: expected {axes} axes of uint8, none empty, got shape {array.shape} of "
+                f"{array.dtype}."
             )
     if len(images) != len(labels):
         raise ValueError(
-            f"{image_file} has {len(images)} images but {label_file} has {len(labels)} labels. Are they of one set?"
+            f"{image_file} has {len(images)} images but {label_file} has {len(labels)} labels. Are "
+            "they of one set?"
         )
     return images, labels
 
@@ -145,12 +156,14 @@ def download(name: str, *, url: str | None = None, cache: Path | None = None) ->
             pooch.retrieve(source, f"md5:{md5}", file, folder, downloader=fetch)
         except requests.RequestException as error:
             raise ConnectionError(
-                f"Cannot download {source} ({type(error).__name__}: {error}). Fetch the files by other means and pass their folder: "
-                "--data-dir FOLDER. Another place to download from? Set FNN_DATA_URL."
+                f"Cannot download {source} ({type(error).__name__}: {error}). Fetch the files by "
+                "other means and pass their folder: --data-dir FOLDER. Another place to download "
+                "from? Set FNN_DATA_URL."
             ) from None
         except ValueError as error:
             raise ValueError(
-                f"{source} is not the file expected, md5 {md5}: {error} Pass a folder with the right files: --data-dir FOLDER."
+                f"{source} is not the file expected, md5 {md5}: {error} Pass a folder with the "
+                "right files: --data-dir FOLDER."
             ) from None
     return folder
 
@@ -165,7 +178,8 @@ def _contents(path: Path) -> bytes:
         return gzip.decompress(raw)
     except (EOFError, OSError, zlib.error) as error:
         raise ValueError(
-            f"{path}: expected a whole gzip file, got a damaged or cut-off one of {len(raw)} bytes ({error}). Fetch it again."
+            f"{path}: expected a whole gzip file, got a damaged or cut-off one of {len(raw)} bytes "
+            f"({error}). Fetch it again."
         ) from None
 
 
@@ -181,10 +195,12 @@ def _find(folder: Path, split: str, kind: str) -> Path:
     official = [path for path in found if re.match(rf"{split}-{kind}", path.name)]
     if not found:
         raise FileNotFoundError(
-            f"{folder}: no {split} {kind} there, such as {split}-{kind}-idx{3 if kind == 'images' else 1}-ubyte.gz."
+            f"{folder}: no {split} {kind} there, such as "
+            f"{split}-{kind}-idx{3 if kind == 'images' else 1}-ubyte.gz."
         )
     if len(found) > 1 and not official:
         raise ValueError(
-            f"{folder}: several files may be the {split} {kind}: {', '.join(path.name for path in found)}. Keep one."
+            f"{folder}: several files may be the {split} {kind}: "
+            f"{', '.join(path.name for path in found)}. Keep one."
         )
     return (official or found)[0]

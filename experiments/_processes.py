@@ -29,20 +29,23 @@ def start() -> None:
     if given and len(given) < len(VARIABLES):
         missing = ", ".join(name for name in VARIABLES if name not in given)
         raise ValueError(
-            f"`distributed`: {', '.join(given)} is set, but not {missing}. Set all three; or none, on a cluster."
+            f"`distributed`: {', '.join(given)} is set, but not {missing}. Set all three; or none, "
+            "on a cluster."
         )
     if not given:
         try:
             jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT)
         except (ValueError, RuntimeError) as error:
             raise ValueError(
-                f"`distributed`: JAX finds no cluster here ({error}). Set {', '.join(VARIABLES)} for each process."
+                f"`distributed`: JAX finds no cluster here ({error}). Set {', '.join(VARIABLES)} "
+                "for each process."
             ) from None
         return
     address, count, rank = (given[name] for name in VARIABLES)
     if not (count.isdecimal() and rank.isdecimal() and int(rank) < int(count)):
         raise ValueError(
-            f"`distributed`: JAX_PROCESS_ID must be in 0 ... JAX_NUM_PROCESSES - 1, got {rank} and {count}."
+            f"`distributed`: JAX_PROCESS_ID must be in 0 ... JAX_NUM_PROCESSES - 1, got {rank} and "
+            f"{count}."
         )
     jax.distributed.initialize(address, int(count), int(rank), heartbeat_timeout_seconds=HEARTBEAT)
 

@@ -40,6 +40,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+import fnn
 from fnn import _validate
 
 # Okabe and Ito (2008), told apart by every kind of colour vision; yellow, too pale for a line on
@@ -114,7 +115,7 @@ def check_seeds(seeds: Sequence[int]) -> None:
             f"`seeds` has repeats, {seeds}: a seed gives the same net twice. Give each once."
         )
     for seed in seeds:
-        _validate.key(seed)
+        fnn.key(seed)
 
 
 def save_metrics(path: Path, config: Any, results: Any) -> Path:
@@ -162,7 +163,7 @@ def jsonable(value: Any) -> Any:
 
 
 def versions() -> dict[str, str]:
-    """The versions of Python and of the libraries that numbers depend on, and the kind of device."""
+    """The versions of Python and the libraries that numbers depend on, and the kind of device."""
     libraries = {
         name: importlib.metadata.version(name)
         for name in ("jax", "jaxlib", "optax", "numpy", "scikit-learn")

@@ -38,7 +38,8 @@ def begin(name: str, config: Any, out: Path | None) -> Path:
     path = _new(name) if out is None else _run.folder(name, out)
     if (path / CONFIG).exists():
         raise FileExistsError(
-            f"{path} holds a run already. Go on with it: --resume {path}. Or choose another folder: --out FOLDER."
+            f"{path} holds a run already. Go on with it: --resume {path}. Or choose another "
+            "folder: --out FOLDER."
         )
     content = {"experiment": name, "config": _run.jsonable(config), "versions": _run.versions()}
     part = path / f"{CONFIG}.part"
@@ -69,7 +70,8 @@ def config_of(path: Path, kind: type) -> Any:
     """
     if not (path / CONFIG).is_file():
         raise FileNotFoundError(
-            f"`resume` must be a run's folder, got {path}, which has no {CONFIG}. `python -m experiments runs` lists them."
+            f"`resume` must be a run's folder, got {path}, which has no {CONFIG}. "
+            "`python -m experiments runs` lists them."
         )
     flags, hints = (
         json.loads((path / CONFIG).read_text(encoding="utf-8"))["config"],
@@ -77,7 +79,8 @@ def config_of(path: Path, kind: type) -> Any:
     )
     if unknown := sorted(set(flags) ^ {field.name for field in dataclasses.fields(kind)}):
         raise ValueError(
-            f"{path / CONFIG} is of another version of this experiment: {', '.join(unknown)} differ. Begin a new run."
+            f"{path / CONFIG} is of another version of this experiment: {', '.join(unknown)} "
+            "differ. Begin a new run."
         )
     paths = {name for name, hint in hints.items() if hint is Path or Path in typing.get_args(hint)}
     values = {

@@ -87,7 +87,8 @@ def check(config: Config) -> None:
     check_positive(config, "points", whole=True)
     if config.limit > 100:
         raise ValueError(
-            f"`limit` must be at most 100, since softplus is summed up of as many sigmoids; got {config.limit:g}."
+            "`limit` must be at most 100, since softplus is summed up of as many sigmoids; got "
+            f"{config.limit:g}."
         )
 
 
@@ -154,7 +155,8 @@ def main(config: Config) -> None:
         "mean output",
     )
     print_table(
-        f"Saturation for inputs from -{config.limit:g} to {config.limit:g}; mean output for N(0, 1)",
+        f"Saturation for inputs from -{config.limit:g} to {config.limit:g}; mean output for "
+        "N(0, 1)",
         columns,
         rows,
     )
@@ -202,10 +204,11 @@ def sentence(result: Result, config: Config) -> str:
     mean = {name: decimals(curve.mean) for name, curve in result.curves.items()}
     error, where = worst(result.x, result.softplus.error_from_one)
     return (
-        f"The slope is below {config.threshold:g} on {saturated['sigmoid']} of [−{config.limit:g}, {config.limit:g}] for sigmoid, on "
-        f"{saturated['tanh']} for tanh, {saturated['relu']} for ReLU, {saturated['leaky_relu']} for leaky ReLU; for inputs from N(0, 1) "
-        f"the mean output is {mean['sigmoid']} of sigmoid, {mean['tanh']} of tanh, {mean['relu']} of ReLU; softplus is a sum of shifted "
-        f"sigmoids to within {error:.4f}, at x = {decimals(where, 1)}"
+        f"The slope is below {config.threshold:g} on {saturated['sigmoid']} of [−{config.limit:g}, "
+        f"{config.limit:g}] for sigmoid, on {saturated['tanh']} for tanh, {saturated['relu']} for "
+        f"ReLU, {saturated['leaky_relu']} for leaky ReLU; for inputs from N(0, 1) the mean output "
+        f"is {mean['sigmoid']} of sigmoid, {mean['tanh']} of tanh, {mean['relu']} of ReLU; "
+        f"softplus is a sum of shifted sigmoids to within {error:.4f}, at x = {decimals(where, 1)}"
     )
 
 
@@ -246,7 +249,8 @@ def draw_activations(fig: Any, result: Result, config: Config) -> None:
         axis.axis("off")
     panels[-1].legend(*panels[0].get_legend_handles_labels(), loc="center", fontsize=11)
     fig.supxlabel(
-        "input x; the percentage is the saturated (shaded) share, the mean that of the outputs for inputs from N(0, 1)",
+        "input x; the percentage is the saturated (shaded) share, the mean that of the outputs for "
+        "inputs from N(0, 1)",
         fontsize=10,
     )
 

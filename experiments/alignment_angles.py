@@ -263,8 +263,9 @@ def draw(path: Path, curves: list[Curve], config: Config) -> None:
     }
     small, he = (by_start[start][0] for start in ("small", "He"))
     title = (
-        f"Feedback alignment's update comes from {small.first:.0f}° to {small.last.mean():.0f}° off the gradient where weights start "
-        f"small, and to {he.last.mean():.0f}° where they start as large as the feedback"
+        f"Feedback alignment's update comes from {small.first:.0f}° to {small.last.mean():.0f}° "
+        f"off the gradient where weights start small, and to {he.last.mean():.0f}° where they "
+        "start as large as the feedback"
     )
     panels = zip(
         by_start,

@@ -377,7 +377,8 @@ def main(config: Config) -> None:
         "An epoch of SGD, 64-32-10 on digits at batch 32", ("loop", "ms", "ratio to fit"), epochs
     )
     print(
-        f"repeat(layer, 100) compiles in {result.repeat_compile:.2f} times the time of repeat(layer, 4)"
+        f"repeat(layer, 100) compiles in {result.repeat_compile:.2f} times the time of "
+        "repeat(layer, 4)"
     )
     print("; ".join(f"{name}: {s:.2f} s" for name, s in result.import_seconds.items()))
     path = folder("benchmark", config.out)
@@ -410,7 +411,10 @@ def draw(path: Path, result: Result) -> None:
         name: geometric_mean([getattr(row, name) for row in result.rows])
         for name in ("time", "clipped")
     }
-    title = f"A hand-written gradient takes {mean['time']:.2f} times as long as jax.grad, one with every example clipped {mean['clipped']:.2f}"
+    title = (
+        f"A hand-written gradient takes {mean['time']:.2f} times as long as jax.grad, one with "
+        f"every example clipped {mean['clipped']:.2f}"
+    )
     labels = {
         "time": "manual gradient",
         "noise": "jax.grad compiled again",

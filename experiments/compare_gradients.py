@@ -44,7 +44,7 @@ class Config:
 
     sizes: tuple[int, ...] = (256, 128)
     """Hidden units, layer by layer."""
-    activation: str = "relu"
+    activation: activations.Name = "relu"
     """Any name out of fnn.activations.ACTIVATIONS."""
     learning_rate: float = 2e-3
     """AdamW's step size at the start; it falls to 0 along a cosine."""
@@ -189,7 +189,10 @@ def print_report(when: str, report: GradientReport, to_float64: np.ndarray) -> N
         )
         for leaf, both in zip(report.leaves, to_float64.T, strict=True)
     ]
-    title = f"Manual (m) against automatic (a) gradient {when}: they {'agree' if report.passed else 'DIFFER'}"
+    title = (
+        f"Manual (m) against automatic (a) gradient {when}: they "
+        f"{'agree' if report.passed else 'DIFFER'}"
+    )
     print_table(title, ("leaf", "shape", "m to a", "m to float64", "a to float64", "exact"), rows)
 
 
@@ -201,8 +204,9 @@ def sentence(result: Result) -> str:
         for manual, automatic in result.to_float64.max(-1)
     )
     return (
-        f"Hand-written gradients reach {100 * result.test_accuracy:.1f} % test accuracy on digits and {agree} those of jax.grad: "
-        f"at most {before} from the gradient in float64 before training, {after} after it"
+        f"Hand-written gradients reach {100 * result.test_accuracy:.1f} % test accuracy on digits "
+        f"and {agree} those of jax.grad: at most {before} from the gradient in float64 before "
+        f"training, {after} after it"
     )
 
 

@@ -211,7 +211,8 @@ def run(
         data = load(name, data_dir=config.data_dir)
         if not data.classes:
             raise ValueError(
-                f"`datasets` has {name}, which has no classes to be right about. Take digits, mnist1d, mnist, ..."
+                f"`datasets` has {name}, which has no classes to be right about. Take digits, "
+                "mnist1d, mnist, ..."
             )
         found[name] = []
         for method in config.methods:

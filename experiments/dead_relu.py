@@ -44,11 +44,12 @@ from experiments._run import (
 )
 from fnn import activations, steps
 from fnn.data import shuffled_batches
+from fnn.nets.activations import Name
 
 
 @dataclass(frozen=True)
 class Config:
-    activations: tuple[str, ...] = ("relu", "leaky_relu", "elu", "gelu")
+    activations: tuple[Name, ...] = ("relu", "leaky_relu", "elu", "gelu")
     """Of the hidden layer; at most seven."""
     hidden: int = 64
     """Hidden units."""
@@ -82,7 +83,7 @@ TINY = Config(
 class Run(NamedTuple):
     """One net's training. Where it diverged, shares and accuracy are NaN."""
 
-    activation: str
+    activation: Name
     rate: float
     bias: float
     share: np.ndarray  # [epochs + 1]: of dead units, before training and after every epoch
@@ -138,7 +139,8 @@ def check(config: Config) -> None:
     for i, bias in enumerate(config.biases):
         if not np.isfinite(bias) or bias == 0:
             raise ValueError(
-                f"`biases[{i}]` must be a finite number other than 0, which the rates are tried with; got {bias!r}."
+                f"`biases[{i}]` must be a finite number other than 0, which the rates are tried "
+                f"with; got {bias!r}."
             )
     for name in ("activations", "rates", "biases"):
         if len(set(getattr(config, name))) < len(getattr(config, name)):
@@ -147,7 +149,7 @@ def check(config: Config) -> None:
     fnn.key(config.seed)
 
 
-def epoch_function(rule: fnn.Rule, activation: str, data: Dataset) -> Callable[..., Any]:
+def epoch_function(rule: fnn.Rule, activation: Name, data: Dataset) -> Callable[..., Any]:
     """`(state, rate, batches) -> (state, dead [hidden])`, one epoch of plain SGD.
 
     The rate is an argument, so that it compiles once.
@@ -232,7 +234,8 @@ def main(config: Config) -> None:
         sum(getattr(r, name) for r in runs) for name in ("ever", "revived", "moved")
     )
     print(
-        f"{ever} units were found dead; {revived} came back, the weights of {moved} moved by a bit or more"
+        f"{ever} units were found dead; {revived} came back, the weights of {moved} moved by a bit "
+        "or more"
     )
     draw(path / "dead-relu.png", runs, config)
     save_metrics(path, config, runs)
@@ -272,7 +275,10 @@ def sentence(runs: tuple[Run, ...], config: Config) -> str:
         if ever
         else "no unit of any net died"
     )
-    return f"After {config.epochs} epochs by a learning rate of {config.watched:g} {', '.join(parts)}; {came_back}"
+    return (
+        f"After {config.epochs} epochs by a learning rate of {config.watched:g} "
+        f"{', '.join(parts)}; {came_back}"
+    )
 
 
 def draw(path: Path, runs: tuple[Run, ...], config: Config) -> None:

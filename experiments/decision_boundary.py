@@ -49,7 +49,7 @@ class Config:
     """spirals, moons or flower."""
     widths: tuple[int, ...] = (3, 6, 20)
     """Hidden units of each net, at most six widths."""
-    activation: str = "tanh"
+    activation: activations.Name = "tanh"
     """Any name out of fnn.activations.ACTIVATIONS."""
     learning_rate: float = 0.02
     """Adam's step size."""
@@ -180,7 +180,8 @@ def draw(path: Path, data: Dataset, found: tuple[Nets, ...], config: Config) -> 
             axis = sides[0, column].subplots()
             draw_regions(axis, nets.probability, edges(data), data.x_train, data.t_train)
             axis.set_title(
-                f"{nets.units} hidden unit{'s' * (nets.units > 1)}: {100 * nets.train_accuracy[nets.shown]:.1f} % right"
+                f"{nets.units} hidden unit{'s' * (nets.units > 1)}: "
+                f"{100 * nets.train_accuracy[nets.shown]:.1f} % right"
             )
             columns = min(nets.units, max(3, math.ceil(math.sqrt(nets.units))))
             sides[1, column].suptitle("output of each hidden unit", fontsize=11)

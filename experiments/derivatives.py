@@ -168,7 +168,8 @@ def main(config: Config) -> None:
             rows,
         )
         print(
-            f"sum {t.chain:.9g}; one sweep forward along dx/dt {t.forward:.9g}; of the composed function {t.composed:.9g}"
+            f"sum {t.chain:.9g}; one sweep forward along dx/dt {t.forward:.9g}; of the composed "
+            f"function {t.composed:.9g}"
         )
     draw(path / "derivatives.png", result, config)
     save_metrics(path, config, result)
@@ -188,8 +189,9 @@ def sentence(result: Result) -> str:
     }
     difference = apart(result.ways)
     return (
-        f"A numeric derivative is best at steps of about {best['float64']:.0e} in float64 and {best['float32']:.0e} in float32; "
-        f"the symbolic, forward and reverse ones take no step and {f'agree within {difference:.0e}' if difference else 'are equal'}"
+        f"A numeric derivative is best at steps of about {best['float64']:.0e} in float64 and "
+        f"{best['float32']:.0e} in float32; the symbolic, forward and reverse ones take no step "
+        f"and {f'agree within {difference:.0e}' if difference else 'are equal'}"
     )
 
 

@@ -171,7 +171,10 @@ def main(config: Config) -> None:
             zip(result.confusion.sum(1), right, result.confusion.sum(0), strict=True)
         )
     ]
-    title = f"{data.name}: {100 * result.test_accuracy:.1f} % of the test images right, {100 * result.train_accuracy:.1f} % in training"
+    title = (
+        f"{data.name}: {100 * result.test_accuracy:.1f} % of the test images right, "
+        f"{100 * result.train_accuracy:.1f} % in training"
+    )
     print_table(title, ("class", "test images", "found (%)", "right when said (%)"), rows)
     draw(path / "digits.png", data, result)
     mistakes = [
@@ -187,7 +190,10 @@ def draw(path: Path, data: Dataset, result: Result) -> None:
     """The confusion matrix, the worst mistakes, and the first layer's weights."""
     mistakes = worst(data, result)
     right, count = len(data.t_test) - len(mistakes), len(data.t_test)
-    title = f"The net gets {right:,} of {count:,} test images of {data.name} right ({100 * result.test_accuracy:.1f} %)"
+    title = (
+        f"The net gets {right:,} of {count:,} test images of {data.name} right "
+        f"({100 * result.test_accuracy:.1f} %)"
+    )
     with figure(path, title, size=(12.5, 4.7)) as (fig, axes):
         axes.remove()
         sides: Any = fig.subfigures(1, 3, width_ratios=(1.15, 1, 1))

@@ -367,7 +367,8 @@ def main(config: Config) -> None:
     )
     same = sum(digest == result.expected for digest in result.digests)
     print(
-        f"{same} of {len(result.digests)} trainings ended with the parameters of an undisturbed one, SHA-256 {result.expected[:16]}..."
+        f"{same} of {len(result.digests)} trainings ended with the parameters of an undisturbed "
+        f"one, SHA-256 {result.expected[:16]}..."
     )
     print(f"Left beside checkpoints: {', '.join(result.left) or 'nothing'}")
     if result.cost:
@@ -378,10 +379,12 @@ def main(config: Config) -> None:
             100 * (ratio - 1) for ratio in (result.cost.ratio, *result.cost.interval)
         )
         print(
-            f"A checkpoint after every epoch of {config.examples:,} examples: {timed} takes {more:.1f} % more time"
+            f"A checkpoint after every epoch of {config.examples:,} examples: {timed} takes "
+            f"{more:.1f} % more time"
         )
         print(
-            f"(95 % interval {low:.1f} to {high:.1f} %), and {wide}, whose state has {result.cost.megabytes:.0f} MB,"
+            f"(95 % interval {low:.1f} to {high:.1f} %), and {wide}, whose state has "
+            f"{result.cost.megabytes:.0f} MB,"
         )
         print(f"{result.cost.copies:.2f} copies of it more memory at the peak")
     draw(path / "endurance.png", result)
@@ -393,7 +396,10 @@ def main(config: Config) -> None:
 def draw(path: Path, result: Result) -> None:
     """How far the training was at every kill."""
     same = sum(digest == result.expected for digest in result.digests)
-    title = f"{len(result.kills)} kills, and {same} of {len(result.digests)} trainings ended bit for bit as if there had been none"
+    title = (
+        f"{len(result.kills)} kills, and {same} of {len(result.digests)} trainings ended bit for "
+        "bit as if there had been none"
+    )
     with figure(path, title) as (_, axes):
         axes.plot([kill.epoch for kill in result.kills], color="#999999", linewidth=1, zorder=1)
         for kind, colour, marker in zip(KINDS, COLOURS, "osv", strict=False):

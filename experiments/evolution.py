@@ -152,7 +152,8 @@ def run(config: Config, advance: Callable[[str], Any] = lambda text: None) -> Re
     for name in ("cloud", "population"):
         if getattr(config, name) % 2 or getattr(config, name) < config.parents:
             raise ValueError(
-                f"`{name}` must be an even number, at least `parents` {config.parents}; got {getattr(config, name)}."
+                f"`{name}` must be an even number, at least `parents` {config.parents}; got "
+                f"{getattr(config, name)}."
             )
     if not config.seeds or len(set(config.seeds)) < len(config.seeds):
         raise ValueError(f"`seeds` must be at least one, each once; got {config.seeds}.")
@@ -296,7 +297,10 @@ def main(config: Config) -> None:
         (way.name, f"{way.losses[0, 0]:.2f}", f"{median:.3f}", f"{low:.3f} ... {high:.3f}")
         for way, low, median, high in ends
     ]
-    title = f"In the plane, {config.generations} generations of {config.cloud}, {config.repetitions} repetitions"
+    title = (
+        f"In the plane, {config.generations} generations of {config.cloud}, {config.repetitions} "
+        "repetitions"
+    )
     print_table(title, ("rule", "first loss", "last loss, median", "of 80 % of them"), rows)
     goal = f"{100 * GOAL:.0f} %"
     rows = [
@@ -346,8 +350,14 @@ def sentence(result: Result, config: Config) -> str:
         else "not all get there"
     )
     losses = result.plane[0].losses
-    plane = f"In {config.generations} generations the loss in the plane goes from {losses[0, 0]:.1f} to {after}, median of {len(losses)}"
-    return f"{plane}. After {config.epochs} epochs of digits the test accuracy is {accuracy}; for {100 * GOAL:.0f} % {cost}"
+    plane = (
+        f"In {config.generations} generations the loss in the plane goes from {losses[0, 0]:.1f} "
+        f"to {after}, median of {len(losses)}"
+    )
+    return (
+        f"{plane}. After {config.epochs} epochs of digits the test accuracy is {accuracy}; for "
+        f"{100 * GOAL:.0f} % {cost}"
+    )
 
 
 def draw(path: Path, result: Result, config: Config) -> None:

@@ -100,7 +100,7 @@ class Curve(NamedTuple):
 
 
 def run(config: Config, advance: Callable[[str], Any] = lambda text: None) -> list[Curve]:
-    """Measures the untrained and the trained net. `advance(text)` is called after every estimate."""
+    """Measures the untrained and the trained net; calls `advance(text)` after every estimate."""
     check(config)
     data = load("digits", seed=config.seed)
     net = fnn.mlp((data.features, *config.hidden, data.outputs))
@@ -264,8 +264,9 @@ def draw(path: Path, curves: list[Curve], config: Config) -> None:
     weights, one = first["weights"], first["activations"].mean[0]
     as_many = float(f"{np.interp(one, weights.predicted, weights.tangents):.1g}")
     title = (
-        f"One direction per example in the hidden activations comes as near to the gradient, a cosine of {one:.2f}, as about {as_many:.0f} "
-        "directions in the weights (untrained net); node perturbation is the same, in finite steps"
+        "One direction per example in the hidden activations comes as near to the gradient, a "
+        f"cosine of {one:.2f}, as about {as_many:.0f} directions in the weights (untrained net); "
+        "node perturbation is the same, in finite steps"
     )
     styles: dict[str, Any] = {
         "activations": {
@@ -325,5 +326,8 @@ def draw(path: Path, curves: list[Curve], config: Config) -> None:
             plain_numbers(axes.yaxis)
         panels[0].set(ylabel="cosine with the true gradient")
         panels[0].legend(fontsize=9, loc="lower right")
-        note = f"mean ± standard deviation of {config.draws} draws,\n{10 * config.draws} of node and weight perturbation"
+        note = (
+            f"mean ± standard deviation of {config.draws} draws,\n{10 * config.draws} of node and "
+            "weight perturbation"
+        )
         panels[1].text(0.98, 0.03, note, ha="right", fontsize=9, transform=panels[1].transAxes)

@@ -151,7 +151,10 @@ def main(config: Config) -> None:
         (fits.units, mean_std(list(fits.error), 3), mean_std(list(fits.residual), 3))
         for fits in result.fits
     ]
-    title = f"Root-mean-square errors, {config.starts} starts, {config.samples} samples, noise {config.noise:g}"
+    title = (
+        f"Root-mean-square errors, {config.starts} starts, {config.samples} samples, noise "
+        f"{config.noise:g}"
+    )
     print_table(title, ("hidden units", "to the function", "to the noisy samples"), rows)
     draw(path / "function-approximation.png", result, config)
     save_metrics(path, config, [fits._asdict() | {"median": None} for fits in result.fits])

@@ -114,7 +114,8 @@ def main(config: Config) -> None:
     print(f"page, pictures and metrics in {path}: open {path / 'index.html'}")
     if failed := [s.name for s in shown if s.error]:
         raise ValueError(
-            f"{len(failed)} of {len(shown)} experiments ended with an error: {', '.join(failed)}. See output.txt in the folder of each."
+            f"{len(failed)} of {len(shown)} experiments ended with an error: {', '.join(failed)}. "
+            "See output.txt in the folder of each."
         )
 
 
@@ -212,15 +213,21 @@ def page(shown: list[Shown]) -> str:
         numbers = f' · <a href="{s.name}/metrics.json">its numbers</a>' if s.metrics else ""
         parts.append(
             f'<section id="{s.name}"><h2>{html.escape(s.question)}</h2>'
-            f"<p><code>{html.escape(s.command)}</code> ({s.seconds:.0f} s){numbers}</p>{failed}{pictures}"
-            f"<details><summary>what it printed</summary><pre>{html.escape(s.printed)}</pre></details></section>"
+            f"<p><code>{html.escape(s.command)}</code> ({s.seconds:.0f} s){numbers}</p>"
+            f"{failed}{pictures}"
+            "<details><summary>what it printed</summary>"
+            f"<pre>{html.escape(s.printed)}</pre></details></section>"
         )
     index = "".join(f'<li><a href="#{s.name}">{s.name}</a></li>' for s in shown)
     return (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><title>fnn: the experiments</title><style>'
-        "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}img{max-width:100%}h2{margin-top:3rem}"
+        '<!doctype html><html lang="en"><meta charset="utf-8">'
+        "<title>fnn: the experiments</title><style>"
+        "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}"
+        "img{max-width:100%}h2{margin-top:3rem}"
         "ul{columns:3;padding-left:1.2rem}pre{overflow-x:auto;font-size:12px}</style>"
-        f'<h1>fnn: the experiments</h1><ul>{index}</ul><p><a href="gallery.png">All pictures on one sheet</a></p>{"".join(parts)}</html>\n'
+        f"<h1>fnn: the experiments</h1><ul>{index}</ul>"
+        '<p><a href="gallery.png">All pictures on one sheet</a></p>'
+        f"{''.join(parts)}</html>\n"
     )
 
 

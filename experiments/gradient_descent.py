@@ -190,7 +190,8 @@ def main(config: Config) -> None:
         rows,
     )
     print(
-        f"greatest difference to error x (1 - rate curvature)^k: {result.difference:.1e} of the first error"
+        f"greatest difference to error x (1 - rate curvature)^k: {result.difference:.1e} of the "
+        "first error"
     )
     rows = [
         (
@@ -226,7 +227,7 @@ def main(config: Config) -> None:
 
 
 def draw(path: Path, result: Result, config: Config) -> None:
-    """Paths on the quadratic, the error against its closed form, and the regression by batch size."""
+    """Paths on the quadratic, the error and its closed form, and the regression by batch size."""
     distance = np.linalg.norm(result.errors, axis=-1)
     times = ", ".join(
         f"{d[-1] / d[0]:.2g} × at {f:g}" for f, d in zip(config.fractions, distance, strict=True)
@@ -236,7 +237,8 @@ def draw(path: Path, result: Result, config: Config) -> None:
         for size, e in zip(config.batch_sizes, result.excess[:, 1], strict=True)
     )
     title = (
-        f"In {config.steps} steps the error becomes {times} of the bound 2/curvature, as its closed form says to {result.difference:.0e}; "
+        f"In {config.steps} steps the error becomes {times} of the bound 2/curvature, as its "
+        f"closed form says to {result.difference:.0e}; "
         f"one epoch of SGD leaves an excess loss of {after} examples a step"
     )
     with figure(path, title, columns=3, size=(13, 4.9)) as (_, (left, middle, right)):

@@ -96,7 +96,8 @@ def check(config: Config) -> None:
     )
     if config.top > 8:
         raise ValueError(
-            f"`top` must be at most 8, which is what fits into a row of the picture; got {config.top}."
+            "`top` must be at most 8, which is what fits into a row of the picture; got "
+            f"{config.top}."
         )
     fnn.key(config.seed)
 
@@ -225,10 +226,11 @@ def sentence(data: Dataset, result: Result, config: Config) -> str:
         else "NOT as predicted"
     )
     return (
-        f"With {100 * (result.said == data.t_test).mean():.1f} % of the test images right, {100 * own:.1f} % of the training images that "
-        f"helped one most carry its label ({100 * chances[0]:.0f} % by chance), {100 * other:.1f} % of those that hurt it most another "
-        f"({100 * chances[1]:.0f} %); steps on one image change a loss {predicted} ({100 * result.off[0]:.2g} % off, a hundredth of the "
-        f"step {100 * result.off[1]:.2g} %)"
+        f"With {100 * (result.said == data.t_test).mean():.1f} % of the test images right, "
+        f"{100 * own:.1f} % of the training images that helped one most carry its label "
+        f"({100 * chances[0]:.0f} % by chance), {100 * other:.1f} % of those that hurt it most "
+        f"another ({100 * chances[1]:.0f} %); steps on one image change a loss {predicted} "
+        f"({100 * result.off[0]:.2g} % off, a hundredth of the step {100 * result.off[1]:.2g} %)"
     )
 
 
@@ -243,11 +245,15 @@ def main(config: Config) -> None:
         for (name, m), c in zip(found.items(), by_chance(data), strict=True)
     ]
     accuracy = float((result.said == data.t_test).mean())
-    title = f"Labels of the {config.top} of the highest and lowest score, {len(data.t_test)} test images, {100 * accuracy:.1f} % right"
+    title = (
+        f"Labels of the {config.top} of the highest and lowest score, {len(data.t_test)} test "
+        f"images, {100 * accuracy:.1f} % right"
+    )
     print_table(title, ("share", "measured", "by chance"), rows)
     step, small = (f"{100 * off:.2g} %" for off in result.off)
     print(
-        f"{config.pairs} steps on one image change a test loss as predicted but for {step} of it; of a hundredth of a step, for {small}"
+        f"{config.pairs} steps on one image change a test loss as predicted but for {step} of it; "
+        f"of a hundredth of a step, for {small}"
     )
     draw(path / "influence.png", data, result, config)
     save_metrics(path, config, {"shares": found, "test_accuracy": accuracy, "off": result.off})

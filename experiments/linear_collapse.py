@@ -54,7 +54,7 @@ GRID = 150  # points along a side of the pictures
 class Config:
     dataset: str = "spirals"
     """moons, spirals or flower: two classes in the plane."""
-    activation: str = "relu"
+    activation: activations.Name = "relu"
     """Activation of the net that is trained beside the linear one."""
     depth: int = 8
     """Hidden layers of the trained nets."""
@@ -80,7 +80,7 @@ TINY = Config(depth=2, width=8, depths=(1, 3), epochs=2, batch_size=200)
 class Trained(NamedTuple):
     """A trained net, and what remains of it as one matrix."""
 
-    activation: str
+    activation: activations.Name
     # norm of (outputs - those of the matrix) over the test set, relative to the outputs
     difference: float
     accuracy: float  # on the test set, in 0 ... 1
@@ -130,11 +130,11 @@ def check(config: Config) -> None:
     fnn.key(config.seed)
 
 
-def make_net(config: Config, activation: str, depth: int) -> fnn.Layer:
+def make_net(config: Config, activation: activations.Name, depth: int) -> fnn.Layer:
     return fnn.mlp((2, *(config.width,) * depth, 1), activation, kernel_init=glorot_uniform())
 
 
-def train(config: Config, activation: str, data: Dataset) -> Trained:
+def train(config: Config, activation: activations.Name, data: Dataset) -> Trained:
     """Trains a net, collapses it and compares the two."""
     net = make_net(config, activation, config.depth)
     rule = fnn.rules.backprop(net, fnn.losses.sigmoid_binary_cross_entropy)
@@ -246,8 +246,9 @@ def sentence(result: Result, depth: int) -> str:
         else "and as many once multiplied out"
     )
     return (
-        f"{depth} hidden layers without activations {verdict} (outputs differ by {linear.difference:.0e}): {shares[0]:.1f} % right, "
-        f"logistic regression {shares[1]:.1f} %; with {other.activation} {shares[2]:.1f} %, {multiplied}"
+        f"{depth} hidden layers without activations {verdict} (outputs differ by "
+        f"{linear.difference:.0e}): {shares[0]:.1f} % right, logistic regression {shares[1]:.1f} "
+        f"%; with {other.activation} {shares[2]:.1f} %, {multiplied}"
     )
 
 

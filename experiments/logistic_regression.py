@@ -89,7 +89,8 @@ def run(config: Config) -> Result:
     chosen = data[:, [names.index(name) for name in config.features]]
     if separator(chosen, targets) is not None:
         raise ValueError(
-            f"`features` separate the classes without an error, so there is no optimum. Choose fewer than {len(names)}."
+            "`features` separate the classes without an error, so there is no optimum. Choose "
+            f"fewer than {len(names)}."
         )
     with jax.enable_x64(True):
         params, gradient = optimum(chosen, targets)
@@ -130,7 +131,8 @@ def check(config: Config) -> None:
         raise ValueError(f"`bins` is {config.bins} but there are only {len(data)} tumours.")
     if config.steps < 10:
         raise ValueError(
-            f"`steps` must be at least 10, got {config.steps}: the norm at the end is compared with that at a tenth of them."
+            f"`steps` must be at least 10, got {config.steps}: the norm at the end is compared "
+            "with that at a tenth of them."
         )
 
 
@@ -167,7 +169,8 @@ def descend(x: np.ndarray, targets: np.ndarray, config: Config) -> np.ndarray:
     )
     if not np.isfinite(norms).all():
         raise ValueError(
-            f"Gradient descent diverges at `learning_rate` {config.learning_rate:g}. Choose a lower one."
+            f"Gradient descent diverges at `learning_rate` {config.learning_rate:g}. Choose a "
+            "lower one."
         )
     return norms
 
@@ -226,10 +229,12 @@ def main(config: Config) -> None:
     )
     (of_chosen, of_all), (end, end_all) = growth(result.norms), result.norms[:, -1]
     print(
-        f"greatest number in the gradient {result.gradient:.1e}; norm of the weights after {config.steps:,} steps of gradient descent:"
+        f"greatest number in the gradient {result.gradient:.1e}; norm of the weights after "
+        f"{config.steps:,} steps of gradient descent:"
     )
     print(
-        f"chosen features {end:.3f}, {of_chosen:.4f} times that at a tenth of them; all 30 features {end_all:.3f}, {of_all:.4f} times"
+        f"chosen features {end:.3f}, {of_chosen:.4f} times that at a tenth of them; all 30 "
+        f"features {end_all:.3f}, {of_all:.4f} times"
     )
     scales = ", ".join(f"{value:.3g} at {scale:g} times" for scale, value in result.scaled.items())
     print(f"cross-entropy on all 30 features along a separating solution: {scales} (nats)")
@@ -257,8 +262,9 @@ def draw(path: Path, result: Result, config: Config) -> None:
     )
     separable = "separate" if np.isfinite(list(result.scaled.values())).all() else "do NOT separate"
     title = (
-        f"One neuron has scikit-learn's coefficients to {difference:.0e}; from step {config.steps // 10:,} to {config.steps:,} the norm "
-        f"of its weights grows {of_chosen:.3f}-fold on {len(config.features)} features and {of_all:.2f}-fold on all 30, "
+        f"One neuron has scikit-learn's coefficients to {difference:.0e}; from step "
+        f"{config.steps // 10:,} to {config.steps:,} the norm of its weights grows "
+        f"{of_chosen:.3f}-fold on {len(config.features)} features and {of_all:.2f}-fold on all 30, "
         f"which {separable} the classes"
     )
     with figure(path, title, columns=3, size=(13, 4.6)) as (_, (left, middle, right)):

@@ -349,7 +349,8 @@ def check(config: Config) -> None:
     ):
         if getattr(config, name) < least:
             raise ValueError(
-                f"`{name}` must be at least {least} with these settings, got {getattr(config, name)}."
+                f"`{name}` must be at least {least} with these settings, got "
+                f"{getattr(config, name)}."
             )
 
 
@@ -373,7 +374,10 @@ def main(config: Config) -> None:
                 mean_std(list(at_mark / result.deviation)),
             )
         )
-    title = f"Root-mean-square errors of x on the test part; {config.reservoirs} reservoirs of {config.units} units"
+    title = (
+        f"Root-mean-square errors of x on the test part; {config.reservoirs} reservoirs of "
+        f"{config.units} units"
+    )
     print_table(
         title, ("model", "1 ahead", f"{MARK} ahead", f"{MARK} ahead, in deviations of x"), rows
     )
@@ -385,7 +389,8 @@ def main(config: Config) -> None:
     print(f"of {len(result.settings)} settings the validation part chose {chosen}")
     rank, saturated = mean_std(list(d.effective_rank), 1), 100 * d.saturation.mean()
     print(
-        f"states of the reservoirs: rank at least {d.rank.min()}, effective rank {rank}, saturated {saturated:.2f} %"
+        f"states of the reservoirs: rank at least {d.rank.min()}, effective rank {rank}, saturated "
+        f"{saturated:.2f} %"
     )
     path = folder("mackey-glass", config.out)
     draw(path / "mackey-glass.png", result, config)
@@ -408,8 +413,9 @@ def draw(path: Path, result: Result, config: Config) -> None:
     steps, error = np.arange(1, config.horizon + 1), result.reservoir.error.mean(0)
     ahead, linear = result.reservoir.one_step.mean(), result.linear
     title = (
-        f"Left to itself for {MARK} units of time a reservoir of {config.units} units errs by {error[MARK - 1]:.2g}, a linear model by "
-        f"{linear.error[0, MARK - 1]:.2g}; one unit ahead the reservoir by {ahead:.1g}, the linear model by {linear.one_step[0]:.1g}"
+        f"Left to itself for {MARK} units of time a reservoir of {config.units} units errs by "
+        f"{error[MARK - 1]:.2g}, a linear model by {linear.error[0, MARK - 1]:.2g}; one unit ahead "
+        f"the reservoir by {ahead:.1g}, the linear model by {linear.one_step[0]:.1g}"
     )
     with figure(path, title, columns=2, size=(11.5, 4.6)) as (_, (left, right)):
         left.plot(steps, result.truth[start], color="black", linewidth=3, alpha=0.35, label="truth")

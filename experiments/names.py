@@ -149,7 +149,8 @@ def check(config: Config) -> None:
     check_positive(config, "learning_rate", "embedding_scale")
     if config.embedding < 2:
         raise ValueError(
-            f"`embedding` must be at least 2, since the picture shows it in the plane, got {config.embedding}."
+            "`embedding` must be at least 2, since the picture shows it in the plane, got "
+            f"{config.embedding}."
         )
 
 
@@ -171,7 +172,8 @@ def read_names(file: Path | None, census: str) -> tuple[list[str], int]:
     names = [name for name in found if set(name) <= set(string.ascii_lowercase)]
     if len(set(names)) < 10:
         raise ValueError(
-            f"`file` must hold at least 10 distinct names of the letters a to z, one a line; {file} has {len(set(names))}."
+            "`file` must hold at least 10 distinct names of the letters a to z, one a line; "
+            f"{file} has {len(set(names))}."
         )
     return names, len(found) - len(names)
 
@@ -318,8 +320,9 @@ def sentence(result: Result) -> str:
         ("closer" if to_vowels < to_consonants else "no closer"),
     )
     return (
-        f"The net comes to {net:.2f} nats per character of new names, {than} than the bigram model's {bigram:.2f}; "
-        f"vowels lie {closer} to each other than to consonants (mean distances {to_vowels:.2f} and {to_consonants:.2f})"
+        f"The net comes to {net:.2f} nats per character of new names, {than} than the bigram "
+        f"model's {bigram:.2f}; vowels lie {closer} to each other than to consonants (mean "
+        f"distances {to_vowels:.2f} and {to_consonants:.2f})"
     )
 
 

@@ -110,7 +110,8 @@ def run(config: Config, advance=lambda text="": None) -> tuple[SeedResult, ...]:
         if config.batch_size > (most := len(targets) // config.measurements):
             between = f"the examples from one of {config.measurements} measurements to the next"
             raise ValueError(
-                f"`batch_size` must be at most {most}, {between}; got {config.batch_size}. Lower it, or `measurements`."
+                f"`batch_size` must be at most {most}, {between}; got {config.batch_size}. Lower "
+                "it, or `measurements`."
             )
         init_key, key = jax.random.split(fnn.key(seed))
         params, measured = jax.jit(net.init)(init_key), []
@@ -163,7 +164,8 @@ def flip(
     count = round(share * len(targets))
     if not 0 < count < len(targets):
         raise ValueError(
-            f"`flipped` must be a share between 0 and 1, got {share}: {count} of {len(targets)} labels."
+            f"`flipped` must be a share between 0 and 1, got {share}: {count} of {len(targets)} "
+            "labels."
         )
     wrong = rng.permutation(len(targets)) < count
     return np.where(
@@ -172,7 +174,7 @@ def flip(
 
 
 def hits(scores: np.ndarray, wrong: np.ndarray) -> np.ndarray:
-    """How many wrong labels are among the 1, 2, ... examples of the largest scores, `[examples]`."""
+    """How many wrong labels are among the 1, 2, ... examples of largest score, `[examples]`."""
     return np.cumsum(wrong[np.argsort(-scores, kind="stable")])
 
 
@@ -215,8 +217,9 @@ def sentence(results: tuple[SeedResult, ...]) -> str:
         for scale in noise_scale_of(results)[-1]
     )
     return (
-        f"The largest gradients {point} at wrong labels: {mean_std(found, 0)} % of those flagged are wrong where {100 * RECALL:.0f} % are "
-        f"found ({chance:.0f} % by chance). The noise scale ends at {every}, without the wrong labels at {right}"
+        f"The largest gradients {point} at wrong labels: {mean_std(found, 0)} % of those flagged "
+        f"are wrong where {100 * RECALL:.0f} % are found ({chance:.0f} % by chance). The noise "
+        f"scale ends at {every}, without the wrong labels at {right}"
         f"{' (pale: single seeds)' if len(results) > 1 else ''}"
     )
 
@@ -276,7 +279,7 @@ def main(config: Config) -> None:
 
 
 def draw(path: Path, results: tuple[SeedResult, ...], config: Config) -> None:
-    """Norms of right and wrong labels; precision against recall; the noise scale, epoch by epoch."""
+    """Norms of right and wrong labels; precision against recall; the noise scale by epoch."""
     wrong, norms = (
         np.concatenate([getattr(r, name) for r in results]) for name in ("wrong", "norms")
     )

@@ -47,7 +47,7 @@ class Config:
     """Standard deviation of the noise in units of max_norm."""
     sizes: tuple[int, ...] = (32,)
     """Hidden units, layer by layer."""
-    activation: str = "relu"
+    activation: activations.Name = "relu"
     """Any name out of fnn.activations.ACTIVATIONS."""
     epochs: int = 10
     """Passes of plain training before the audit: then some gradients are clipped and some are
@@ -167,7 +167,10 @@ def main(config: Config) -> None:
             for d in result.largest
         ),
     ]
-    title = f"{result.samples:,} draws of noise, {result.neighbours:,} pairs of neighbouring batches, {100 * result.clipped:.0f} % clipped"
+    title = (
+        f"{result.samples:,} draws of noise, {result.neighbours:,} pairs of neighbouring batches, "
+        f"{100 * result.clipped:.0f} % clipped"
+    )
     _run.print_table(title, ("", "measured", "bound"), rows)
     draw(result, folder / "privacy-audit.png")
     print(f"Saved {_run.save_metrics(folder, config, result)} and {folder / 'privacy-audit.png'}")
@@ -179,8 +182,9 @@ def draw(result: Result, path: Path) -> None:
     """The noise against the normal density, and the shares against the clip norm."""
     verdict = "breaks its promise" if result.broken else "keeps its promise"
     title = (
-        f"Private SGD {verdict}: the noise's standard deviation is {result.std:.4f} times what it must be, and one example changes "
-        f"the sum by at most {result.largest['float32']:.7f} clip norms ({result.neighbours:,} pairs)"
+        f"Private SGD {verdict}: the noise's standard deviation is {result.std:.4f} times what it "
+        f"must be, and one example changes the sum by at most {result.largest['float32']:.7f} clip "
+        f"norms ({result.neighbours:,} pairs)"
     )
     with _run.figure(path, title, columns=2, size=(10, 4.2)) as (_, (left, right)):
         z = np.linspace(-5, 5, 201)
@@ -273,7 +277,7 @@ def _shares(config: Config, net: fnn.Layer, data: Dataset, params: Any, dtype: s
 def _gradient(
     config: Config, net: fnn.Layer, loss: fnn.Loss, noise_multiplier: float
 ) -> Callable[..., Any]:
-    """`(params, key, x, targets, weights=None) -> [parameters]`: the rule's gradient as one vector."""
+    """The rule's gradient as one vector, `(params, key, x, targets, weights=None) -> [parameters]`."""
     rule = fnn.rules.private_sgd(net, loss, config.max_norm, noise_multiplier)
     return lambda params, key, *batch: ravel_pytree(
         rule.value_and_grad(params, rule.init(key, params), *batch)[1]

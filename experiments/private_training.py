@@ -47,7 +47,7 @@ class Config:
     """Epsilon is for this delta."""
     sizes: tuple[int, ...] = (64,)
     """Hidden units, layer by layer."""
-    activation: str = "tanh"
+    activation: activations.Name = "tanh"
     """Any name out of fnn.activations.ACTIVATIONS; a bounded one keeps gradients small."""
     learning_rate: float = 0.01
     """Adam's step size."""
@@ -142,7 +142,10 @@ def main(config: Config) -> None:
     for name, reason in result.left_out.items():
         print(f"{name} is left out: {reason}")
     for curve in result.curves:
-        title = f"{curve.dataset}: {curve.examples:,} examples, {curve.steps} steps, sampling rate {curve.sampling_rate:.4f}"
+        title = (
+            f"{curve.dataset}: {curve.examples:,} examples, {curve.steps} steps, sampling rate "
+            f"{curve.sampling_rate:.4f}"
+        )
         columns = curve.epsilon, config.noise_multipliers, curve.accuracy
         rows = [
             (f"{epsilon:.2f}", f"{noise:g}", _run.mean_std(list(100 * a), 1))
@@ -196,7 +199,8 @@ def draw(result: Result, config: Config, path: Path) -> None:
             )
         axis.set(xscale="log", ylabel="test accuracy (%)")
         axis.set_xlabel(
-            rf"privacy loss $\varepsilon$ at $\delta = 10^{{{np.log10(config.delta):.3g}}}$ (smaller is more private)"
+            rf"privacy loss $\varepsilon$ at $\delta = 10^{{{np.log10(config.delta):.3g}}}$ "
+            r"(smaller is more private)"
         )
         axis.margins(y=0.1)
         _run.plain_numbers(axis.xaxis)
@@ -208,7 +212,8 @@ def _curve(config: Config, splits: list[_data.Dataset], advance: Callable[[str],
     data = splits[0]
     if not data.classes:
         raise ValueError(
-            f"`datasets`: {data.name} has no classes, so that there is no accuracy. Choose one that has, such as digits."
+            f"`datasets`: {data.name} has no classes, so that there is no accuracy. Choose one "
+            "that has, such as digits."
         )
     net, examples = (
         fnn.mlp((data.features, *config.sizes, data.outputs), config.activation),
@@ -269,7 +274,11 @@ def sentence(result: Result) -> str:
             "" if costs else " points of test accuracy",
         )
         costs.append(
-            f"{cost:.1f}{of} on {curve.dataset} at ε\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}{curve.epsilon[i]:.1f}"
+            f"{cost:.1f}{of} on {curve.dataset} at "
+            f"ε\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}{curve.epsilon[i]:.1f}"
         )
     count = len(result.curves[0].baseline)
-    return f"Privacy costs {' and '.join(costs)} ({f'mean of {count} seeds, bars: standard deviation' if count > 1 else '1 seed'})"
+    return (
+        f"Privacy costs {' and '.join(costs)} "
+        f"({f'mean of {count} seeds, bars: standard deviation' if count > 1 else '1 seed'})"
+    )

@@ -57,7 +57,8 @@ def check(config: Config) -> None:
     for name in config.names:
         if name not in there:
             raise ValueError(
-                f"`names` must be runs in {config.folder}: {', '.join(there) or 'there are none'}; got {name!r}."
+                f"`names` must be runs in {config.folder}: {', '.join(there) or 'there are none'}; "
+                f"got {name!r}."
             )
 
 

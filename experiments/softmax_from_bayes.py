@@ -106,7 +106,8 @@ def check(config: Config) -> None:
     check_positive(config, "priors")
     if len(config.priors) != 3 or abs(sum(config.priors) - 1) > 1e-9:
         raise ValueError(
-            f"`priors` must be three numbers with the sum 1, got {config.priors} with the sum {sum(config.priors):g}."
+            f"`priors` must be three numbers with the sum 1, got {config.priors} with the sum "
+            f"{sum(config.priors):g}."
         )
     check_positive(config, "grid", "examples", "epochs", whole=True)
     check_positive(config, "learning_rate")
@@ -206,7 +207,8 @@ def draw(path: Path, result: Result) -> None:
     """The regions of both kinds of classes, and both posteriors along a line."""
     difference = max(result.shared.difference, result.own.difference)
     title = (
-        f"softmax(ln P(x|C) P(C)) differs from Bayes' posterior by at most {difference:.0e}; a dense layer learnt from points gets "
+        f"softmax(ln P(x|C) P(C)) differs from Bayes' posterior by at most {difference:.0e}; a "
+        "dense layer learnt from points gets "
         f"{100 * result.accuracy[1]:.1f} % right, Bayes' rule {100 * result.accuracy[0]:.1f} %"
     )
     with figure(path, title, columns=3, size=(13, 4.9)) as (_, (left, middle, right)):

@@ -186,7 +186,10 @@ def draw(path: Path, splits: tuple[Split, ...], config: Config) -> None:
     found = errors(splits)
     mean = {name: f"{np.mean(values):.3f}" for name, values in found.items()}
     nets = f"fnn's net by {mean['net, fnn']}, scikit-learn's by {mean['net, scikit-learn']}"
-    title = f"On diabetes ridge errs by {mean['ridge']}, {nets} standard deviations ({config.splits} splits)"
+    title = (
+        f"On diabetes ridge errs by {mean['ridge']}, {nets} standard deviations ({config.splits} "
+        "splits)"
+    )
     colours = dict(zip(found, ("#7F7F7F", COLOURS[2], COLOURS[0], COLOURS[1]), strict=True))
     with figure(path, title, columns=2, size=(10.5, 4.3)) as (_, (left, right)):
         epochs = np.arange(1, config.epochs + 1)

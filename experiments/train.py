@@ -46,7 +46,7 @@ class Config:
     """digits, moons, spirals, flower, breast-cancer, diabetes, mnist1d, mnist or fashion-mnist."""
     sizes: tuple[int, ...] = (128, 64)
     """Sizes of the hidden layers; the data give those of input and output."""
-    activation: str = "relu"
+    activation: activations.Name = "relu"
     """Activation of the hidden layers: relu, tanh, sigmoid, gelu, ..."""
     rule: str = "backprop"
     """What assigns credit: the name of a constructor in fnn.rules.RULES."""
@@ -245,11 +245,17 @@ def main(config: Config) -> None:
                 config, lambda epoch, metrics: advance(f"loss {metrics['loss']:.4f}"), folder
             )
         except Stopped:
-            again = f"python -m experiments train --resume {folder}{' --distributed' * config.distributed}"
+            again = (
+                "python -m experiments train --resume "
+                f"{folder}{' --distributed' * config.distributed}"
+            )
             raise Stopped(f"Stopped; all is saved in {folder}. Go on: {again}") from None
     if not _processes.leads():
         return
-    title = f"{result.dataset}: {config.rule}, {config.optimizer}, {result.parameters:,} parameters, {config.epochs} epochs"
+    title = (
+        f"{result.dataset}: {config.rule}, {config.optimizer}, {result.parameters:,} parameters, "
+        f"{config.epochs} epochs"
+    )
     _run.print_table(title, ("seed", "train loss", "test loss", "test accuracy"), _rows(result))
     draw(result, config, folder / "train.png")
     print(f"Saved {_run.save_metrics(folder, config, result)} and {folder / 'train.png'}")
@@ -429,7 +435,10 @@ def _sentence(result: Result, config: Config) -> str:
         else f"comes to a test loss of {loss}"
     )
     seeds = f"{len(result.seeds)} seeds" if len(result.seeds) > 1 else "1 seed"
-    return f"{result.dataset}: {config.rule} with {config.optimizer} {reached} after {config.epochs} epochs ({seeds})"
+    return (
+        f"{result.dataset}: {config.rule} with {config.optimizer} {reached} after {config.epochs} "
+        f"epochs ({seeds})"
+    )
 
 
 def _curves(axis: Any, curves: list[np.ndarray], colour: str, label: str | None = None) -> None:

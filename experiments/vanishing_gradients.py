@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.nn.initializers import normal, orthogonal
 
@@ -48,7 +49,7 @@ INITIALISERS = {  # what is drawn, and the factor
 }
 DARKEST = 12  # the power of ten where the picture's colours end
 # [layers, batch] under `repeat`
-NORMS = Reducer("norms of each layer", lambda factor: factor.norm())
+NORMS = Reducer("norms of each layer", lambda factor: jnp.sqrt(factor.squared_norm()))
 
 
 @dataclass(frozen=True)
@@ -159,10 +160,14 @@ def main(config: Config) -> None:
         (", ".join(kind), *(f"{c.ratio:.0e}" for c in row), f"{max(c.step for c in row):.3f}")
         for kind, row in grid(cells).items()
     ]
-    title = "Norm of dE/dz in the first hidden layer relative to the last one; the most that a single layer passes on"
+    title = (
+        "Norm of dE/dz in the first hidden layer relative to the last one; the most that a single "
+        "layer passes on"
+    )
     print_table(title, ("units, weights", *map(str, config.depths), "one layer"), rows)
     print(
-        f"bound for sigmoid units and orthogonal weights: a step of 0.25, {0.25 ** (config.depths[-1] - 1):.1e} over all layers"
+        "bound for sigmoid units and orthogonal weights: a step of 0.25, "
+        f"{0.25 ** (config.depths[-1] - 1):.1e} over all layers"
     )
     draw(path / "vanishing-gradients.png", cells, config)
     save_metrics(path, config, cells)
@@ -183,8 +188,9 @@ def sentence(cells: list[Cell]) -> str:
     step, ratio, depth = max(c.step for c in sigmoid), sigmoid[-1].ratio, len(sigmoid[-1].norms)
     holds = "at most" if step <= 0.25 else "MORE than a quarter, up to"
     return (
-        f"A layer of sigmoids with orthogonal weights passes on {holds} {step:.3f} of the gradient: the first of {depth} has {ratio:.0e} "
-        f"of what the last one has; with ReLU and N(0, 2/fan_in) {relu.ratio:.2g}"
+        f"A layer of sigmoids with orthogonal weights passes on {holds} {step:.3f} of the "
+        f"gradient: the first of {depth} has {ratio:.0e} of what the last one has; with ReLU and "
+        f"N(0, 2/fan_in) {relu.ratio:.2g}"
     ).replace("N(0, 2", "N(0,\N{NO-BREAK SPACE}2")
 
 

@@ -42,8 +42,9 @@ from experiments._run import (
     save_metrics,
 )
 from fnn import steps
+from fnn.nets.activations import Name
 
-ACTIVATIONS = ("sigmoid", "relu")
+ACTIVATIONS: tuple[Name, ...] = ("sigmoid", "relu")
 STARTS = {"zero": zeros, "random": he_normal()}
 
 
@@ -110,7 +111,7 @@ def check(config: Config) -> None:
     fnn.key(config.seed)
 
 
-def train(config: Config, activation: str, start: str, x: np.ndarray, y: np.ndarray) -> Training:
+def train(config: Config, activation: Name, start: str, x: np.ndarray, y: np.ndarray) -> Training:
     """Gradient descent on all points, with every step's parameters kept."""
     net = fnn.mlp((2, config.width, config.width, 1), activation, kernel_init=STARTS[start])
     rule, optimizer = (
@@ -170,13 +171,15 @@ def main(config: Config) -> None:
     ]
     head = ("net, start", "spread", "others moved", "last bias", "loss", "right")
     print_table(
-        f"{config.steps} steps from zero and from random weights: greatest spread between the units of a layer",
+        f"{config.steps} steps from zero and from random weights: greatest spread between the "
+        "units of a layer",
         head,
         rows,
     )
     larger = 100 * max(result.share, 1 - result.share)
     print(
-        f"mean y {result.share:.4f}, its logit {result.logit:.4f}; the larger class is {larger:.1f} % of the points"
+        f"mean y {result.share:.4f}, its logit {result.logit:.4f}; the larger class is "
+        f"{larger:.1f} % of the points"
     )
     draw(path / "zero-initialisation.png", result)
     save_metrics(
@@ -197,8 +200,8 @@ def sentence(result: Result) -> str:
         else f"not only the last bias moves (others by {moved:.1g}); it comes"
     )
     return (
-        f"From zero, the sigmoid units of a layer {units} over {len(sigmoid.loss)} steps; with ReLU {others}, "
-        f"to {relu.last_bias[-1]:.3f}, where logit(mean y) is {result.logit:.3f}"
+        f"From zero, the sigmoid units of a layer {units} over {len(sigmoid.loss)} steps; with "
+        f"ReLU {others}, to {relu.last_bias[-1]:.3f}, where logit(mean y) is {result.logit:.3f}"
     )
 
 
