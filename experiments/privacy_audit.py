@@ -277,7 +277,10 @@ def _shares(config: Config, net: fnn.Layer, data: Dataset, params: Any, dtype: s
 def _gradient(
     config: Config, net: fnn.Layer, loss: fnn.Loss, noise_multiplier: float
 ) -> Callable[..., Any]:
-    """The rule's gradient as one vector, `(params, key, x, targets, weights=None) -> [parameters]`."""
+    """The rule's gradient as one vector.
+
+    It is a function `(params, key, x, targets, weights=None) -> [parameters]`.
+    """
     rule = fnn.rules.private_sgd(net, loss, config.max_norm, noise_multiplier)
     return lambda params, key, *batch: ravel_pytree(
         rule.value_and_grad(params, rule.init(key, params), *batch)[1]

@@ -26,15 +26,11 @@ SHAPES = ("serial", "residual", "repeat", "norm", "positions", "embedding", "tie
 
 
 def default_jit(f: Any) -> Any:
-    """`jax.jit` with the optimisations that users have, where the tests compile without
-    (conftest.py)."""
-    off = "xla_cpu_use_fusion_emitters=false" in os.environ.get("XLA_FLAGS", "")
-    return jax.jit(
-        f,
-        compiler_options={"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
-        if off
-        else {},
-    )
+    """`jax.jit` with the optimisations that users have; conftest.py turns them off."""
+    options = {}
+    if "xla_cpu_use_fusion_emitters=false" in os.environ.get("XLA_FLAGS", ""):
+        options = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
+    return jax.jit(f, compiler_options=options)
 
 
 class Case(NamedTuple):

@@ -1,6 +1,10 @@
 """The compiled programs of the statistics: size, memory, and JAX's transformations of them."""
 
+import json
+import os
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -166,3 +170,108 @@ def test_export_with_a_symbolic_batch(name, net):
     for rows in (8, 3):
         ours = exported.call(params, x[:rows], targets[:rows])
         assert_close(ours, f(params, x[:rows], targets[:rows]))
+
+
+def tokens(size, features, batch, positions):
+    args = shape(batch, positions, dtype=jnp.int32), shape(batch, positions, features)
+    return fnn.embedding(size, features), SQUARES, *args
+
+
+def rows_of(sizes, batch):
+    return fnn.mlp(sizes), LABELS, shape(batch, sizes[0]), labels(batch)
+
+
+ROWS = shape(8, 16, 1024)
+LARGE = {
+    "784-512-512-10": rows_of((784, 512, 512, 10), 128),
+    "784-128-10": rows_of((784, 128, 10), 128),
+    "64-32-10": rows_of((64, 32, 10), 128),
+    "5 x 256": rows_of((256,) * 6, 128),
+    "embedding 5000 x 64": tokens(5000, 64, 32, 32),
+    "embedding 50257 x 768": tokens(50257, 768, 8, 128),
+    "dense 1024 x 1024": (fnn.dense(1024, 1024), SQUARES, ROWS, ROWS),
+    "1024-1024-1024": (fnn.mlp((1024,) * 3), SQUARES, ROWS, ROWS),
+}
+
+
+def memory(f, *args):
+    """Bytes of temporary arrays, and of these and the result."""
+    found = jax.jit(f).lower(*args).compile().memory_analysis()
+    return found.temp_size_in_bytes, found.temp_size_in_bytes + found.output_size_in_bytes
+
+
+def measure(name):
+    net, loss, *batch = LARGE[name]
+    args = shapes_of(net), *batch
+    source = fnn.source(net, loss)
+    return {
+        "jax.grad": memory(by_jax(net, loss), *args),
+        "norms": memory(pe.norms(source), *args),
+        "clipped": memory(pe.clipped_gradient(source, 1.0), *args),
+        "moments": memory(pe.moments(source), *args),
+    }
+
+
+@pytest.fixture(scope="module")
+def memories():
+    """By net, of programs that are compiled as users compile them: without conftest.py's flags."""
+    program = [sys.executable, __file__]
+    environment = os.environ | {"XLA_FLAGS": ""}
+    done = subprocess.run(program, env=environment, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the figures are those of a CPU")
+def test_statistics_need_about_the_memory_of_jax_grad(memories):
+    for name, found in memories.items():
+        temporary, whole = found["jax.grad"]
+        assert found["norms"][0] <= 1.05 * temporary, name
+        assert found["clipped"][0] <= 1.7 * temporary, name
+        assert found["moments"][1] <= 4 * whole, name
+
+
+def cancelling(rng, kind, batch, positions, inputs, outputs):
+    """Examples whose positions cancel, to a random degree: `a`, `dz`."""
+    a = rng.normal(size=(batch, positions, inputs))
+    dz = rng.normal(size=(batch, positions, outputs))
+    degree = 10.0 ** rng.uniform(-6, 0, size=(batch, 1, 1))
+    if kind == "pairs":
+        a[:, 1::2] = a[:, ::2]
+        dz[:, 1::2] = degree * dz[:, 1::2] - dz[:, ::2]
+    if kind == "signs":
+        a = a[:, :1] + degree * a
+        signs = rng.choice([-1, 1], size=(batch, positions, 1))
+        dz = signs * dz[:, :1] + degree * dz
+    if kind == "mean 0":
+        a = a[:, :1] + degree * a
+        dz = dz - dz.mean(1, keepdims=True)
+    return a.astype(np.float32), dz.astype(np.float32)
+
+
+@pytest.mark.parametrize("kind", ["pairs", "signs", "mean 0", "none"])
+@pytest.mark.parametrize("sizes", [(2, 8, 6), (4, 32, 16), (8, 16, 16)])
+def test_the_clip_bound_holds_where_positions_cancel(kind, sizes):
+    """On 12,000 batches of one example in all."""
+    a, dz = cancelling(np.random.default_rng(sizes[0]), kind, 1000, *sizes)
+
+    def source(w, a, dz):
+        return jnp.zeros(len(a)), fnn.factors.Outer(a, dz)
+
+    clip = pe.clipped_gradient(source, 1.0, reduction="sum")
+    w = jnp.zeros(sizes[1:])
+
+    def one(batch):
+        return clip(w, *batch).gradient
+
+    gradients = jax.jit(lambda *batch: jax.lax.map(one, batch))(a[:, None], dz[:, None])
+    by_hand = np.einsum("bti,bto->bio", a.astype(np.float64), dz.astype(np.float64))
+    by_hand = np.linalg.norm(by_hand, axis=(1, 2))
+    clipped = np.linalg.norm(np.asarray(gradients, np.float64), axis=(1, 2))
+    assert clipped.max() <= 1 + 1e-6
+    long = by_hand > 1.1
+    assert long.any()
+    assert clipped[long].min() >= 1 - 1e-6
+
+
+if __name__ == "__main__":
+    print(json.dumps({name: measure(name) for name in LARGE}))

@@ -333,7 +333,10 @@ def fold_examples(
 
 
 def by_columns(
-    f: Callable[[Array], Any], a: Float[Array, "batch *positions in"], columns: int
+    f: Callable[[Array], Any],
+    a: Float[Array, "batch *positions in"],
+    columns: int,
+    like: Array | None = None,
 ) -> Any:
     """`f(a)`, some columns of `a` at a time: memory for one block.
 
@@ -341,6 +344,7 @@ def by_columns(
         f: `(a [batch, ..., columns]) -> tree of arrays [columns, ...]`.
         a: any array.
         columns: of a block.
+        like: an array whose first number the result holds until the blocks are in it; None: `a`.
     """
     width = a.shape[-1]
     if width <= columns:
@@ -351,8 +355,14 @@ def by_columns(
         put = lax.dynamic_update_slice_in_dim
         return jax.tree.map(lambda d, new: put(d, new, start, 0), done, found), None
 
-    shapes = jax.eval_shape(f, a[..., :columns])
-    whole = jax.tree.map(lambda s: zeros(s.update(shape=(width, *s.shape[1:])), a), shapes)
+    # XLA lets two loops that begin with zeros share these, and copies them
+    begin = a if like is None else like
+    number = begin[(0,) * begin.ndim]
+
+    def begin_with(s: Any) -> Array:
+        return jnp.full((width, *s.shape[1:]), number.astype(s.dtype))
+
+    whole = jax.tree.map(begin_with, jax.eval_shape(f, a[..., :columns]))
     starts = np.minimum(np.arange(0, width, columns), width - columns)  # the last two may overlap
     return lax.scan(block, whole, jnp.asarray(starts))[0]
 

@@ -58,7 +58,7 @@ class Scatter(Factor):
             rows, part = Scatter(self.index, dy, self.size)._rows()
             return jnp.einsum("btc,bt->cb", rows * rows, part)
 
-        return by_columns(block, self.dy, 16).sum(0)
+        return by_columns(block, self.dy, 16, like=self.index).sum(0)
 
     def inner(self, other: Any) -> Array:
         index, j = (f.index.reshape(f.index.shape[0], -1) for f in (self, other))

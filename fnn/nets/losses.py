@@ -250,21 +250,22 @@ def _cross_entropy_grad(z, t):
 
 
 def _label_parts(z, labels):
-    """Where the label is, the exponentials, the sum of the others', and `z - max` at the label."""
-    shifted, e, _, _ = _softmax_parts(z)
+    """Where the label is, the exponentials of the others, and `z - max` at the label."""
+    shifted = _softmax_parts(z)[0]
     at_label = nn.one_hot(labels, z.shape[-1], dtype=bool)
-    others = where(at_label, 0, e).sum(-1, keepdims=True)
-    return at_label, e, others, jnp.take_along_axis(shifted, labels[..., None], axis=-1)
+    others = exp(where(at_label, -jnp.inf, shifted))
+    return at_label, others, jnp.take_along_axis(shifted, labels[..., None], axis=-1)
 
 
 def _label_value(z, labels):
-    _, _, others, own = _label_parts(z, labels)
-    return (log1p(others + expm1(own)) - own)[..., 0]
+    _, others, own = _label_parts(z, labels)
+    return (log1p(others.sum(-1, keepdims=True) + expm1(own)) - own)[..., 0]
 
 
 def _label_grad(z, labels):
-    at_label, e, others, own = _label_parts(z, labels)
-    return where(at_label, -others, e) / (others + exp(own))
+    at_label, others, own = _label_parts(z, labels)
+    rest = others.sum(-1, keepdims=True)
+    return where(at_label, -rest, others) / (rest + exp(own))
 
 
 # Lecture 000 (its printed sqrt(Y^2 - T^2) is wrong): 1/2 sum (y - t)^2, dE/dy = y - t.
