@@ -16,17 +16,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float
 from optax import tree
 
 from fnn.backprop import value_and_grad, weighted_mean
-from fnn.factors import Outer, Reducer, Scatter
+from fnn.factors import Outer, Reducer, Scatter, widen
 from fnn.nets.blocks import blocks
 from fnn.nets.combinators import check_net
 from fnn.rules._blockwise import LocalRule
 from fnn.rules.feedback_alignment import feedback_alignment
 from fnn.rules.forward_forward import ForwardForward
-from fnn.types import Array, Layer, Params, Record, Rule, widen
+from fnn.types import Array, Layer, Params, Record, Rule
 
 
 class Alignment(NamedTuple):
@@ -35,9 +34,6 @@ class Alignment(NamedTuple):
     cosine: Array  # [layers]
     angle: Array  # [layers], in degrees
     ratio: Array  # [layers], norm over the norm of the true gradient
-    cosine_of_all: Array  # [], all layers together
-    angle_of_all: Array  # []
-    ratio_of_all: Array  # []
 
 
 class Goodness(NamedTuple):
@@ -74,14 +70,12 @@ def update_alignment(rule: Rule, net: Layer) -> Record:
     _check_rule(rule, "predict")
     check_net(net)
 
+    def backward(params, carry_back, dy, reduce=None):
+        return carry_back(dy)
+
     # `jax.vjp` is a forward pass: it returns outputs, and a function that carries an error back.
-    predict = Layer(
-        "predict",
-        net.init,
-        functools.partial(jax.vjp, rule.predict),
-        lambda params, carry_back, dy, reduce=None: carry_back(dy),
-    )
-    backprop = value_and_grad(predict, rule.loss)
+    forward = functools.partial(jax.vjp, rule.predict)
+    backprop = value_and_grad(Layer("predict", net.init, forward, backward), rule.loss)
 
     def record(params, state, x, targets, weights=None):
         ours = rule.value_and_grad(params, state, x, targets, weights)[1]
@@ -109,9 +103,8 @@ def compare(net: Layer, ours: Params, true: Params) -> Alignment:
     Array([180., 180.], dtype=float32)
     """
     split = blocks(net).split
-    by_layer = map(_measure, split(ours), split(true))
-    layers = map(jnp.stack, zip(*by_layer, strict=True))
-    return Alignment._make([*layers, *_measure(ours, true)])
+    layers = map(_measure, split(ours), split(true))
+    return jax.tree.map(lambda *values: jnp.stack(values), *layers)
 
 
 def weight_angles(rule: LocalRule, net: Layer) -> Record:
@@ -186,10 +179,8 @@ def delta_angles(rule: LocalRule, net: Layer) -> Record:
 
         ours = deltas(rule.signals(params, state, x, targets))
         true = deltas(backprop.signals(params, params, x, targets))
-        found = jnp.stack(
-            [jax.vmap(_measure)(a, b)[1] for a, b in zip(ours, true, strict=True)],
-            axis=1,
-        )
+        angles = [found.angle for found in map(jax.vmap(_measure), ours, true)]
+        found = jnp.stack(angles, axis=1)
         known = jnp.isfinite(found)
         mean = weighted_mean(jnp.where(known, found, 0), weights)
         return mean / weighted_mean(known.astype(found.dtype), weights)
@@ -222,34 +213,14 @@ def goodness(rule: ForwardForward) -> Record:
         right, wrong, thresholds = rule.goodness(params, state, x, targets)
         limits = thresholds[:, None]
         sides = jnp.stack([right > limits, wrong < limits]).mean(0)
-        return Goodness(
-            weighted_mean((right - wrong).T, weights),
-            weighted_mean(sides.T, weights),
-        )
+        gap = weighted_mean((right - wrong).T, weights)
+        return Goodness(gap, weighted_mean(sides.T, weights))
 
     return record
 
 
-def degrees(cosine: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The angle of a cosine, in degrees.
-
-    Near 0 and 180 degrees a cosine keeps only half of the digits of its angle; `compare` starts
-    from the vectors.
-
-    Args:
-        cosine: `[...]`; values beyond -1 ... 1 count as -1 and 1.
-
-    Returns:
-        `[...]`, 0 ... 180.
-
-    >>> degrees(jnp.array([1.0, 0.0, -1.0]))
-    Array([  0.,  90., 180.], dtype=float32)
-    """
-    return jnp.degrees(jnp.arccos(jnp.clip(cosine, -1, 1)))
-
-
 def _measure(ours, true):
-    """Cosine, angle in degrees and ratio of norms of two trees, each as one vector.
+    """The `Alignment` of two trees, each as one vector.
 
     The angle of unit vectors u and v is 2 atan2(|u - v|, |u + v|).
 
@@ -257,12 +228,11 @@ def _measure(ours, true):
     computation?", section "Mangled angles".
     """
     ours, true = jax.tree.map(widen, (ours, true))
-    norm = tree.norm(ours)
-    true_norm = tree.norm(true)
+    norm, true_norm = tree.norm(ours), tree.norm(true)
     u = tree.scale(1 / norm, ours)
     v = tree.scale(1 / true_norm, true)
     angle = 2 * jnp.arctan2(tree.norm(tree.sub(u, v)), tree.norm(tree.add(u, v)))
-    return jnp.cos(angle), jnp.degrees(angle), norm / true_norm
+    return Alignment(jnp.cos(angle), jnp.degrees(angle), norm / true_norm)
 
 
 def _delta(factor):

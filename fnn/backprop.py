@@ -15,18 +15,10 @@ import jax.numpy as jnp
 from jaxtyping import Float, Shaped
 
 from fnn import _validate
-from fnn.factors import keep, scale_rows, shares
+from fnn.factors import keep, scale_rows, shares, widen
 from fnn.factors.base import mask_rows
 from fnn.nets.combinators import check_net
-from fnn.types import (
-    Array,
-    ArrayLike,
-    Layer,
-    Loss,
-    P,
-    ValueAndGrad,
-    widen,
-)
+from fnn.types import Array, ArrayLike, Layer, Loss, P, ValueAndGrad
 
 
 def value_and_grad(net: Layer[P], loss: Loss) -> ValueAndGrad[P]:

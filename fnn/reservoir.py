@@ -33,9 +33,9 @@ from jaxtyping import Float
 
 from fnn import _validate
 from fnn.backprop import weighted_mean
-from fnn.factors import scale_rows, shares
+from fnn.factors import scale_rows, shares, widen
 from fnn.nets.layers import Dense
-from fnn.types import Array, ArrayLike, Key, widen
+from fnn.types import Array, ArrayLike, Key
 
 # Relative singular values below 32 eps count as 0, those from squares below sqrt(32 eps). Dependent
 # features gave up to 15 eps and sqrt(7 eps) (20,000 examples, 500 features, both dtypes).
@@ -86,13 +86,8 @@ def ridge(
     (Array([[2.]], dtype=float32), Array([1.], dtype=float32))
     """
     _check_batch(features, targets, "features")
-    readout = _readout(
-        _centre(features, targets, weights),
-        features.shape[1],
-        penalty,
-        intercept,
-        squared=False,
-    )
+    sums = _centre(features, targets, weights)
+    readout = _readout(sums, features.shape[1], penalty, intercept, squared=False)
     return jax.tree.map(lambda a: a.astype(_validate.canonical_dtype(features)), readout)
 
 
@@ -121,11 +116,7 @@ class NormalEquations(NamedTuple):
     products: Array  # [features, features + outputs]: sum of weight (x - mean x)^T (z - mean z)
 
     @staticmethod
-    def start(
-        features: int,
-        outputs: int,
-        dtype: Any = float,
-    ) -> NormalEquations:
+    def start(features: int, outputs: int, dtype: Any = float) -> NormalEquations:
         """The sums over no example, in float32 at least."""
         products = widen(jnp.zeros((features, features + outputs), dtype))
         return NormalEquations(jnp.zeros((), products.dtype), products[0], products)
@@ -152,11 +143,8 @@ class NormalEquations(NamedTuple):
         share = other.weight / jnp.where(weight > 0, weight, 1)
         d = other.mean - self.mean
         between = self.weight * share * jnp.outer(d[: len(self.products)], d)
-        return NormalEquations(
-            weight,
-            self.mean + d * share,
-            self.products + other.products + between,
-        )
+        products = self.products + other.products + between
+        return NormalEquations(weight, self.mean + d * share, products)
 
     def solve(self, penalty: Any, *, intercept: bool = True) -> Dense:
         """The readout of all examples so far; arguments and errors are those of `ridge`."""
@@ -242,26 +230,15 @@ class EchoState:
             A `Reservoir` in JAX's default dtype.
         """
         _validate.is_key("key", key)
-        units = self.units
-        shapes = (
-            (units, units),
-            (units, units),
-            (self.inputs, units),
-            (units,),
-        )
-        order, w, w_in, b = (
-            jax.random.uniform(k, shape, minval=-1.0)
-            for k, shape in zip(jax.random.split(key, 4), shapes, strict=True)
-        )
+        inputs, units = self.inputs, self.units
+        shapes = (units, units), (units, units), (inputs, units), (units,)
+        draw = functools.partial(jax.random.uniform, minval=-1.0)
+        order, w, w_in, b = map(draw, jax.random.split(key, 4), shapes)
         # Every unit has as many inputs: so there is a cycle, and the radius is above 0.
         w = jnp.where(rankdata(order, axis=0) <= max(1, round(self.density * units)), w, 0)
-        radius = jnp.abs(linalg.eigvals(w)).max()
-        return Reservoir(
-            w * (self.spectral_radius / radius),
-            w_in * self.input_scaling,
-            b * self.bias_scaling,
-            jnp.asarray(self.leak, w.dtype),
-        )
+        w *= self.spectral_radius / jnp.abs(linalg.eigvals(w)).max()
+        leak = jnp.asarray(self.leak, w.dtype)
+        return Reservoir(w, w_in * self.input_scaling, b * self.bias_scaling, leak)
 
     @staticmethod
     def states(
@@ -354,11 +331,8 @@ def diagnose(states: Float[ArrayLike, "time units"]) -> Diagnostics:
     s = widen(jnp.asarray(states))
     values = linalg.svd(s - s.mean(0, keepdims=True), compute_uv=False)
     rank = (values > ROUNDING * jnp.finfo(s.dtype).eps * linalg.norm(s)).sum()
-    return Diagnostics(
-        rank,
-        jnp.where(rank > 0, jnp.exp(entr(shares(values)).sum()), 0),
-        (jnp.abs(s) > 0.95).mean(),
-    )
+    effective = jnp.where(rank > 0, jnp.exp(entr(shares(values)).sum()), 0)
+    return Diagnostics(rank, effective, (jnp.abs(s) > 0.95).mean())
 
 
 def _readout(sums, features, penalty, intercept, squared):
@@ -408,11 +382,11 @@ def _solve(sums, features, penalty, intercept, squared):
     size = jnp.hypot(norm, offset[:features])  # before centring
     large = jnp.sqrt(penalty) > noise * size.max()
     tolerance = (noise * (size / norm).max()) ** (0.5 if squared else 1)
-    unique = lax.cond(
-        large,
-        lambda: large,
-        lambda: linalg.matrix_rank(r / norm[None], tolerance) == features,
-    )
+
+    def full_rank():
+        return linalg.matrix_rank(r / norm[None], tolerance) == features
+
+    unique = lax.cond(large, lambda: large, full_rank)
     w = jnp.where(unique, solve_triangular(r, v), jnp.nan)
     return Dense(w, mean[features:] - _product(mean[:features], w) if intercept else None)
 

@@ -42,13 +42,14 @@ from fnn.epochs import (
     run_arrays,
     run_iterable,
 )
+from fnn.factors import widen
 from fnn.history import History, Log, add, end_epoch, history
 from fnn.resume import begin, saver_of
 from fnn.sharding import place
 from fnn.sharding.plans import Plan
 from fnn.sharding.training import Placement, placed_order, placed_state
 from fnn.steps import TrainState, init
-from fnn.types import Array, ArrayLike, Key, Params, Rule, widen
+from fnn.types import Array, ArrayLike, Key, Params, Rule
 
 Callback = Callable[[int, dict[str, float]], Any]
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, ParamSpec, Protocol, TypeVar, runtime_checkable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax import export
 from jaxtyping import Float, PyTree
 from jaxtyping import Key as KeyOf
 
@@ -228,6 +229,23 @@ class Rule(ByRecipe):
         return self.name
 
 
+def storable(cls: type[T]) -> type[T]:
+    """A decorator: `jax.export` can store programs that take or return this class of results.
+
+    Args:
+        cls: a NamedTuple, or a dataclass that is a pytree with static fields of text or numbers.
+    """
+    name = f"{cls.__module__}.{cls.__qualname__}"
+    if issubclass(cls, tuple):
+        return export.register_namedtuple_serialization(cls, serialized_name=name)
+    return export.register_pytree_node_serialization(
+        cls,
+        serialized_name=name,
+        serialize_auxdata=lambda fields: json.dumps(fields).encode(),
+        deserialize_auxdata=lambda text: tuple(json.loads(text)),
+    )
+
+
 def key(seed: int) -> Key:
     """`jax.random.key(seed)` for 0 <= seed < 2**32; other seeds would silently repeat one of these.
 
@@ -245,9 +263,3 @@ def key(seed: int) -> Key:
             f"seed {seed % 2**32}."
         )
     return jax.random.key(seed)
-
-
-def widen(a: Array) -> Array:
-    """A floating-point array in float32 at least; whole numbers as they are."""
-    narrow = jnp.issubdtype(a.dtype, jnp.floating) and jnp.finfo(a.dtype).bits < 32
-    return a.astype(jnp.float32) if narrow else a

@@ -45,14 +45,14 @@ def test_cosine_angle_and_ratio_are_those_of_the_vectors(x64):
     ours, true = (cast(NET.init(jax.random.key(i)), jnp.float64) for i in (1, 2))
     found = alignment.compare(NET, ours, true)
     ours, true = (vectors(tree) for tree in (ours, true))
-    pairs = [*zip(ours, true, strict=True), (np.concatenate(ours), np.concatenate(true))]
+    pairs = list(zip(ours, true, strict=True))
     expected = [
         [a @ b / np.linalg.norm(a) / np.linalg.norm(b) for a, b in pairs],
         [angle(a, b) for a, b in pairs],
         [np.linalg.norm(a) / np.linalg.norm(b) for a, b in pairs],
     ]
-    for i, values in enumerate(expected):
-        np.testing.assert_allclose([*found[i], found[i + 3]], values, rtol=1e-12, atol=1e-15)
+    for measured, values in zip(found, expected, strict=True):
+        np.testing.assert_allclose(measured, values, rtol=1e-12, atol=1e-15)
 
 
 @pytest.mark.parametrize("degrees", [0.0, 1e-3, 0.1, 90.0, 179.9, 179.999, 180.0])
@@ -64,7 +64,7 @@ def test_angles_keep_their_digits_near_0_and_180_in_float32(degrees):
     net = fnn.dense(3, 4, bias_init=None)
     trees = [net.init(KEY)._replace(w=jnp.asarray(v, jnp.float32).reshape(3, 4)) for v in (a, b)]
     found = alignment.compare(net, *trees)
-    assert float(found.angle_of_all) == pytest.approx(degrees, abs=2e-5)
+    assert float(found.angle[0]) == pytest.approx(degrees, abs=2e-5)
 
 
 def test_equal_and_opposite_trees_have_angles_of_exactly_0_and_180():
@@ -78,11 +78,6 @@ def test_equal_and_opposite_trees_have_angles_of_exactly_0_and_180():
 def test_an_angle_with_zeros_is_nan():
     zeros = jax.tree.map(jnp.zeros_like, NET.init(KEY))
     assert bool(jnp.isnan(alignment.compare(NET, zeros, NET.init(KEY)).angle).all())
-
-
-def test_the_angle_of_a_cosine_beyond_1_by_rounding_is_0():
-    beyond = np.nextafter(np.float32(1), np.float32(2))
-    np.testing.assert_array_equal(alignment.degrees(jnp.array([beyond, -beyond])), [0, 180])
 
 
 # Records

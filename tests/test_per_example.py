@@ -26,6 +26,7 @@ from fnn.per_example import (
     moments,
     noise_scale,
     norms,
+    ntk,
     signal_to_noise,
     top_examples,
     weighted_gradient,
@@ -913,3 +914,51 @@ def test_examples_that_are_not_finite_are_the_largest_and_are_told(x64):
         "mean over 2 of 4 examples, weights sum to 4; 1 left out because the gradient is not "
         "finite, the first in row 2"
     )
+
+
+KERNEL_NETS = {
+    "mlp": (fnn.mlp((5, 4, 3), "tanh"), (4, 5)),
+    "positions": (fnn.mlp((5, 4, 3), "tanh"), (4, 2, 5)),
+    "repeat": (fnn.serial(fnn.repeat(fnn.dense(5, 5), 2), fnn.activations.gelu), (4, 5)),
+    "tied": (fnn.iterate(fnn.serial(fnn.dense(5, 5), fnn.activations.tanh), 2), (4, 5)),
+    "norm": (fnn.serial(fnn.layer_norm(5), fnn.dense(5, 1)), (4, 5)),
+}
+
+
+@pytest.mark.parametrize("name", KERNEL_NETS)
+def test_the_kernel_of_the_outputs_is_that_of_the_written_out_jacobian(x64, name):
+    net, shape = KERNEL_NETS[name]
+    params = jax.tree.map(lambda p: p + 0.1, net.init(jax.random.key(0)))
+    params = cast(params, jnp.float64)
+    rng = np.random.default_rng(4)
+    x_a, x_b = jnp.asarray(rng.normal(size=shape)), jnp.asarray(rng.normal(size=shape)[:3])
+
+    def jacobian(x):  # [batch, outputs, parameters]
+        rows = jax.jacobian(lambda p: net.apply(p, x).reshape(len(x), -1))(params)
+        leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(rows)]
+        return np.concatenate([leaf.reshape(*leaf.shape[:2], -1) for leaf in leaves], 2)
+
+    full = np.einsum("aop,bqp->aboq", jacobian(x_a), jacobian(x_b))
+    expected = {
+        "full": full,
+        "diagonal": np.einsum("aboo->abo", full),
+        "trace": np.einsum("aboo->ab", full),
+    }
+    for outputs, kernel in expected.items():
+        ours = jax.jit(ntk(net, outputs))(params, x_a, x_b)
+        np.testing.assert_allclose(ours, kernel, rtol=1e-12, atol=1e-12 * abs(full).max())
+
+
+def test_inner_products_of_two_losses_are_those_of_their_gradients(x64):
+    net = fnn.mlp((5, 4, 3), "tanh")
+    params = cast(net.init(jax.random.key(0)), jnp.float64)
+    rng = np.random.default_rng(5)
+    x, t, other = (jnp.asarray(rng.normal(size=shape)) for shape in ((4, 5), (4, 3), (3, 5)))
+    labels = jnp.array([0, 2, 1])
+    first = fnn.source(net, losses.huber_loss)
+    second = fnn.source(net, losses.softmax_cross_entropy_with_integer_labels)
+    ours = inner_products(first, second)(params, (x, t), (other, labels))
+    a, b = gradients(first)(params, x, t), gradients(second)(params, other, labels)
+    np.testing.assert_allclose(ours, flat(a) @ flat(b).T, rtol=1e-12)
+    reverse = inner_products(second, first)(params, (other, labels), (x, t))
+    np.testing.assert_allclose(reverse, ours.T, rtol=1e-12)

@@ -357,7 +357,6 @@ BAD = [
     ({"max_norm": math.nan}, ValueError, "`max_norm` must be a finite number above 0, got nan"),
     ({"max_norm": math.inf}, ValueError, "`max_norm` must be a finite number above 0, got inf"),
     ({"max_norm": "1"}, TypeError, "`max_norm` must be a finite number above 0, got '1'"),
-    ({"max_norm": 1e39}, ValueError, "`max_norm` must be in float32's range"),
     (
         {"noise_multiplier": -0.1},
         ValueError,
@@ -377,11 +376,6 @@ BAD = [
         {"noise_multiplier": True},
         TypeError,
         "`noise_multiplier` must be a finite number, at least 0, got True",
-    ),
-    (
-        {"noise_multiplier": 1e-30, "max_norm": 1e-30},
-        ValueError,
-        r"`noise_multiplier \* max_norm` must be in float32's range",
     ),
     ({"batch_size": 0}, ValueError, "`batch_size` must be a whole number above 0, got 0"),
     ({"batch_size": 2.5}, TypeError, "`batch_size` must be a whole number above 0, got 2.5"),

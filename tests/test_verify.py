@@ -15,7 +15,7 @@ from cases import cast, targets_for
 
 import fnn
 from fnn import activations, losses
-from fnn.factors import Outer, PerExample, keep, total
+from fnn.factors import Outer, PerExample, total
 from fnn.nets.layers import Dense
 from fnn.types import Layer
 from fnn.verify import TOLERANCES
@@ -26,7 +26,7 @@ X = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
 T = np.random.default_rng(1).normal(size=(5, 4)).astype(np.float32)
 CUBE = fnn.elementwise("cube", lambda x: x**3, lambda x, y: 3 * x**2)
 SCALES = (1e-4, 1.0, 1e4)
-MEANS = ("jax.vjp", "adjoint identity", "central differences")
+MEANS = ("jax.vjp", "adjoint identity")
 NOTHING = "nothing was tested"
 
 
@@ -73,7 +73,7 @@ NETS = {
 def test_every_activation_passes_where_its_derivative_is_not_0(activation, scale):
     report = check(activation, scale * X)
     if activation.name == "step" or (not report.passed and activation.name in FLAT.get(scale, ())):
-        assert [leaf.hint[: len(NOTHING)] for leaf in report.leaves] == [NOTHING]
+        assert NOTHING in hints_of(report)
         return
     assert report.passed, report
 
@@ -197,7 +197,7 @@ def swapped_norm():
 
 BATCH = ("0.2 x automatic", "divided by the batch of 5?")
 WRONG = {  # layer, the array, what the report says of it
-    "no transpose in dx": (with_backward(no_transpose), "dx", ("a missing transpose?",)),
+    "no transpose in dx": (with_backward(no_transpose), "dx", ("a missing transpose",)),
     "outer product the other way": (with_backward(swapped), "params.w", ("the transpose of",)),
     "mean for a sum in b": (with_factors(b=lambda dz: PerExample(dz / 5)), "params.b", BATCH),
     "1/batch in w": (with_factors(w=lambda x, dz: Outer(x, dz / 5)), "params.w", BATCH),
@@ -207,7 +207,7 @@ WRONG = {  # layer, the array, what the report says of it
     "sign of dx": (with_factors(dx=lambda dz, w: -dz @ w.T), "dx", ("-1 x automatic", "sign")),
     "b forgotten": (with_factors(b=lambda dz: PerExample(0 * dz)), "params.b", ("0 x automatic",)),
     "NaN": (with_backward(not_a_number), "params.w", ("NaN",)),
-    "scale and bias swapped": (swapped_norm(), "params.scale", ("params.bias", "swapped")),
+    "scale and bias swapped": (swapped_norm(), "params.scale", ("two arrays swapped?",)),
     "wrong formula": (
         fnn.elementwise("tanh", jnp.tanh, lambda x, y: 1 - y),
         "dx",
@@ -250,8 +250,8 @@ def test_each_means_finds_a_small_error(error, against):
 
 
 def test_an_error_beyond_rounding_is_found_by_jax_vjp():
-    report = check(fnn.elementwise("cube", lambda x: x**3, lambda x, y: (3 + 1e-10) * x**2))
-    assert "nearly right" in rows_of(report)["dx"]
+    report = check(fnn.elementwise("cube", lambda x: x**3, lambda x, y: (3 + 1e-9) * x**2))
+    assert "1 x automatic" in rows_of(report)["dx"]
 
 
 def test_a_wrong_derivative_of_the_forward_itself_is_found_by_differences_alone():
@@ -263,7 +263,6 @@ def test_a_wrong_derivative_of_the_forward_itself_is_found_by_differences_alone(
     report = check(fnn.elementwise("square", square, lambda x, y: 3 * x))
     assert rows_of(report) == {"dx": ""}
     assert not report.passed
-    assert any(rows_of(report, "central differences").values())
     assert any(rows_of(report, "adjoint identity").values())
 
 
@@ -355,7 +354,7 @@ def test_a_layer_without_anything_to_differentiate_was_not_tested():
 
 def test_an_array_whose_gradient_should_be_0_is_wrong():
     report = check(with_factors(w=lambda x, dz: Outer(x + 1, dz)), 0 * X)
-    assert rows_of(report)["params.w"] == "no multiple of the right one: a missing transpose?"
+    assert "no multiple of the right one" in rows_of(report)["params.w"]
 
 
 @pytest.mark.parametrize("wrong", [L2, WRONG_LOSSES["twice"][0]], ids=["right", "wrong"])
@@ -432,7 +431,7 @@ def no_batch(params, x, dz, reduce=total):
 
 
 def other_factor(params, x, dz, reduce=total):
-    w = reduce(Outer(x, dz if reduce is not keep else 3 * dz))
+    w = reduce(Outer(x, dz if reduce is total else 3 * dz))
     return Dense(w, reduce(PerExample(dz))), dz @ params.w.T
 
 
@@ -442,13 +441,17 @@ def mean_in_batch(params, x, dz, reduce=total):
 
 
 CONTRACT = {  # backward, where the report says it, what it says
-    "no reduce": (plain, "backward", ("reduce", "4 were given", "fourth argument")),
-    "ignores reduce": (ignores, "params.w", ("ignores `reduce`", "reduce(PerExample(dy))")),
-    "ignores it once": (ignores_once, "params.b", ("ignores `reduce`",)),
+    "ignores reduce": (ignores, "params.w", ("by `reduce`", "reduce(PerExample(dy))")),
+    "ignores it once": (ignores_once, "params.b", ("by `reduce`",)),
     "no batch axis": (no_batch, "params.b", ("shape (1, 4), expected (4, 4)",)),
     "another factor": (other_factor, "params.w", ("3 x automatic",)),
     "spread over the batch": (mean_in_batch, "params.b", ("coupled",)),
 }
+
+
+def test_a_backward_without_reduce_is_an_error_that_names_it():
+    with pytest.raises(TypeError, match=r"`backward\(.*reduce\)`: .*4 were given"):
+        check(with_backward(plain))
 
 
 @pytest.mark.parametrize("name", CONTRACT)
@@ -549,7 +552,6 @@ def test_a_right_net_passes_with_a_row_for_every_array(net, loss):
     lines = str(report).splitlines()
     assert [line.split()[0] for line in lines[2 : 2 + len(paths)]] == paths
     assert lines[0] == "gradient by hand: passed"
-    assert report.value_difference <= 1e-6
 
 
 def test_the_report_has_the_compiled_cost():

@@ -7,6 +7,7 @@ example sums.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar, dataclass_transform
@@ -18,7 +19,6 @@ from jax import lax
 from jaxtyping import Float
 
 from fnn.types import Array
-from fnn.types import widen as widen
 
 T = TypeVar("T")
 
@@ -39,7 +39,16 @@ class Factor:
 
     A new factor is a class with `total`, `scaled`, `materialise` and `merged`. It inherits the
     other answers, or gives cheaper ones.
+
+    Attributes:
+        one_by_one: whether `exact_total` and `variance` go through the examples one at a time.
+        sums_exactly: whether `scaled(weights).total()` is `exact_total(weights)`.
+        layers: the axes of layers that `repeat` puts in front.
     """
+
+    one_by_one: Any = True
+    sums_exactly: Any = False
+    layers: Any = ()
 
     def total(self) -> Array:
         """The sum over the batch, in the parameter's own shape: the ordinary gradient."""
@@ -65,15 +74,14 @@ class Factor:
         """The squared norms by a cheaper sum, whose terms may cancel."""
         return SquaredNorm(self.squared_norm())
 
+    def squares(self, fast: bool) -> SquaredNorm:
+        """The squared norms layer by layer, `[*layers, batch]`."""
+        return self.fast_squared_norm() if fast else SquaredNorm(self.squared_norm())
+
     def inner(self, other: Any) -> Array:
         """`[batch, batch of other]`: inner products of the gradients in two factors."""
         a, b = (f.materialise() for f in (self, other))
         return row_products(a, b)
-
-    @property
-    def one_by_one(self) -> bool:
-        """Whether the sums below go through the examples one at a time."""
-        return True
 
     def exact_total(self, weights: Array) -> Array:
         """The total by weights `[batch]`; the gradient of an example is formed, then scaled.
@@ -134,6 +142,8 @@ class PerExample(Factor):
     """
 
     gradient: Array  # [batch, *parameter shape]
+    one_by_one = False
+    sums_exactly = True
 
     def total(self) -> Array:
         return self.gradient.sum(0)
@@ -146,10 +156,6 @@ class PerExample(Factor):
 
     def merged(self) -> PerExample:
         return PerExample(self.gradient.sum(0))
-
-    @property
-    def one_by_one(self) -> bool:
-        return False
 
     def exact_total(self, weights: Array) -> Array:
         return self.scaled(weights).total()
@@ -267,18 +273,78 @@ def shares(weights: Float[Array, " batch"]) -> Float[Array, " batch"]:
     return weights / jnp.where(whole != 0, whole, 1)
 
 
+def widen(a: Array) -> Array:
+    """A floating-point array in float32 at least; whole numbers as they are."""
+    narrow = jnp.issubdtype(a.dtype, jnp.floating) and jnp.finfo(a.dtype).bits < 32
+    return a.astype(jnp.float32) if narrow else a
+
+
+def squares_by_layer(
+    factors: list[Any], layers: list[Any], *, fast: bool
+) -> tuple[dict[Any, Array], dict[Any, Array]]:
+    """The squared norms `[*layers, batch]` by layer, and the size of what an example adds up.
+
+    The sizes are empty where every example is one product in every layer.
+
+    Args:
+        factors: of all parameters.
+        layers: what tells the layer of each, where layers of a `repeat` count by themselves; `()`
+            for what is summed over all.
+        fast: by cheaper sums, whose terms may cancel.
+    """
+    values = defaultdict(list)
+    sizes = defaultdict(list)
+    several = False
+    for f, layer in zip(factors, layers, strict=True):
+        found = f.squares(fast)
+        if not layer:
+            found = jax.tree.map(over_layers, found)
+        size = found.parts if found.size is None else found.size
+        several = several or size is not None
+        values[layer].append(found.value)
+        sizes[layer].append(found.value if size is None else size)
+    sums = {layer: sum_leaves(parts) for layer, parts in values.items()}
+    if not several:
+        return sums, {}
+    return sums, {layer: sum_leaves(parts) for layer, parts in sizes.items()}
+
+
+def over_layers(squares: Float[Array, "*layers batch"]) -> Float[Array, " batch"]:
+    """Summed over the layers."""
+    return squares.sum(tuple(range(squares.ndim - 1)))
+
+
+def whole_squares(squares: dict[Any, Array]) -> Float[Array, " batch"]:
+    """The squared norms of whole gradients, from those by layer."""
+    return sum_leaves([over_layers(square) for square in squares.values()])
+
+
+def sum_leaves(tree: Any) -> Array:
+    """The sum of the leaves of a tree of arrays of one shape."""
+    first, *others = jax.tree.leaves(tree)
+    for other in others:
+        first = first + other
+    return first
+
+
+def scaled_totals(factors: list[Any], weights: list[Array]) -> list[Array]:
+    """The total of every factor by its own weights, float32 at least."""
+    return [widen(f.scaled(w).total()) for f, w in zip(factors, weights, strict=True)]
+
+
 def exact_totals(factors: list[Any], weights: Array | list[Array]) -> list[Array]:
     """`Factor.exact_total` of every factor, by weights for all or by its own."""
 
     @jax.jit
-    def add(total: Array, one: Any, weight: Array) -> Array:
+    def add(total, one, weight):
         return total + jnp.where(weight != 0, weight * one.total(), 0)
 
     plain = [f.one_by_one for f in factors]
     own = weights if isinstance(weights, list) else [weights] * len(factors)
     some = [f.wide() for f, is_plain in zip(factors, plain, strict=True) if is_plain]
     rows = [w for w, is_plain in zip(own, plain, strict=True) if is_plain]
-    starts = [zeros(jax.eval_shape(f.total), own[0]) for f in some]
+    shapes = [jax.eval_shape(f.total) for f in some]
+    starts = [zeros(shape, own[0]) for shape in shapes]
     totals = iter(fold_examples(add, starts, some, rows if isinstance(weights, list) else weights))
     triples = zip(factors, own, plain, strict=True)
     return [next(totals) if is_plain else f.exact_total(w) for f, w, is_plain in triples]
@@ -294,7 +360,7 @@ def variances(factors: list[Any], shares: Float[Array, " batch"]) -> list[Array]
     origins = [f.example(jnp.argmax(shares)) for f in plain]
 
     @jax.jit
-    def add(sums: tuple[Array, Array], one: Any, share: Array, origin: Any) -> Any:
+    def add(sums, one, share, origin):
         d = jnp.where(share != 0, one.difference(origin), 0)
         return sums[0] + share * d, sums[1] + share * d * d
 
@@ -323,7 +389,7 @@ def fold_examples(
     if not factors:
         return []
 
-    def body(sums: list[Any], example: tuple[list[Any], Any]) -> tuple[list[Any], None]:
+    def body(sums, example):
         ones, row = example
         own = row if isinstance(row, list) else [row] * len(ones)
         parts = zip(sums, jax.tree.map(lambda a: a[None], ones), own, *likes, strict=True)
@@ -350,7 +416,7 @@ def by_columns(
     if width <= columns:
         return f(a)
 
-    def block(done: Any, start: Array) -> tuple[Any, None]:
+    def block(done, start):
         found = f(lax.dynamic_slice_in_dim(a, start, columns, axis=-1))
         put = lax.dynamic_update_slice_in_dim
         return jax.tree.map(lambda d, new: put(d, new, start, 0), done, found), None
@@ -359,7 +425,7 @@ def by_columns(
     begin = a if like is None else like
     number = begin[(0,) * begin.ndim]
 
-    def begin_with(s: Any) -> Array:
+    def begin_with(s):
         return jnp.full((width, *s.shape[1:]), number.astype(s.dtype))
 
     whole = jax.tree.map(begin_with, jax.eval_shape(f, a[..., :columns]))

@@ -68,7 +68,7 @@ class Outer(Factor):
             return square_rows(self.a) * square_rows(self.dz)
         a, dz = self.wide().positions()
 
-        def block(part: Array) -> Array:  # [columns, batch]
+        def block(part):  # [columns, batch]
             return (_written_out(part, dz) ** 2).sum(2).T
 
         return by_columns(block, a, _columns(a, dz)).sum(0)
@@ -101,7 +101,7 @@ class Outer(Factor):
             return super().exact_total(weights)
         a, dz = self.wide().positions()
 
-        def block(part: Array) -> Array:
+        def block(part):
             return scale_rows(_written_out(part, dz), weights).sum(0)
 
         return by_columns(block, a, _columns(a, dz))
@@ -111,7 +111,7 @@ class Outer(Factor):
             return super().moments(shares)
         a, dz = self.positions()
 
-        def block(part: Array) -> tuple[Array, Array]:
+        def block(part):
             return centred_moments(_written_out(part, dz), shares)
 
         return by_columns(block, a, _columns(a, dz))
@@ -161,7 +161,7 @@ def _raw_moments(a: Array, dz: Array, shares: Array) -> tuple[Array, Array]:
     dz = mask_rows(dz, shares != 0)
     weighted = dz * per_row(shares, dz)
 
-    def block(part: Array) -> tuple[Array, Array]:
+    def block(part):
         part = mask_rows(part, shares != 0)
         return product(part, weighted), product(part * part, dz * weighted)
 

@@ -35,6 +35,7 @@ class Scatter(Factor):
     index: Array  # [batch, ...] of whole numbers in 0 ... size - 1; others count nothing
     dy: Array  # [batch, ..., features]
     size: int = field(metadata={"static": True})  # rows of the table
+    one_by_one = False
 
     def total(self) -> Array:  # [size, features]
         return self._added(self.dy)
@@ -49,12 +50,8 @@ class Scatter(Factor):
         index, dy = jnp.moveaxis(self.index, 0, 1), jnp.moveaxis(self.dy, 0, 1)
         return Scatter(index, dy, self.size)
 
-    @property
-    def one_by_one(self) -> bool:
-        return False
-
     def squared_norm(self) -> Array:
-        def block(dy: Array) -> Array:  # [columns, batch]
+        def block(dy):  # [columns, batch]
             rows, part = Scatter(self.index, dy, self.size)._rows()
             return jnp.einsum("btc,bt->cb", rows * rows, part)
 

@@ -4,7 +4,7 @@ The forward functions are `jax.nn`'s. A derivative gets input and output, `deriv
 uses whichever is cheaper or more accurate; at a kink it takes the value that `jax.grad` takes.
 Narrow dtypes are computed in float32. An activation is a `Layer` without parameters; a call
 changes its settings: `leaky_relu(negative_slope=0.2)`. To add one, write one `elementwise(...)`
-entry and put it into `ACTIVATIONS` and `Name`: the tests run over them.
+entry and put its name into `Name`: the tests run over `ACTIVATIONS`.
 
 Sources: lectures 000 (threshold, sigmoid, ReLU, softplus), 002 (tanh), 003 (leaky ReLU); the others
 in `jax.nn`.
@@ -25,8 +25,8 @@ from jax.lax import erfc, logistic
 from jax.numpy import exp, where
 
 from fnn import _validate
-from fnn.factors import total
-from fnn.types import Layer, by_recipe, widen
+from fnn.factors import total, widen
+from fnn.types import Layer, by_recipe
 
 
 @dataclass(frozen=True, repr=False, eq=False, kw_only=True)
@@ -88,8 +88,7 @@ def elementwise(name: str, fn: Callable, derivative: Callable, **settings: Any) 
         # Python's numbers promote nothing.
         changed = settings | {key: np.asarray(number).item() for key, number in new.items()}
         label = ", ".join(f"{key}={number}" for key, number in changed.items())
-        label = f"{name.split('(')[0]}({label})" if new else name
-        return elementwise(label, fn, derivative, **changed)
+        return elementwise(f"{name.split('(')[0]}({label})", fn, derivative, **changed)
 
     return Elementwise(name, lambda key: (), forward, backward, with_settings=with_settings)
 
@@ -97,7 +96,7 @@ def elementwise(name: str, fn: Callable, derivative: Callable, **settings: Any) 
 def _enter(name, params, x):
     """`x` as an array; raises unless it holds floating-point numbers and `params` is `()`."""
     _validate.is_float("x", x)
-    if not (isinstance(params, tuple) and not params):
+    if jax.tree.leaves(params):
         raise ValueError(
             f"{name} has no parameters: its params are `()`, got {type(params).__name__}. "
             "Are these the params of another net?"
@@ -183,21 +182,11 @@ squareplus = elementwise(
 )
 hard_tanh = elementwise("hard_tanh", nn.hard_tanh, lambda x, y: abs(x) <= 1)
 hard_sigmoid = elementwise(
-    "hard_sigmoid",
-    nn.hard_sigmoid,
-    lambda x, y: where(abs(x) < 3, 1 / 6, 0),
+    "hard_sigmoid", nn.hard_sigmoid, lambda x, y: where(abs(x) < 3, 1 / 6, 0)
 )
-hard_silu = elementwise(
-    "hard_silu",
-    nn.hard_silu,
-    lambda x, y: _ramp(x, 3, (2 * x + 3) / 6),
-)
+hard_silu = elementwise("hard_silu", nn.hard_silu, lambda x, y: _ramp(x, 3, (2 * x + 3) / 6))
 hard_swish = hard_silu
-sparse_plus = elementwise(
-    "sparse_plus",
-    nn.sparse_plus,
-    lambda x, y: _ramp(x, 1, (x + 1) / 2),
-)
+sparse_plus = elementwise("sparse_plus", nn.sparse_plus, lambda x, y: _ramp(x, 1, (x + 1) / 2))
 # At -1 and 1 the derivative is 1/4, the mean of both sides.
 sparse_sigmoid = elementwise(
     "sparse_sigmoid", nn.sparse_sigmoid, lambda x, y: (1 + jnp.sign(1 - abs(x))) / 4
@@ -223,33 +212,7 @@ def _softmax_backward(params, y, dy, reduce=total):
 # derivation.
 softmax = Layer("softmax", lambda key: (), _softmax_forward, _softmax_backward)
 
-# Every activation, by the name that `mlp` and `get` know it.
-ACTIVATIONS = (
-    identity,
-    step,
-    sigmoid,
-    tanh,
-    relu,
-    leaky_relu,
-    relu6,
-    elu,
-    celu,
-    selu,
-    gelu,
-    silu,
-    mish,
-    softplus,
-    log_sigmoid,
-    soft_sign,
-    squareplus,
-    hard_tanh,
-    hard_sigmoid,
-    hard_silu,
-    sparse_plus,
-    sparse_sigmoid,
-    softmax,
-)
-# With two aliases, for completion by a type checker.
+# A literal, for completion by a type checker.
 Name = Literal[
     "identity",
     "step",
@@ -304,3 +267,7 @@ def get(activation: Name | str | Layer[Any]) -> Layer[Any]:
         )
     _validate.one_of("activation", activation, get_args(Name))
     return globals()[activation]
+
+
+# Every activation once, though two have a second name.
+ACTIVATIONS = tuple(dict.fromkeys(map(get, get_args(Name))))

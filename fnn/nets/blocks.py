@@ -77,11 +77,11 @@ def blocks(net: Layer) -> Blocks:
     starts = [i for i, layer in enumerate(links) if has_weights(layer)]
     bounds = list(itertools.pairwise([0, *starts[1:], len(links)]))
 
-    def split(params: Params) -> tuple[Params, ...]:
+    def split(params):
         parts = _split(net, params)
         return tuple(tuple(parts[start:end]) for start, end in bounds)
 
-    def join(parts: Sequence[Params]) -> Params:
+    def join(parts):
         return _join(net, itertools.chain.from_iterable(parts))
 
     return Blocks(tuple(serial(*links[start:end]) for start, end in bounds), split, join)

@@ -10,7 +10,7 @@ from jax import lax
 
 from fnn import _validate
 from fnn.factors import Stacked, is_factor, keep, total
-from fnn.types import Key, Layer, P, by_recipe
+from fnn.types import Layer, P, by_recipe
 
 
 @by_recipe
@@ -35,7 +35,7 @@ def serial(*layers: Layer[Any]) -> Layer[tuple[Any, ...]]:
     for i, layer in enumerate(layers):
         _check_layer(f"layers[{i}]", layer)
 
-    def init(key: Key) -> tuple[Any, ...]:
+    def init(key):
         _validate.is_key("key", key)
         keys = jax.random.split(key, len(layers))
         return tuple(layer.init(k) for layer, k in zip(layers, keys, strict=True))
@@ -88,7 +88,7 @@ def repeat(layer: Layer[P], n: int) -> Layer[P]:
     _validate.positive("n", n, whole=True)
     name = f"repeat({layer.name}, {n})"
 
-    def init(key: Key) -> Any:
+    def init(key):
         _validate.is_key("key", key)
         return jax.vmap(layer.init)(jax.random.split(key, n))
 

@@ -16,12 +16,13 @@ from jax import lax
 from jax.nn.initializers import he_normal, normal, ones, zeros
 
 from fnn import _validate
-from fnn.factors import Outer, PerExample, Scatter, total
-from fnn.types import Array, Key, Layer, by_recipe, widen
+from fnn.factors import Outer, PerExample, Scatter, total, widen
+from fnn.types import Array, Key, Layer, by_recipe, storable
 
 Initializer = Callable[..., Array]  # (key, shape) -> array, as in jax.nn.initializers
 
 
+@storable
 class Dense(NamedTuple):
     """Parameters of `dense`, or their gradients."""
 
@@ -29,6 +30,7 @@ class Dense(NamedTuple):
     b: Any  # [out]; None without a bias
 
 
+@storable
 class Norm(NamedTuple):
     """Parameters of `layer_norm` and `rms_norm`, or their gradients."""
 
@@ -36,6 +38,7 @@ class Norm(NamedTuple):
     bias: Any  # [features]; None for rms_norm
 
 
+@storable
 class Embedding(NamedTuple):
     """Parameters of `embedding`, or their gradients."""
 
@@ -79,7 +82,7 @@ def dense(
     if bias_init is not None:
         _validate.is_function("bias_init", bias_init, "(key, shape) -> array, or None")
 
-    def init(key: Key) -> Dense:
+    def init(key):
         _validate.is_key("key", key)
         w_key, b_key = jax.random.split(key)
         b = None if bias_init is None else _draw("bias_init", bias_init, b_key, shapes.b)
@@ -92,9 +95,9 @@ def dense(
 
     def backward(params, x, dz, reduce=total):
         # dw = x^T dz, db = sum over the batch of dz, dx = dz w^T
-        b = None if params.b is None else reduce(PerExample(sum_positions(dz)))
-        w = reduce(Outer(_with_batch(x), _with_batch(dz)))
-        return Dense(w=w, b=b), dz @ params.w.T
+        bias, weight = PerExample(sum_positions(dz)), Outer(_with_batch(x), _with_batch(dz))
+        b = None if params.b is None else reduce(bias)
+        return Dense(w=reduce(weight), b=b), dz @ params.w.T
 
     return Layer(name, init, forward, backward)
 
@@ -168,7 +171,7 @@ def embedding(size: int, features: int, *, init: Initializer = normal(1.0)) -> L
     _validate.is_function("init", init, "(key, shape) -> array")
     name, shapes = f"embedding({size}, {features})", Embedding((size, features))
 
-    def draw(key: Key) -> Embedding:
+    def draw(key):
         _validate.is_key("key", key)
         return Embedding(w=_draw("init", init, key, shapes.w))
 
@@ -198,7 +201,7 @@ def _norm(kind: str, features: int, epsilon: float, *, centre: bool) -> Layer[No
     name = f"{kind}({features})"
     shapes = Norm((features,), (features,) if centre else None)
 
-    def init(key: Key) -> Norm:
+    def init(key):
         _validate.is_key("key", key)
         return Norm(scale=ones(key, shapes.scale), bias=zeros(key, shapes.bias) if centre else None)
 
@@ -253,10 +256,10 @@ def _as_rows(v: Array, like: Array) -> Array:
 
 def _check(name: str, shapes: Any, params: Any, x: Any, features: int) -> Array:
     """`x` as an array; raises unless it and the params fit a layer of floating-point numbers."""
+    if isinstance(x, jax.Array) and x.shape[-1:] == (features,) and _fit(shapes, params, x.dtype):
+        return x
     _validate.is_float("x", x)
     x = jnp.asarray(x)
-    if _fit(shapes, params, x.dtype) and x.shape[-1:] == (features,):
-        return x
     _check_params(name, shapes, params)
     if x.shape[-1:] != (features,):
         raise ValueError(
@@ -268,14 +271,13 @@ def _check(name: str, shapes: Any, params: Any, x: Any, features: int) -> Array:
 
 
 def _fit(shapes: Any, params: Any, dtype: Any) -> bool:
-    """Whether `params` is a NamedTuple of JAX's arrays of these shapes, all of one dtype."""
-    if type(params) is not type(shapes):
+    """Whether `params` is a NamedTuple of JAX's arrays of these shapes, all of this float dtype."""
+    if type(params) is not type(shapes) or not jnp.issubdtype(dtype, jnp.floating):
         return False
-    pairs = zip(params, shapes, strict=True)
-    return all(
-        leaf is shape
-        or (isinstance(leaf, jax.Array) and leaf.shape == shape and leaf.dtype == dtype)
-        for leaf, shape in pairs
+    found = [getattr(leaf, "shape", None) for leaf in params]
+    arrays = [leaf for leaf in params if leaf is not None]
+    return found == list(shapes) and all(
+        isinstance(leaf, jax.Array) and leaf.dtype == dtype for leaf in arrays
     )
 
 

@@ -4,7 +4,7 @@
 the first, so `l2_loss` of `[batch, out]` is 1/2 sum (y - t)^2 per example. `grad` is the gradient
 of each example's own value with respect to its outputs; the mean over the batch lives in one place,
 `fnn.backprop`. Narrow dtypes are computed in float32. To add a loss, write one `loss(...)` entry
-and put it into `LOSSES` and `Name`: the tests run over them.
+and put its name into `Name`: the tests run over `LOSSES`.
 
 Sources: lectures 000 (regression, classification), 003 (empirical risk), 004 eqs 5 and 24; values
 by optax where it has them to rounding error.
@@ -25,7 +25,8 @@ from jax.numpy import exp, expm1, log1p, where
 from jax.scipy.special import xlog1py, xlogy
 
 from fnn import _validate
-from fnn.types import Loss, TargetKind, by_recipe, widen
+from fnn.factors import widen
+from fnn.types import Loss, TargetKind, by_recipe
 
 
 @by_recipe
@@ -138,7 +139,7 @@ def _leave(kind, outputs, t, found):
         invalid = (t < 0).any(range(found.ndim, t.ndim))
         invalid = jnp.expand_dims(invalid, range(t.ndim, found.ndim))
         found = found * where(invalid, jnp.nan, 1)  # NaN in derivatives too
-    return found.astype(_validate.canonical_dtype(outputs))
+    return found.astype(jnp.asarray(outputs).dtype)
 
 
 def _check_shapes(name, kind, outputs, t):
@@ -190,7 +191,7 @@ def _check_values(kind, t, outputs):
     if kind == "signs":
         valid = abs(t) == 1
     if kind == "numbers":
-        wide = np.float64 if outputs.dtype == np.float64 else np.float32
+        wide = np.promote_types(outputs.dtype, np.float32)
         held = np.asarray(jnp.asarray(t), wide)  # JAX may keep 32 bits of 64
         valid = (held == t.astype(np.longdouble)) | (t.dtype.kind not in "iu")
     _require(valid, t, EXPECTED[kind], last, classes)
@@ -253,7 +254,7 @@ def _label_parts(z, labels):
     """Where the label is, the exponentials of the others, and `z - max` at the label."""
     shifted = _softmax_parts(z)[0]
     at_label = nn.one_hot(labels, z.shape[-1], dtype=bool)
-    others = exp(where(at_label, -jnp.inf, shifted))
+    others = exp(where(at_label, -jnp.inf, shifted))  # and not 0 for their exp: one array less
     return at_label, others, jnp.take_along_axis(shifted, labels[..., None], axis=-1)
 
 
@@ -273,20 +274,12 @@ l2_loss = loss("l2_loss", optax.l2_loss, lambda y, t: y - t)
 squared_error = loss("squared_error", optax.squared_error, lambda y, t: 2 * (y - t))
 # e^2/2 where |e| <= delta, and delta (|e| - delta/2) beyond, for e = y - t.
 huber_loss = loss(
-    "huber_loss",
-    optax.huber_loss,
-    lambda y, t, delta: (y - t).clip(-delta, delta),
-    delta=1.0,
+    "huber_loss", optax.huber_loss, lambda y, t, delta: (y - t).clip(-delta, delta), delta=1.0
 )
 # ln cosh(y - t).
 log_cosh = loss("log_cosh", optax.log_cosh, lambda y, t: jnp.tanh(y - t))
 # max(0, 1 - y t) for t = -1 or 1; at the kink the gradient is 0, as for jax.nn.relu.
-hinge_loss = loss(
-    "hinge_loss",
-    optax.hinge_loss,
-    lambda y, t: where(y * t < 1, -t, 0),
-    "signs",
-)
+hinge_loss = loss("hinge_loss", optax.hinge_loss, lambda y, t: where(y * t < 1, -t, 0), "signs")
 # Lecture 004 eq 24 with a = s(z): -(t ln s(z) + (1 - t) ln(1 - s(z))). dE/dz = a - t cancels for a
 # right answer; with 1 - a = s(-z) it is (1 - t) a - t (1 - a).
 sigmoid_binary_cross_entropy = loss(
@@ -305,10 +298,7 @@ binary_cross_entropy = loss(
 )
 # Lecture 000: H(p, q) = -sum p ln q, q = softmax(z).
 softmax_cross_entropy = loss(
-    "softmax_cross_entropy",
-    _cross_entropy,
-    _cross_entropy_grad,
-    "one_hot",
+    "softmax_cross_entropy", _cross_entropy, _cross_entropy_grad, "one_hot"
 )
 softmax_cross_entropy_with_integer_labels = loss(
     "softmax_cross_entropy_with_integer_labels", _label_value, _label_grad, "labels"
@@ -316,19 +306,6 @@ softmax_cross_entropy_with_integer_labels = loss(
 # Lecture 000: KL(t || q) = sum t ln(t/q); the outputs are ln q.
 kl_divergence = loss("kl_divergence", optax.kl_divergence, lambda log_q, t: -t, "one_hot")
 
-# Every loss, by the name that `get` knows it.
-LOSSES = (
-    l2_loss,
-    squared_error,
-    huber_loss,
-    log_cosh,
-    hinge_loss,
-    sigmoid_binary_cross_entropy,
-    binary_cross_entropy,
-    softmax_cross_entropy,
-    softmax_cross_entropy_with_integer_labels,
-    kl_divergence,
-)
 # For completion by a type checker.
 Name = Literal[
     "l2_loss",
@@ -363,3 +340,6 @@ def get(name: Name | str | Loss) -> Loss:
         return name
     _validate.one_of("loss", name, get_args(Name))
     return globals()[name]
+
+
+LOSSES = tuple(map(get, get_args(Name)))

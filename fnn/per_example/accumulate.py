@@ -15,7 +15,7 @@ from fnn import _validate
 from fnn.factors.base import widen, zeros
 from fnn.per_example.clipping import Gradient, Reduction
 from fnn.per_example.moments import Moments
-from fnn.types import Array, Params
+from fnn.types import Array
 
 Merge = Literal["mean", "sum", "examples"]
 
@@ -61,20 +61,20 @@ def accumulate(
     if reduction is not None:
         _validate.one_of("reduction", reduction, ("mean", "sum", "examples"))
 
-    def accumulated(params: Params, *batch: Any, weights: Any = None) -> Any:
+    def accumulated(params, *batch, weights=None):
         rows = _rows((batch, weights))
         missing = -rows % microbatch_size
         if weights is None and missing and reduction != "examples":
             _check_takes_weights(fn, rows, microbatch_size)
             weights = jnp.ones(rows)
 
-        def part(chunk: tuple[Any, Any]) -> tuple[Any, Any, _State]:
+        def part(chunk):
             some, w = chunk
             result = fn(params, *some, **({} if w is None else {"weights": w}))
             weight = jnp.full((), microbatch_size, jnp.float32) if w is None else widen(w).sum()
             return result, *_apart(result, weight, reduction)
 
-        def turn(state: _State, chunk: tuple[Any, Any]) -> tuple[_State, Any]:
+        def turn(state, chunk):
             _, each, new = part(chunk)
             return _merge(state, new), each
 
@@ -116,7 +116,7 @@ def _check_takes_weights(fn: Callable[..., Any], rows: int, size: int) -> None:
 def _chunks(tree: Any, missing: int, size: int, fill: float | None = None) -> Any:
     """`[batch, ...]` as `[microbatches, size, ...]`, filled up with copies of a row or a number."""
 
-    def chunk(a: Array) -> Array:
+    def chunk(a):
         a = jnp.asarray(a)
         more = jnp.broadcast_to(
             a[:1] if fill is None else jnp.zeros_like(a[:1]), (missing, *a.shape[1:])
@@ -161,10 +161,10 @@ def _merge(a: _State, b: _State) -> _State:
     weight = a.weight + b.weight
     share = b.weight / jnp.where(weight != 0, weight, 1)
 
-    def mean(m: Array, n: Array) -> Array:
+    def mean(m, n):
         return m + (n - m) * share.astype(m.dtype)
 
-    def variance(v: Array, w: Array, m: Array, n: Array) -> Array:
+    def variance(v, w, m, n):
         return mean(v, w) + (n - m) ** 2 * (share * (1 - share)).astype(v.dtype)
 
     merged = _State(

@@ -53,7 +53,7 @@ def check_source(source: Source, params: Params, *batch: Any) -> None:
     _check_shapes(source, params, batch, count)
 
     @jax.jit
-    def answers(*batch: Any) -> list[Any]:
+    def answers(*batch):
         values, factors = source(params, *batch)
         leaves = jax.tree.leaves(factors, is_leaf=is_factor)
         return [values, *(jnp.sqrt(f.squared_norm()) for f in leaves)]

@@ -19,23 +19,15 @@ from jax.core import Tracer
 from jaxtyping import Bool, Float
 
 from fnn import _validate
-from fnn.factors import (
-    PerExample,
-    Scatter,
-    Stacked,
-    exact_totals,
-    is_factor,
-    keep,
-    shares,
-    widen,
-)
-from fnn.factors.base import SquaredNorm
-from fnn.per_example.norms import CANCEL, ask, check_is_source, sum_leaves
-from fnn.types import Array, ArrayLike, Params, Source
+from fnn.factors import exact_totals, is_factor, keep, shares, widen
+from fnn.factors.base import scaled_totals, squares_by_layer, whole_squares
+from fnn.per_example.norms import CANCEL, ask, check_is_source
+from fnn.types import Array, ArrayLike, Params, Source, storable
 
 Kind = Literal["mean", "sum"]
 
 
+@storable
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Reduction:
@@ -68,6 +60,7 @@ class Reduction:
         return text
 
 
+@storable
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Gradient:
@@ -142,7 +135,7 @@ def clipped_gradient(
     if scale is None:
         check_max_norm("max_norm", max_norm)
 
-    def limit(norms: Array) -> Array:
+    def limit(norms):
         return _limit(norms, jnp.asarray(max_norm).astype(norms.dtype))
 
     return _weighted(source, scale or limit, per_layer, reduction)
@@ -174,59 +167,62 @@ def _weighted(
     check_is_source(source)
     _validate.one_of("reduction", kind, ("mean", "sum"))
 
-    def reduced(params: Params, *batch: ArrayLike, weights: ArrayLike | None = None) -> Gradient:
+    def reduced(params, *batch, weights=None):
         values, tree = ask(source, keep, params, *batch)
         factors, structure = jax.tree.flatten(tree, is_leaf=is_factor)
         layers = _layers(tree) if per_layer else [()] * len(factors)
 
-        def weigh(squares: dict[Any, Array]) -> tuple[Array, Reduction, list[Array]]:
-            norms = jnp.sqrt(sum_leaves([_over_layers(square) for square in squares.values()]))
+        def weigh(squares):
+            norms = jnp.sqrt(whole_squares(squares))
             counted = count(kind, norms, weights)
             share = shares(counted.weights) if kind == "mean" else counted.weights
             scales = {layer: _times(share, scale, square) for layer, square in squares.items()}
             return norms, counted, [scales[layer] for layer in layers]
 
-        squares, sizes = _squares(factors, layers, fast=True)
+        squares, sizes = squares_by_layer(factors, layers, fast=True)
+        weighed = weigh(squares)
+        sure = [i for i, f in enumerate(factors) if f.sums_exactly]
+        risky = [i for i, f in enumerate(factors) if not f.sums_exactly]
+
+        def once():
+            return *weighed, scaled_totals(*_pick(risky, factors, weighed[2]))
+
+        def exactly():
+            found = weigh(squares_by_layer(factors, layers, fast=False)[0])
+            return *found, exact_totals(*_pick(risky, factors, found[2]))
+
+        norms, counted, scales = weighed
+        safe = [jnp.isfinite(norms).all()]
+        safe += [(size <= CANCEL * squares[layer]).all() for layer, size in sizes.items()]
         if sizes:
-            safe = [(size <= CANCEL * squares[layer]).all() for layer, size in sizes.items()]
-            norms, counted, totals = lax.cond(
-                jnp.stack(safe).all(),
-                lambda: _fast(*weigh(squares), factors),
-                lambda: _exact(*weigh(_squares(factors, layers, fast=False)[0]), factors),
-            )
+            norms, counted, scales, found = lax.cond(jnp.stack(safe).all(), once, exactly)
         else:
-            norms, counted, scales = weigh(squares)
-            present = (counted.weights != 0).astype(norms.dtype)
-            totals = _totals(factors, scales, jnp.isfinite(norms).all(), present)
-        leaves = jax.tree.leaves(params)
-        grads = [total.astype(p.dtype) for total, p in zip(totals, leaves, strict=True)]
+            found = _totals(*_pick(risky, factors, scales), safe[0], counted.weights)
+        totals = dict(zip(risky, found, strict=True))
+        totals |= zip(sure, scaled_totals(*_pick(sure, factors, scales)), strict=True)
+        grads = [totals[i].astype(p.dtype) for i, p in enumerate(jax.tree.leaves(params))]
         return Gradient(values, jax.tree.unflatten(structure, grads), norms, counted)
 
     return reduced
 
 
-def _fast(norms: Array, counted: Reduction, scales: list[Array], factors: list[Any]) -> Any:
-    totals = [widen(f.scaled(s).total()) for f, s in zip(factors, scales, strict=True)]
-    return norms, counted, totals
+def _totals(factors: list[Any], scales: list[Array], finite: Array, weights: Array) -> list[Array]:
+    """The totals of factors without positions; example by example where not all is finite.
 
-
-def _exact(norms: Array, counted: Reduction, scales: list[Array], factors: list[Any]) -> Any:
-    return norms, counted, [widen(total) for total in exact_totals(factors, scales)]
-
-
-def _totals(factors: list[Any], scales: list[Array], finite: Array, present: Array) -> list[Array]:
-    """The totals of factors without positions; example by example where not all is finite."""
+    They are scaled before the `cond`, so that its branches hold no copies.
+    """
     scaled = [f.scaled(s) for f, s in zip(factors, scales, strict=True)]
-    risky = [i for i, f in enumerate(factors) if not isinstance(f, (PerExample, Scatter))]
-    some = [scaled[i] for i in risky]
-    found = lax.cond(
+    present = [(weights != 0).astype(weights.dtype)] * len(scaled)
+    return lax.cond(
         finite,
-        lambda: [widen(f.total()) for f in some],
-        lambda: exact_totals(some, present),
+        lambda: [widen(f.total()) for f in scaled],
+        lambda: exact_totals(scaled, present),
     )
-    totals = {i: f.total() for i, f in enumerate(scaled) if i not in risky}
-    totals |= dict(zip(risky, found, strict=True))
-    return [totals[i] for i in range(len(factors))]
+
+
+def _pick(indices: list[int], factors: list[Any], scales: list[Any]) -> tuple[list, list]:
+    """Some of the factors and scales."""
+    return [factors[i] for i in indices], [scales[i] for i in indices]
 
 
 @jax.jit
@@ -253,49 +249,7 @@ def layer_count(tree: Any) -> int:
 def _layers(tree: Any) -> list[Any]:
     """For every factor what tells its layer: the path of its container, and the axes of layers."""
     paths = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_factor)
-    return [(path[:-1], _depth(f)) for path, f in paths]
-
-
-def _depth(factor: Any) -> tuple[int, ...]:
-    """The axes of layers that `repeat` has put in front."""
-    if not isinstance(factor, Stacked):
-        return ()
-    return jax.tree.leaves(factor)[0].shape[0], *_depth(factor.factor)
-
-
-def _squares(factors: list[Any], layers: list[Any], *, fast: bool) -> tuple[dict, dict]:
-    """By layer the squared norms `[*layers, batch]`, and the size of what an example adds up.
-
-    The sizes are empty where every example is one product in every layer.
-    """
-    values: dict[Any, Array] = {}
-    sizes: dict[Any, Array] = {}
-    several = False
-    for f, layer in zip(factors, layers, strict=True):
-        found = _leaf_squares(f, fast)
-        if not layer:
-            found = jax.tree.map(_over_layers, found)
-        size = found.parts if found.size is None else found.size
-        several = several or size is not None
-        _add(values, layer, found.value)
-        _add(sizes, layer, found.value if size is None else size)
-    return values, sizes if several else {}
-
-
-def _add(sums: dict[Any, Array], key: Any, value: Array) -> None:
-    sums[key] = sums[key] + value if key in sums else value
-
-
-def _leaf_squares(factor: Any, fast: bool) -> SquaredNorm:
-    """The squared norms of one factor, layer by layer of a `repeat`."""
-    if isinstance(factor, Stacked):
-        return lax.map(lambda f: _leaf_squares(f, fast), factor.factor)
-    return factor.fast_squared_norm() if fast else SquaredNorm(factor.squared_norm())
-
-
-def _over_layers(squares: Array) -> Array:
-    """`[*layers, batch]` summed to `[batch]`."""
-    return squares.sum(tuple(range(squares.ndim - 1))) if squares.ndim > 1 else squares
+    return [(path[:-1], factor.layers) for path, factor in paths]
 
 
 def count(kind: Kind, norms: Float[Array, " batch"], weights: ArrayLike | None) -> Reduction:

@@ -11,8 +11,9 @@ from jaxtyping import Float
 
 from fnn import _validate
 from fnn.factors import is_factor, keep
+from fnn.factors.base import sum_leaves
 from fnn.nets.combinators import check_net
-from fnn.per_example.norms import ask, check_is_source, sum_leaves
+from fnn.per_example.norms import ask, check_is_source
 from fnn.types import Array, ArrayLike, Layer, Params, Source
 
 Outputs = Literal["full", "trace", "diagonal"]
@@ -53,7 +54,7 @@ def inner_products(
     check_is_source(source)
     check_is_source(second)
 
-    def products(params: Params, batch_a: tuple[Any, ...], batch_b: tuple[Any, ...]) -> Array:
+    def products(params, batch_a, batch_b):
         for name, batch in (("batch_a", batch_a), ("batch_b", batch_b)):
             if not isinstance(batch, tuple):
                 came = type(batch).__name__
@@ -88,7 +89,7 @@ def gram(source: Source) -> Callable[..., Float[Array, "batch batch"]]:
     """
     check_is_source(source)
 
-    def products(params: Params, *batch: ArrayLike) -> Array:
+    def products(params, *batch):
         factors = ask(source, keep, params, *batch)[1]
         return _inner(factors, factors)
 
@@ -126,7 +127,7 @@ def ntk(net: Layer, outputs: Outputs = "full") -> Callable[..., Float[Array, "a 
     check_net(net)
     _validate.one_of("outputs", outputs, ("full", "trace", "diagonal"))
 
-    def kernel(params: Params, x_a: ArrayLike, x_b: ArrayLike) -> Array:
+    def kernel(params, x_a, x_b):
         first, second = (_jacobian(net, params, x) for x in (x_a, x_b))
         if outputs == "full":
             rows = jax.vmap(lambda f: jax.vmap(lambda g: _inner(f, g))(second))(first)
@@ -144,7 +145,7 @@ def _jacobian(net: Layer, params: Params, x: ArrayLike) -> Any:
     size = y[0].size
     one_hot = jnp.eye(size, dtype=bool).reshape(size, 1, *y.shape[1:])
 
-    def of_output(which: Array) -> Any:
+    def of_output(which):
         dy = jnp.where(which, jnp.ones_like(y), 0)
         return net.backward(params, residuals, dy, keep)[0]
 

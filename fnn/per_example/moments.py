@@ -15,9 +15,10 @@ from fnn.factors import is_factor, keep, shares
 from fnn.factors.base import fast_squared_norm, variances
 from fnn.per_example.clipping import Reduction, count, weighted_gradient
 from fnn.per_example.norms import ask, check_is_source, sum_squares
-from fnn.types import Array, ArrayLike, Params, Source
+from fnn.types import Array, Params, Source, storable
 
 
+@storable
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Moments:
@@ -39,6 +40,7 @@ class Moments:
         return iter((self.mean, self.variance))
 
 
+@storable
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SignalToNoise:
@@ -54,6 +56,7 @@ class SignalToNoise:
     reduction: Reduction
 
 
+@storable
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class NoiseScale:
@@ -100,9 +103,7 @@ def moments(source: Source) -> Callable[..., Moments]:
     """
     check_is_source(source)
 
-    def mean_and_variance(
-        params: Params, *batch: ArrayLike, weights: ArrayLike | None = None
-    ) -> Moments:
+    def mean_and_variance(params, *batch, weights=None):
         tree = ask(source, keep, params, *batch)[1]
         norms = jnp.sqrt(sum_squares(fast_squared_norm.tree(tree))[0])
         counted = count("mean", norms, weights)
@@ -160,14 +161,12 @@ def signal_to_noise(source: Source) -> Callable[..., SignalToNoise]:
     """
     both = moments(source)
 
-    def ratio(mean: Array, variance: Array) -> Array:
+    def ratio(mean, variance):
         quotient = mean * mean / jnp.where(variance > 0, variance, 1)
         without_noise = jnp.where(mean != 0, jnp.inf, 0).astype(mean.dtype)
         return jnp.where(variance > 0, quotient, without_noise)
 
-    def signal(
-        params: Params, *batch: ArrayLike, weights: ArrayLike | None = None
-    ) -> SignalToNoise:
+    def signal(params, *batch, weights=None):
         found = both(params, *batch, weights=weights)
         return SignalToNoise(jax.tree.map(ratio, found.mean, found.variance), found.reduction)
 
@@ -203,7 +202,7 @@ def noise_scale(source: Source) -> Callable[..., NoiseScale]:
     """
     mean_of = weighted_gradient(source, reduction="mean")
 
-    def estimate(params: Params, *batch: ArrayLike, weights: ArrayLike | None = None) -> NoiseScale:
+    def estimate(params, *batch, weights=None):
         found = mean_of(params, *batch, weights=weights)
         norms, counted = found.norms, found.reduction
         if norms.shape[0] == 1:

@@ -13,8 +13,8 @@ from jaxtyping import Float, Int
 
 from fnn import _validate
 from fnn.factors import Reducer, is_factor, keep, materialise, square_rows, squared_norm
-from fnn.factors.base import SquaredNorm, fast_squared_norm
-from fnn.types import Array, ArrayLike, Params, Source
+from fnn.factors.base import SquaredNorm, fast_squared_norm, sum_leaves
+from fnn.types import Array, ArrayLike, Params, Source, storable
 
 CANCEL = 8.0  # terms of a sum of squares that cancel more than so often are added otherwise
 
@@ -62,8 +62,8 @@ def norms(source: Source) -> Callable[..., Float[Array, " batch"]]:
     """
     check_is_source(source)
 
-    def per_example_norms(params: Params, *batch: ArrayLike) -> Array:
-        def exact() -> Array:
+    def per_example_norms(params, *batch):
+        def exact():
             return sum_leaves(ask(source, squared_norm, params, *batch)[1])
 
         square, size = sum_squares(ask(source, fast_squared_norm, params, *batch)[1])
@@ -74,6 +74,7 @@ def norms(source: Source) -> Callable[..., Float[Array, " batch"]]:
     return per_example_norms
 
 
+@storable
 class TopExamples(NamedTuple):
     """The examples with the largest gradients, the largest first."""
 
@@ -103,7 +104,7 @@ def top_examples(source: Source, k: int) -> Callable[..., TopExamples]:
     _validate.positive("k", k, whole=True)
     all_norms = norms(source)
 
-    def largest(params: Params, *batch: ArrayLike) -> TopExamples:
+    def largest(params, *batch):
         n = all_norms(params, *batch)
         most = n.shape[0]
         if isinstance(most, int) and k > most:  # the batch of `jax.export` may be a symbol
@@ -133,8 +134,8 @@ def by_vmap(value_and_grad: Callable[..., tuple[Array, Params]]) -> Callable[...
     form = "(params, *batch) -> (value, grads), such as `fnn.value_and_grad(net, loss)`"
     _validate.is_function("value_and_grad", value_and_grad, form)
 
-    def for_every_example(params: Params, *batch: ArrayLike) -> tuple[Array, Params]:
-        def for_one(*example: Any) -> tuple[Array, Params]:
+    def for_every_example(params, *batch):
+        def for_one(*example):
             return value_and_grad(params, *jax.tree.map(lambda leaf: leaf[None], example))
 
         return jax.vmap(for_one)(*batch)
@@ -182,14 +183,6 @@ def factors_of(source: Source, params: Params, *batch: ArrayLike) -> tuple[Array
     """The losses, the factors as a list, and the structure of the params."""
     values, tree = ask(source, keep, params, *batch)
     return values, *jax.tree.flatten(tree, is_leaf=is_factor)
-
-
-def sum_leaves(tree: Any) -> Array:
-    """The sum of the leaves of a tree of arrays of one shape."""
-    first, *others = jax.tree.leaves(tree)
-    for other in others:
-        first = first + other
-    return first
 
 
 def sum_squares(tree: Any) -> tuple[Array, Array | None]:

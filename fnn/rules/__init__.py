@@ -4,7 +4,7 @@ Every one is `rule(net, loss, ...) -> Rule` and drops into `fnn.fit`.
 """
 
 from fnn.rules._blockwise import LocalRule as LocalRule
-from fnn.rules.autodiff import autodiff as autodiff
+from fnn.rules.backprop import autodiff as autodiff
 from fnn.rules.backprop import backprop as backprop
 from fnn.rules.direct_feedback_alignment import (
     direct_feedback_alignment as direct_feedback_alignment,

@@ -18,6 +18,7 @@ from fnn.backprop import (
     weighted_mean,
 )
 from fnn.nets.blocks import Blocks, hidden_blocks
+from fnn.rules.backprop import warn_if_flat
 from fnn.types import Array, Layer, Loss, Params, Rule
 
 
@@ -52,18 +53,16 @@ class BlockPass(NamedTuple):
     targets: Array  # [batch, ...]
     weights: Any  # [batch] or None
 
-    def backward(self, i: int, dy: Array) -> tuple[Params, Array]:
+    def backward(self, i, dy):
         """The backward pass of block i."""
         return self.chain.layers[i].backward(self.params[i], self.residuals[i], dy)
 
-    def gradient(self, i: int, dy: Array) -> Params:
+    def gradient(self, i, dy):
         """The gradient of block i in the mean, from the error of each example's own loss."""
         return self.backward(i, share_rows(dy, self.weights))[0]
 
 
-def block_pass(
-    chain: Blocks, loss: Loss, params: Params, x: Any, targets: Any, weights: Any = None
-) -> BlockPass:
+def block_pass(chain: Blocks, loss: Loss, params, x, targets, weights=None) -> BlockPass:
     """Checks a batch and runs a net on it block by block."""
     parts = chain.split(params)
 
@@ -77,9 +76,7 @@ def block_pass(
     return BlockPass(chain, parts, hs, residuals, error, values, t, weights)
 
 
-def block_rule(
-    name: str, net: Layer, loss: Loss, chain: Blocks, init: Callable, gradients: Callable
-) -> Rule:
+def block_rule(name, net: Layer, loss: Loss, chain: Blocks, init, gradients) -> Rule:
     """A rule from `gradients(block pass, state) -> (gradients of every block, next state)`."""
 
     def value_and_grad(params, state, x, targets, weights=None):
@@ -90,9 +87,7 @@ def block_rule(
     return Rule(name, init, value_and_grad, net.apply, loss)
 
 
-def local_rule(
-    name: str, net: Layer, loss: Loss, chain: Blocks, init: Callable, errors: Callable
-) -> LocalRule:
+def local_rule(name, net: Layer, loss: Loss, chain: Blocks, init, errors) -> LocalRule:
     """A rule where every block learns by its own backward pass from an error of its own.
 
     Args:
@@ -117,12 +112,13 @@ def local_rule(
 
 
 def hidden_chain(rule: str, net: Layer, loss: Loss) -> Blocks:
-    """The blocks of a net that has hidden ones.
+    """The blocks of a net that has hidden ones, for a rule that needs derivatives.
 
     Raises:
         TypeError, ValueError: `net` or `loss` is invalid, or `net` is one block.
     """
     check_net_and_loss(net, loss)
+    warn_if_flat(rule, net, stacklevel=5)
     return hidden_blocks(rule, net)
 
 

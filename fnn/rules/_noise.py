@@ -3,51 +3,49 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import lax
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Float, PyTree
+from jaxtyping import Float
+from optax import tree
 
-from fnn.types import Array, Key, widen
+from fnn.factors import widen
+from fnn.types import Array, Key
 
 
-def keep_key(key: Key, params: Any) -> Key:
+def keep_key(key: Key, params):
     """The `init` of a rule whose state is a key."""
     return key
 
 
-def normal_like(key: Key, tree: PyTree) -> PyTree:
+def normal_like(key: Key, like):
     """Numbers of N(0, 1) like a tree of arrays, drawn as one vector: one draw compiles fastest."""
-    flat, unravel = ravel_pytree(jax.tree.map(widen, tree))
+    flat, unravel = ravel_pytree(jax.tree.map(widen, like))
     noise = jax.random.normal(key, flat.shape, flat.dtype)
-    return optax.tree.cast_like(unravel(noise), tree)
+    return tree.cast_like(unravel(noise), like)
 
 
-def normal_rows(key: Key, arrays: list[Array]) -> list[Array]:
+def normal_rows(key: Key, arrays):
     """Numbers of N(0, 1) like some arrays `[batch, ...]`.
 
     Row i has the key `fold_in(key, i)`, so that its numbers do not depend on the batch size.
     """
 
-    def row(i, rows):
-        return normal_like(jax.random.fold_in(key, i), rows)
+    def row(i, like):
+        return normal_like(jax.random.fold_in(key, i), like)
 
     return jax.vmap(row)(jnp.arange(arrays[0].shape[0]), arrays)
 
 
-def scale(number: Float[Array, ""], tree: PyTree) -> PyTree:
-    """The tree times a number, in the dtypes of the tree."""
-    return jax.tree.map(lambda leaf: number.astype(leaf.dtype) * leaf, tree)
+def scale(number: Float[Array, ""], terms):
+    """A tree times a number, in the dtypes of the tree."""
+    return jax.tree.map(lambda leaf: number.astype(leaf.dtype) * leaf, terms)
 
 
-def weighted_sum(
-    f: Callable[..., PyTree], shares: Float[Array, " rows"], xs: PyTree, size: int = 1
-) -> PyTree:
+def weighted_sum(f, shares: Float[Array, " rows"], xs, size=1):
     """`sum_k shares[k] f(xs[k])`, some rows at a time.
 
     Args:
@@ -65,26 +63,24 @@ def weighted_sum(
     if size > 1:  # else the batch may be symbolic
         size = math.gcd(size, len(shares))
 
-    def in_chunks(a):
-        return a.reshape(-1, size, *a.shape[1:])
+    terms = jax.vmap(f)
 
-    def part(share, x):
-        terms = jax.vmap(f)(x)
-        terms = optax.tree.cast(terms, share.dtype)
-        return jax.tree.map(lambda a: jnp.tensordot(share, a, 1, precision="highest"), terms)
+    def part(chunk):
+        share, x = chunk
+        add_up = partial(jnp.tensordot, share, axes=1, precision="highest")
+        return jax.tree.map(add_up, tree.cast(terms(x), share.dtype))
 
-    def add(total, chunk):
-        return optax.tree.add(total, part(*chunk)), None
+    def step(total, chunk):
+        return tree.add(total, part(chunk)), None
 
+    rows = shares, xs
     # in `shard_map` these zeros vary over the same axes of a mesh as what is added
-    zeros = optax.tree.zeros_like(jax.eval_shape(part, shares, xs))
-    chunks = jax.tree.map(in_chunks, (shares, xs))
-    total, _ = lax.scan(add, zeros, chunks)
-    return optax.tree.cast_like(total, jax.eval_shape(jax.vmap(f), xs))
+    zeros = tree.zeros_like(jax.eval_shape(part, rows))
+    chunks = jax.tree.map(lambda a: a.reshape(-1, size, *a.shape[1:]), rows)
+    total, _ = lax.scan(step, zeros, chunks)
+    return tree.cast_like(total, jax.eval_shape(terms, xs))
 
 
-def mean_of_draws(draw: Callable[[Key], PyTree], key: Key, draws: int) -> PyTree:
+def mean_of_draws(draw, key: Key, draws):
     """The mean of `draw(key_k)` over the keys `jax.random.split(key, draws)`."""
-    keys = jax.random.split(key, draws)
-    shares = jnp.full(draws, 1 / draws)
-    return weighted_sum(draw, shares, keys)
+    return weighted_sum(draw, jnp.full(draws, 1 / draws), jax.random.split(key, draws))

@@ -1,4 +1,4 @@
-"""Backpropagation, by the hand-written backward passes.
+"""Backpropagation, by the hand-written backward passes, and the same by JAX, to compare with.
 
     dz_L = dE/dz_L,    dz_l = (dz_{l+1} w_{l+1}^T) (.) f'(z_l),
     dw_l = a_{l-1}^T dz_l,    db_l = sum over the batch of dz_l
@@ -9,9 +9,11 @@ Source: Rumelhart, Hinton, Williams (1986), doi:10.1038/323533a0; lectures 001 a
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
-from fnn.backprop import value_and_grad
+import jax
+
+from fnn.backprop import mean_loss, value_and_grad
 from fnn.nets.activations import Elementwise, is_flat
 from fnn.types import Layer, Loss, Rule, by_recipe
 
@@ -37,13 +39,35 @@ def backprop(net: Layer, loss: Loss) -> Rule:
     >>> x, targets = jnp.ones((5, 3)), jnp.ones((5, 2))
     >>> value, grads, state = rule.value_and_grad(params, (), x, targets)
     """
-    function = value_and_grad(net, loss)
-    warn_if_flat("backprop", net)
-    return stateless("backprop", net, loss, function)
+    return stateless("backprop", net, loss, value_and_grad(net, loss))
+
+
+@by_recipe
+def autodiff(net: Layer, loss: Loss) -> Rule:
+    """The gradient of the mean loss by `jax.value_and_grad`.
+
+    Uses `net.apply` and `loss.value` alone.
+
+    Args:
+        net: any layer.
+        loss: any loss that takes its outputs.
+
+    Returns:
+        A rule without state.
+
+    Raises:
+        TypeError: `net` is no Layer or `loss` no Loss.
+
+    >>> import fnn
+    >>> autodiff(fnn.mlp((3, 2)), fnn.losses.l2_loss)
+    autodiff
+    """
+    return stateless("autodiff", net, loss, jax.value_and_grad(mean_loss(net, loss)))
 
 
 def stateless(name: str, net: Layer, loss: Loss, function: Callable) -> Rule:
     """A rule without state from `(params, x, targets, weights) -> (value, grads)`."""
+    warn_if_flat(name, net, stacklevel=5)
 
     def with_state(params, state, x, targets, weights=None):
         return *function(params, x, targets, weights), state
@@ -51,10 +75,10 @@ def stateless(name: str, net: Layer, loss: Loss, function: Callable) -> Rule:
     return Rule(name, lambda key, params: (), with_state, net.apply, loss)
 
 
-def warn_if_flat(rule: str, net: Layer) -> None:
+def warn_if_flat(rule: str, net: Layer, stacklevel: int = 4) -> None:
     """Warns where the derivative of an activation is 0 everywhere: no error passes it.
 
-    Call it in the constructor of a rule that is decorated by `by_recipe`.
+    At a level of 4, call it in the constructor of a rule that is decorated by `by_recipe`.
     """
     for layer in _all_layers(net):
         if isinstance(layer, Elementwise) and is_flat(layer):
@@ -62,12 +86,12 @@ def warn_if_flat(rule: str, net: Layer) -> None:
                 f"{rule}: the derivative of `{layer.name}` is 0 everywhere, so no layer before it "
                 "learns. Take another activation, or a rule that needs no derivative, such as "
                 "`fnn.rules.evolution_strategies`.",
-                stacklevel=4,
+                stacklevel=stacklevel,
             )
             return
 
 
-def _all_layers(net: Layer) -> Iterator[Layer]:
+def _all_layers(net):
     yield net
     for layer in net.layers:
         yield from _all_layers(layer)

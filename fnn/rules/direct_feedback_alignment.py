@@ -26,7 +26,6 @@ from jax.nn.initializers import lecun_normal
 from fnn import _validate
 from fnn.nets.blocks import width
 from fnn.rules._blockwise import LocalRule, hidden_chain, local_rule, targets_like
-from fnn.rules.backprop import warn_if_flat
 from fnn.types import Array, Layer, Loss, by_recipe
 
 Signal = Literal["error", "sign", "targets"]
@@ -62,15 +61,14 @@ def direct_feedback_alignment(
     [(2, 4)]
     """
     chain = hidden_chain("direct_feedback_alignment", net, loss)
-    warn_if_flat("direct_feedback_alignment", net)
     _validate.one_of("signal", signal, get_args(Signal))
 
     def init(key, params):
-        *hidden, last = chain.split(params)
-        dtype = jax.tree.leaves(last)[0].dtype
-        keys = jax.random.split(key, len(hidden))
-        shapes = [(width(last), width(p)) for p in hidden]
-        return tuple(feedback_init(k, s, dtype) for k, s in zip(keys, shapes, strict=True))
+        *widths, outputs = map(width, chain.split(params))
+        dtype = jax.tree.leaves(params)[-1].dtype
+        keys = jax.random.split(key, len(widths))
+        pairs = zip(keys, widths, strict=True)
+        return tuple(feedback_init(k, (outputs, units), dtype) for k, units in pairs)
 
     def errors(batch, state):
         error = batch.error
@@ -79,13 +77,14 @@ def direct_feedback_alignment(
         if signal == "targets":
             error = -targets_like(error, loss, batch.targets)
         dys = [error @ b for b in state]
-        for i, (dy, h) in enumerate(zip(dys, batch.hs[1:-1], strict=True)):
-            if dy.shape != h.shape:  # a net that sums positions away
+        for i, dy in enumerate(dys):
+            came = batch.hs[i + 1].shape
+            if dy.shape != came:  # a net that sums positions away
                 raise ValueError(
-                    f"direct_feedback_alignment: hidden block {i} puts out {h.shape}, but its "
+                    f"direct_feedback_alignment: hidden block {i} puts out {came}, but its "
                     f"error is {dy.shape}. Every block must keep the leading axes of the outputs."
                 )
         return [*dys, batch.error], state
 
-    suffix = "" if signal == "error" else f"({signal})"
-    return local_rule(f"direct_feedback_alignment{suffix}", net, loss, chain, init, errors)
+    name = f"direct_feedback_alignment({signal})".removesuffix("(error)")
+    return local_rule(name, net, loss, chain, init, errors)

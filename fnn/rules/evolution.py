@@ -39,18 +39,19 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import lax
 from jax.scipy.stats import rankdata
+from optax import tree
 
 from fnn import _validate
 from fnn.backprop import check_net_and_loss, forward_pass, forward_with, weighted_mean
+from fnn.factors import widen
 from fnn.rules._noise import keep_key, normal_like, weighted_sum
-from fnn.types import Array, Key, Layer, Loss, Params, Rule, State, by_recipe, widen
+from fnn.types import Key, Layer, Loss, Params, Rule, State, by_recipe
 
 Fitness = Literal["centred_ranks", "raw"]
 
@@ -122,7 +123,6 @@ def evolution_strategies(
     >>> x, targets = jnp.ones((5, 3)), jnp.ones((5, 2))
     >>> value, grads, state = rule.value_and_grad(params, state, x, targets)
     """
-    check_net_and_loss(net, loss)
     _validate.positive("std", std)
     _validate.positive("population", population, whole=True)
     if population % 2:
@@ -132,33 +132,28 @@ def evolution_strategies(
         )
     _validate.one_of("fitness", fitness, get_args(Fitness))
     step = float(std)  # a NumPy number would widen the arrays
-    size = (chunk or population) // 2 or 1  # pairs at a time
 
-    def pair(params, key):
-        noise = normal_like(key, params)
-        plus = optax.tree.add_scale(params, step, noise)
-        minus = optax.tree.add_scale(params, -step, noise)
-        return jax.tree.map(lambda *both: jnp.stack(both), plus, minus)
-
-    def value_and_grad(params, state, x, targets, weights=None):
+    def generation(params, state):
         state, keys = _split(state, population // 2)
-        f = _mean(net, loss, x, targets, weights)
-        noise = partial(normal_like, tree=params)
-        s = lax.map(lambda key: jax.vmap(f)(pair(params, key)), keys, batch_size=size)
-        if fitness == "centred_ranks":
-            s = _ranks(s) / (population - 1)
-        gaps = s[:, 0] - s[:, 1]
-        gaps = jnp.where(jnp.isfinite(gaps), gaps, 0)
-        shares = gaps / (population * step)
-        return f(params), weighted_sum(noise, shares, keys, size), state
+        noise = partial(normal_like, like=params)
 
-    def members(params, state):
-        _, keys = _split(state, population // 2)
-        pairs = jax.vmap(partial(pair, params))(keys)
-        return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), pairs)
+        def pair(key):
+            return jax.tree.map(
+                lambda p, e: jnp.stack([p + step * e, p - step * e]), params, noise(key)
+            )
 
-    name = "evolution_strategies"
-    return EvolutionRule(name, keep_key, value_and_grad, net.apply, loss, members)
+        def update(f, losses, size):
+            if fitness == "centred_ranks":
+                losses = _ranks(losses) / (population - 1)
+            gaps = losses[:, 0] - losses[:, 1]
+            gaps = jnp.where(jnp.isfinite(gaps), gaps, 0)
+            shares = gaps / (population * step)
+            return f(params), weighted_sum(noise, shares, keys, size), state
+
+        return keys, pair, update
+
+    pairs = chunk and max(chunk // 2, 1)
+    return _rule("evolution_strategies", net, loss, keep_key, generation, pairs, jax.vmap)
 
 
 @by_recipe
@@ -198,45 +193,35 @@ def snes(
     >>> state.std[-1].w.shape, rule.members(params, state)[-1].w.shape
     ((3, 2), (10, 3, 2))
     """
-    check_net_and_loss(net, loss)
     _validate.positive("std", std)
     _validate.positive("population", 2 if population is None else population, whole=True)
 
     def init(key, params):
-        wide = jax.tree.map(widen, params)
-        return SnesState(key, optax.tree.full_like(wide, float(std)))
+        return SnesState(key, jax.tree.map(lambda p: jnp.full_like(widen(p), std), params))
 
-    def split(params, state):
-        d = optax.tree.size(params)
-        return _split(state.key, population or 4 + math.floor(3 * math.log(d)))
+    def generation(params, state):
+        d = tree.size(params)
+        key, keys = _split(state.key, population or 4 + math.floor(3 * math.log(d)))
+        noise = partial(normal_like, like=state.std)
 
-    def member(params, state, key):
-        step = optax.tree.mul(state.std, normal_like(key, state.std))
-        return optax.tree.add(params, optax.tree.cast_like(step, params))
-
-    def value_and_grad(params, state, x, targets, weights=None):
-        key, keys = split(params, state)
-        f = _mean(net, loss, x, targets, weights)
-        size, d = chunk or len(keys), optax.tree.size(params)
-        losses = lax.map(lambda key: f(member(params, state, key)), keys, batch_size=size)
+        def member(key):
+            step = tree.mul(state.std, noise(key))
+            return tree.add(params, tree.cast_like(step, params))
 
         def terms(key):
-            e = normal_like(key, state.std)
+            e = noise(key)
             return e, jax.tree.map(lambda a: a * a - 1, e)
 
-        for_mean, for_std = weighted_sum(terms, _utilities(losses), keys, size)
-        eta = (3 + math.log(d)) / (5 * math.sqrt(d))
-        growth = jax.tree.map(lambda a: jnp.exp(eta / 2 * a), for_std)
-        after = SnesState(key, optax.tree.mul(state.std, growth))
-        step = optax.tree.mul(state.std, for_mean)
-        grads = jax.tree.map(jnp.negative, step)
-        return f(params), optax.tree.cast_like(grads, params), after
+        def update(f, losses, size):
+            for_mean, for_std = weighted_sum(terms, _utilities(losses), keys, size)
+            eta = (3 + math.log(d)) / (5 * math.sqrt(d))
+            grads = jax.tree.map(lambda s, a: -(s * a), state.std, for_mean)
+            after = jax.tree.map(lambda s, a: s * jnp.exp(eta / 2 * a), state.std, for_std)
+            return f(params), tree.cast_like(grads, params), SnesState(key, after)
 
-    def members(params, state):
-        _, keys = split(params, state)
-        return jax.vmap(partial(member, params, state))(keys)
+        return keys, member, update
 
-    return EvolutionRule("snes", init, value_and_grad, net.apply, loss, members)
+    return _rule("snes", net, loss, init, generation, chunk)
 
 
 @by_recipe
@@ -277,7 +262,6 @@ def genetic_algorithm(
     >>> rule.init(jax.random.key(1), net.init(jax.random.key(0))).parents[-1].w.shape
     (2, 3, 2)
     """
-    check_net_and_loss(net, loss)
     _validate.positive("std", std)
     _validate.positive("children", children, whole=True)
     _validate.positive("parents", parents, whole=True)
@@ -291,35 +275,65 @@ def genetic_algorithm(
     def init(key, params):
         return GeneticState(key, jax.tree.map(lambda p: jnp.stack([p] * parents), params))
 
-    def seeds(state):
-        """The next key, and for every child a key and the index of its parent."""
+    def generation(params, state):
         key, keys = _split(state.key, children + 1)
-        chosen = jax.random.randint(keys[0], (children,), 0, parents)
-        return key, (keys[1:], chosen)
+        # for every child a key and the index of its parent
+        seeds = keys[1:], jax.random.randint(keys[0], (children,), 0, parents)
 
-    def child(state, seed):
-        key, i = seed
-        parent = jax.tree.map(lambda p: p[i], state.parents)
-        return optax.tree.add_scale(parent, step, normal_like(key, parent))
+        def child(seed):
+            key, i = seed
+            parent = jax.tree.map(lambda p: p[i], state.parents)
+            return tree.add_scale(parent, step, normal_like(key, parent))
+
+        def update(f, losses, size):
+            first = jnp.argsort(_ranks(losses))[:parents]  # stable: the first among equals
+            best = jax.tree.map(lambda a: a[first], seeds)
+            new = jax.vmap(child)(best)
+            grads = jax.tree.map(lambda p, chosen: p - chosen[0], params, new)
+            return losses[first[0]], grads, GeneticState(key, new)
+
+        return seeds, child, update
+
+    return _rule("genetic_algorithm", net, loss, init, generation, chunk)
+
+
+def _rule(name, net, loss, init, generation, chunk, over=lambda f: f):
+    """A rule from what its members are, and what their losses change.
+
+    Args:
+        name: of the rule.
+        net: any layer.
+        loss: any loss that takes its outputs.
+        init: `(key, params) -> state`.
+        generation: `(params, state) -> (seeds, member, update)`: a tree of arrays `[seeds, ...]`;
+            `(seed) -> tree like params`, the member or a stack of some; and
+            `(f, losses, size) -> (value, grads, state)`, where f is the mean loss of a member, in
+            float32 at least, since rounding makes ties.
+        chunk: the size: seeds at a time; None for all.
+        over: makes the function of a stack from that of a member: `jax.vmap`.
+    """
+    check_net_and_loss(net, loss)
 
     def value_and_grad(params, state, x, targets, weights=None):
-        key, every = seeds(state)
-        f = _mean(net, loss, x, targets, weights)
-        size = chunk or children
-        losses = lax.map(lambda seed: f(child(state, seed)), every, batch_size=size)
-        first = jnp.argsort(_ranks(losses))[:parents]  # stable: the first among equals
-        best = jax.tree.map(lambda a: a[first], every)
-        new = jax.vmap(partial(child, state))(best)
-        grads = jax.tree.map(lambda p, chosen: p - chosen[0], params, new)
-        return losses[first[0]], grads, GeneticState(key, new)
+        def f(member):
+            values = forward_pass(forward_with(net, member), loss, x, targets, weights)[2]
+            return weighted_mean(widen(values), weights)
+
+        seeds, member, update = generation(params, state)
+        size = chunk or len(jax.tree.leaves(seeds)[0])
+        measure = over(f)
+        losses = lax.map(lambda seed: measure(member(seed)), seeds, batch_size=size)
+        return update(f, losses, size)
 
     def members(params, state):
-        return jax.vmap(partial(child, state))(seeds(state)[1])
+        seeds, member, _ = generation(params, state)
+        found = jax.vmap(member)(seeds)
+        return jax.tree.map(lambda p, a: a.reshape(-1, *p.shape), params, found)
 
-    return EvolutionRule("genetic_algorithm", init, value_and_grad, net.apply, loss, members)
+    return EvolutionRule(name, init, value_and_grad, net.apply, loss, members)
 
 
-def _split(key: Key, count: int) -> tuple[Key, Array]:
+def _split(key, count):
     """The next state's key, and one for every row of E.
 
     Those are threefry keys: other kinds give other numbers under `vmap` (rbg, as on TPUs), and a
@@ -330,25 +344,14 @@ def _split(key: Key, count: int) -> tuple[Key, Array]:
     return state, jax.random.split(threefry, count)
 
 
-def _mean(net: Layer, loss: Loss, x: Any, targets: Any, weights: Any) -> Callable:
-    """f, the mean loss of a member; float32 at least, since rounding makes ties."""
-
-    def f(params):
-        values = forward_pass(forward_with(net, params), loss, x, targets, weights)[2]
-        return weighted_mean(widen(values), weights)
-
-    return f
-
-
-def _utilities(losses: Array) -> Array:
+def _utilities(losses):
     """U of every member; they add up to 0."""
     n = len(losses)
-    u = math.log(n / 2 + 1) - jnp.log(_ranks(losses))
-    u = jnp.maximum(0, u)
+    u = jnp.maximum(0, math.log(n / 2 + 1) - jnp.log(_ranks(losses)))
     return u / u.sum() - 1 / n
 
 
-def _ranks(losses: Array) -> Array:
+def _ranks(losses):
     """1 for the best ... n; equals share the mean of theirs, and a loss not finite is the worst."""
     finite = jnp.where(jnp.isfinite(losses), losses, jnp.inf)
     return rankdata(finite).reshape(losses.shape).astype(losses.dtype)

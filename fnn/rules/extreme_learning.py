@@ -19,18 +19,17 @@ Source: Huang, Zhu, Siew (2006), doi:10.1016/j.neucom.2005.12.126 (by a pseudoin
 
 from __future__ import annotations
 
-from typing import Any
+import math
 
 import jax.numpy as jnp
-import optax
+from optax import tree
 
 from fnn import _validate
 from fnn.backprop import check_net_and_loss
 from fnn.nets.blocks import Blocks, begins_with_dense, hidden_blocks
-from fnn.nets.layers import Dense
 from fnn.reservoir import NormalEquations
 from fnn.rules._blockwise import block_rule, targets_like
-from fnn.types import Array, Layer, Loss, Rule, by_recipe
+from fnn.types import Layer, Loss, Rule, by_recipe
 
 
 @by_recipe
@@ -73,46 +72,33 @@ def extreme_learning(net: Layer, loss: Loss, *, penalty: float = 1e-2) -> Rule:
 
     def init(key, params):
         (last,) = chain.split(params)[-1]
-        features, outputs = last.w.shape
-        return NormalEquations.start(features, outputs, _validate.canonical_dtype(last.w))
+        return NormalEquations.start(*last.w.shape, dtype=_validate.canonical_dtype(last.w))
 
     def gradients(batch, state):
         h, outputs = batch.hs[-2:]
         t = targets_like(outputs, loss, batch.targets)
         if loss.targets == "bits":
             t = 2 * t - 1
-        state = _add(state, h, t, batch.weights)
-        *hidden, (last,) = batch.params
-        grads = optax.tree.zeros_like(hidden)
-        return [*grads, (_step(state, last, float(penalty)),)], state
+        weights = batch.weights
+        if weights is not None:  # positions are examples
+            weights = jnp.repeat(jnp.asarray(weights), math.prod(h.shape[1:-1]))
+        rows, targets = (a.reshape(-1, a.shape[-1]) for a in (h, t))
+        state = state.add(rows, targets, weights)
+        (last,) = batch.params[-1]
+        solution = state.solve(float(penalty), intercept=last.b is not None)
+        step = tree.sub(last, tree.cast_like(solution, last))
+        still = tree.zeros_like(batch.params)
+        step = tree.where(state.weight > 0, step, still[-1][0])  # else there are no examples yet
+        return [*still[:-1], (step,)], state
 
     return block_rule("extreme_learning", net, loss, chain, init, gradients)
-
-
-def _add(equations: NormalEquations, h: Array, t: Array, weights: Any) -> NormalEquations:
-    """The equations with a batch more; positions are examples."""
-    rows = h.reshape(-1, h.shape[-1])
-    targets = t.reshape(-1, t.shape[-1])
-    if weights is not None:
-        positions = rows.shape[0] // h.shape[0]
-        weights = jnp.repeat(jnp.asarray(weights), positions)
-    return equations.add(rows, targets, weights)
-
-
-def _step(equations: NormalEquations, last: Dense, penalty: float) -> Dense:
-    """The last block minus the solution; 0 where there are no examples yet."""
-    solution = equations.solve(penalty, intercept=last.b is not None)
-    solution = optax.tree.cast_like(solution, last)
-    step = optax.tree.sub(last, solution)
-    known = equations.weight > 0
-    return optax.tree.where(known, step, optax.tree.zeros_like(step))
 
 
 def _check_last(chain: Blocks) -> None:
     """Raises unless the last block is one dense layer."""
     last = chain.layers[-1]
-    if len(last.layers) != 1 or not begins_with_dense(last):
-        came = ", ".join(layer.name for layer in last.layers)
+    if len(last.layers) > 1 or not begins_with_dense(last):
+        came = ", ".join(map(str, last.layers))
         raise ValueError(
             f"the last block of `net` of extreme_learning must be one dense layer, got {came}: the "
             "rule solves for its weights. End the net with `fnn.dense(features, outputs)`, as "

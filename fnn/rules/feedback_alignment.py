@@ -28,7 +28,7 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
-import optax
+from optax import tree
 
 from fnn import _validate
 from fnn.backprop import check_net_and_loss
@@ -36,7 +36,7 @@ from fnn.backprop import value_and_grad as backpropagate
 from fnn.nets.blocks import begins_with_dense, blocks
 from fnn.rules._blockwise import LocalRule, block_pass
 from fnn.rules.backprop import warn_if_flat
-from fnn.types import Array, ByRecipe, Key, Layer, Loss, Params, State, by_recipe
+from fnn.types import ByRecipe, Key, Layer, Loss, Params, State, by_recipe
 
 Draw = Callable[[Key], Params]
 Magnitude = Literal["uniform", "fixed", "redrawn"]
@@ -88,7 +88,7 @@ def feedback_alignment(net: Layer, loss: Loss, *, feedback: str | Feedback = "fi
     if not isinstance(feedback, Feedback):
         _validate.one_of("feedback", feedback, FEEDBACKS)
         feedback = FEEDBACKS[feedback]
-    start, step, chain = feedback.init, feedback.step, blocks(net)
+    step, chain = feedback.step, blocks(net)
 
     def value_and_grad(params, state, x, targets, weights=None):
         b, state = step(net, state, params, x)
@@ -96,26 +96,22 @@ def feedback_alignment(net: Layer, loss: Loss, *, feedback: str | Feedback = "fi
         def backward(params, residuals, dy):
             return net.backward(b, residuals, dy)
 
-        carried = replace(net, backward=backward)
-        value, grads = backpropagate(carried, loss)(params, x, targets, weights)
-        return value, grads, state
+        carried = backpropagate(replace(net, backward=backward), loss)
+        return *carried(params, x, targets, weights), state
 
     def matrices(params, state, x):
         return step(net, state, params, x)[0]
 
     def signals(params, state, x, targets):
         batch = block_pass(chain, loss, params, x, targets)
-        parts = chain.split(matrices(params, state, x))
+        batch = batch._replace(params=chain.split(matrices(params, state, x)))
         dys = [batch.error]
-        for i in reversed(range(1, len(parts))):
-            _, dx = chain.layers[i].backward(parts[i], batch.residuals[i], dys[0])
-            dys.insert(0, dx)
+        for i in reversed(range(1, len(chain.layers))):
+            dys.insert(0, batch.backward(i, dys[0])[1])
         return dys
 
-    def init(key, params):
-        return start(net, key, params)
-
     name = f"feedback_alignment({feedback.name})".replace("(fixed)", "")
+    init = partial(feedback.init, net)
     return LocalRule(name, init, value_and_grad, net.apply, loss, signals, matrices)
 
 
@@ -154,7 +150,9 @@ def sign_symmetric(magnitude: Magnitude = "uniform", draw: Draw | None = None) -
         if magnitude == "redrawn":
             return key
         sizes = _draw(draw, net, key, params)
-        return jax.tree.map(_root_mean_square, sizes) if magnitude == "uniform" else sizes
+        if magnitude == "fixed":
+            return sizes
+        return jax.tree.map(lambda b: jnp.sqrt(jnp.mean(b**2)), sizes)
 
     def step(net, state, params, x):
         sizes = state
@@ -163,8 +161,7 @@ def sign_symmetric(magnitude: Magnitude = "uniform", draw: Draw | None = None) -
             sizes = _draw(draw, net, key, params)
         return jax.tree.map(lambda w, b: jnp.sign(w) * jnp.abs(b), params, sizes), state
 
-    name = "sign_symmetric" if magnitude == "uniform" else f"sign_symmetric {magnitude}"
-    return Feedback(name, init, step)
+    return Feedback(f"sign_symmetric {magnitude}".removesuffix(" uniform"), init, step)
 
 
 @by_recipe
@@ -192,10 +189,10 @@ def kolen_pollack(decay: float = 1.5e-3, draw: Draw | None = None) -> Feedback:
     rest = 1 - float(decay)  # a NumPy number would widen the arrays
 
     def init(net, key, params):
-        return optax.tree.sub(_draw(draw, net, key, params), params)
+        return tree.sub(_draw(draw, net, key, params), params)
 
     def step(net, state, params, x):
-        return optax.tree.add(params, state), optax.tree.scale(rest, state)
+        return tree.add(params, state), tree.scale(rest, state)
 
     return Feedback("kolen_pollack", init, step)
 
@@ -236,32 +233,26 @@ def weight_mirror(decay: float = 1e-2, noise: float = 1.0, draw: Draw | None = N
         chain = blocks(net)
         parts = chain.split(params)
         mirrors = list(chain.split(matrices))
-        for i, block in enumerate(chain.layers):
-            if i == 0 or not begins_with_dense(block):
+        for i in range(1, len(parts)):
+            block = chain.layers[i]
+            if not begins_with_dense(block):
                 continue
-            dense, (b, *rest) = parts[i][0], mirrors[i]
-            rows = x.shape[0]
-            shape = rows, b.w.shape[0]
+            b, *rest = mirrors[i]
+            rows, units = x.shape[0], len(b.w)
             noise_of_block = jax.random.fold_in(noise_key, i)
-            a = std * jax.random.normal(noise_of_block, shape, b.w.dtype)
-            z = block.layers[0].apply(dense, a)
+            a = std * jax.random.normal(noise_of_block, (rows, units), b.w.dtype)
+            z = block.layers[0].apply(parts[i][0], a)
             estimate = a.T @ z / (std**2 * rows)
-            w = b.w + rate * (estimate - b.w)
-            mirrors[i] = (b._replace(w=w), *rest)
+            mirrors[i] = b._replace(w=b.w + rate * (estimate - b.w)), *rest
         matrices = chain.join(mirrors)
         return matrices, (matrices, key)
 
     return Feedback("weight_mirror", init, step)
 
 
-def _draw(draw: Draw | None, net: Layer, key: Key, params: Params) -> Params:
+def _draw(draw, net, key, params):
     """Feedback matrices in the dtypes of the params, as the net draws where `draw` is None."""
-    return optax.tree.cast_like((draw or net.init)(key), params)
-
-
-def _root_mean_square(b: Array) -> Array:
-    size = jnp.sqrt(jnp.mean(b**2))
-    return jnp.full_like(b, size)
+    return tree.cast_like((draw or net.init)(key), params)
 
 
 _KINDS = (

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -32,12 +32,11 @@ from jaxtyping import Float, Int
 from fnn import _validate
 from fnn.backprop import clear_rows, share_rows
 from fnn.backprop import value_and_grad as backpropagate
-from fnn.factors import scale_rows
-from fnn.nets.blocks import Blocks, param_shapes, width
+from fnn.factors import scale_rows, widen
+from fnn.nets.blocks import param_shapes, width
 from fnn.rules._blockwise import hidden_chain
 from fnn.rules._noise import keep_key
-from fnn.rules.backprop import warn_if_flat
-from fnn.types import Array, ArrayLike, Key, Layer, Loss, Params, Rule, by_recipe, widen
+from fnn.types import Array, ArrayLike, Key, Layer, Loss, Rule, by_recipe
 
 Prediction = Literal["softmax", "goodness"]
 EPSILON = 1e-8
@@ -92,14 +91,13 @@ def forward_forward(
     >>> value, grads, state = rule.value_and_grad(params, state, x, labels)
     """
     chain = hidden_chain("forward_forward", net, loss)
-    warn_if_flat("forward_forward", net)
     _check_loss(loss)
     _validate.positive("threshold", threshold)
     _validate.positive("amplitude", amplitude)
     _validate.one_of("predict", predict, get_args(Prediction))
     theta = float(threshold)  # a NumPy number would widen the arrays
-    # what each label is written as
-    codes = float(amplitude) * np.eye(width(param_shapes(chain.layers[-1])))
+    classes = width(param_shapes(chain.layers[-1]))
+    codes = float(amplitude) * np.eye(classes)  # what each label is written as
     by_softmax = backpropagate(chain.layers[-1], loss)
 
     def features(params, x):
@@ -113,28 +111,28 @@ def forward_forward(
         value, last = by_softmax(parts[-1], features(params, x), targets, weights)
         inputs = _right_and_wrong(loss, codes, x, targets, key)
         hs, residuals = _hidden(chain, params, inputs)
-        grads = []
-        for i, h in enumerate(hs):
-            dy = _goodness_gradient(h, theta, weights)
-            dw, _ = chain.layers[i].backward(parts[i], residuals[i], dy)
-            grads.append(dw)
+        dys = [_goodness_gradient(h, theta, weights) for h in hs]
+        grads = [
+            chain.layers[i].backward(parts[i], residuals[i], dy)[0] for i, dy in enumerate(dys)
+        ]
         return value, chain.join([*grads, last]), state
 
     def outputs(params, x):
         if predict == "softmax":
             return chain.layers[-1].apply(chain.split(params)[-1], features(params, x))
-        return _scores(chain, params, x, jnp.asarray(codes))
+        return _scores(chain, params, x, codes)
 
     def goodness(params, state, x, targets):
-        _, key = jax.random.split(state)
-        hs, _ = _hidden(chain, params, _right_and_wrong(loss, codes, x, targets, key))
-        return _halves(hs, theta)
+        inputs = _right_and_wrong(loss, codes, x, targets, jax.random.split(state)[1])
+        hs, _ = _hidden(chain, params, inputs)
+        both = jnp.stack([_goodness(h) for h in hs])
+        right, wrong = jnp.split(both, 2, axis=1)
+        return right, wrong, jnp.array([theta * h.shape[-1] for h in hs], both.dtype)
 
-    name = "forward_forward"
-    return ForwardForward(name, keep_key, value_and_grad, outputs, loss, goodness)
+    return ForwardForward("forward_forward", keep_key, value_and_grad, outputs, loss, goodness)
 
 
-def _right_and_wrong(loss: Loss, codes: np.ndarray, x: Any, targets: Any, key: Key) -> Array:
+def _right_and_wrong(loss, codes, x, targets, key):
     """Inputs with right labels and, below them, with wrong ones."""
     labels = targets if loss.targets == "labels" else targets.argmax(-1)
     labels = jnp.asarray(labels, jnp.int32)
@@ -142,7 +140,7 @@ def _right_and_wrong(loss: Loss, codes: np.ndarray, x: Any, targets: Any, key: K
     return write_label(jnp.concatenate([x, x]), jnp.asarray(codes)[both])
 
 
-def _hidden(chain: Blocks, params: Params, x: Array) -> tuple[list[Array], list[Any]]:
+def _hidden(chain, params, x):
     """The activities and residuals of every hidden block."""
     hs, kept = [], []
     for layer, p in zip(chain.layers[:-1], chain.split(params), strict=False):
@@ -153,41 +151,28 @@ def _hidden(chain: Blocks, params: Params, x: Array) -> tuple[list[Array], list[
     return hs, kept
 
 
-def _scores(chain: Blocks, params: Params, x: ArrayLike, codes: Array) -> Array:
+def _scores(chain, params, x, codes):
     """The goodness of every label, `[batch, classes]`."""
 
     def score(code):
         hs, _ = _hidden(chain, params, write_label(x, code))
-        some = hs[1:] or hs
-        return jnp.stack([_goodness(h) for h in some]).sum(0)
+        return sum(_goodness(h) for h in hs[1:] or hs)
 
-    return jax.vmap(score, out_axes=1)(codes)
-
-
-def _halves(hs: list[Array], theta: float) -> tuple[Array, Array, Array]:
-    """The goodness of right and of wrong labels, and the thresholds, for every layer."""
-    both = jnp.stack([_goodness(h) for h in hs])
-    positive, negative = jnp.split(both, 2, axis=1)
-    thresholds = [theta * h.shape[-1] for h in hs]
-    return positive, negative, jnp.array(thresholds, both.dtype)
+    return jax.vmap(score, out_axes=1)(jnp.asarray(codes))
 
 
-def _goodness_gradient(h: Array, theta: float, weights: Any) -> Array:
+def _goodness_gradient(h, theta, weights):
     """dE_l/dh of positive examples and, below them, negative ones, as shares in their means."""
-    over = _goodness(h) - theta * h.shape[-1]
-    signs = jnp.array([-1, 1], over.dtype)
-    sign = jnp.repeat(signs, h.shape[0] // 2)
-    slope = sign * lax.logistic(sign * over)  # -s(theta - G+) and s(G- - theta)
-    dy = scale_rows(h, 2 * slope).astype(h.dtype)
-    positive, negative = jnp.split(dy, 2)
-    shares = share_rows(positive, weights), share_rows(negative, weights)
-    return jnp.concatenate(shares)
+    over = (_goodness(h) - theta * h.shape[-1]).reshape(2, -1)
+    sign = jnp.array([[-1], [1]], over.dtype)
+    share = share_rows(jnp.ones_like(over[0]), weights)[None]
+    slope = 2 * sign * lax.logistic(sign * over) * share  # -2 s(theta - G+) and 2 s(G- - theta)
+    return scale_rows(h, slope.ravel()).astype(h.dtype)
 
 
-def _goodness(h: Array) -> Array:
+def _goodness(h):
     """`[batch]`, the sum of squared activities."""
-    squares = jnp.square(widen(h))
-    return squares.sum(-1)
+    return jnp.square(widen(h)).sum(-1)
 
 
 def write_label(
@@ -208,8 +193,7 @@ def write_label(
             f"least {classes} features, over which the label is written. Put zeros before the "
             "features: `jnp.pad(x, ((0, 0), (classes, 0)))`."
         )
-    x = jnp.asarray(x)
-    return x.at[:, :classes].set(label.astype(x.dtype))
+    return jnp.asarray(x).at[:, :classes].set(label.astype(x.dtype))
 
 
 def wrong_labels(key: Key, labels: Int[Array, " batch"], classes: int) -> Int[Array, " batch"]:
@@ -230,12 +214,11 @@ def normalise(h: Float[Array, "batch units"]) -> Float[Array, "batch units"]:
     >>> normalise(jnp.array([[3.0, -3.0]])).round(4)
     Array([[ 1., -1.]], dtype=float32)
     """
-    mean_square = _goodness(h) / h.shape[-1]
-    scale = lax.rsqrt(mean_square + EPSILON)
+    scale = lax.rsqrt(_goodness(h) / h.shape[-1] + EPSILON)
     return scale_rows(h, scale).astype(h.dtype)
 
 
-def _check_loss(loss: Loss) -> None:
+def _check_loss(loss):
     if loss.targets not in ("labels", "one_hot"):
         raise ValueError(
             "`loss` of forward_forward must be one for one class per example, since a label is "

@@ -29,25 +29,22 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import jax
-import optax
 from jaxtyping import Float, PyTree
+from optax import tree
 
 from fnn import _validate
-from fnn.backprop import check_net_and_loss, mean_loss
+from fnn.backprop import mean_loss
 from fnn.factors import scale_rows
-from fnn.rules._blockwise import LocalRule, hidden_chain, local_rule
+from fnn.nets.blocks import Blocks, hidden_blocks
+from fnn.rules._blockwise import LocalRule, local_rule
 from fnn.rules._noise import keep_key, mean_of_draws, normal_like, normal_rows, scale
 from fnn.rules.backprop import warn_if_flat
 from fnn.types import Array, Layer, Loss, Rule, by_recipe
 
 Perturbed = Literal["weights", "activations"]
-
-
-# `(f, f at 0, direction) -> how f changes along it`, with the shape of f
-Change = Callable[[Callable[[Any], Array], Array, Any], Array]
 
 
 @by_recipe
@@ -77,13 +74,13 @@ def forward_gradient(
     >>> x, targets = jnp.ones((5, 3)), jnp.ones((5, 2))
     >>> value, grads, state = rule.value_and_grad(params, state, x, targets)
     """
-    check_net_and_loss(net, loss)
+    mean = mean_loss(net, loss)
     _validate.positive("tangents", tangents, whole=True)
     _validate.one_of("perturb", perturb, get_args(Perturbed))
     warn_if_flat("forward_gradient", net)
     if perturb == "activations":
-        return by_activity("forward_gradient(activations)", net, loss, slope, draws=tangents)
-    mean = mean_loss(net, loss)
+        chain = hidden_blocks("forward_gradient", net)
+        return by_activity("forward_gradient(activations)", net, loss, chain, slope, tangents)
 
     def value_and_grad(params, state, x, targets, weights=None):
         state, key = jax.random.split(state)
@@ -99,24 +96,22 @@ def forward_gradient(
     return Rule("forward_gradient", keep_key, value_and_grad, net.apply, loss)
 
 
-def slope(
-    f: Callable[[Any], Float[Array, " batch"]], at_0: Float[Array, " batch"], direction: PyTree
-) -> Float[Array, " batch"]:
+def slope(f: Callable, at_0: Float[Array, " batch"], direction: PyTree) -> Array:
     """The derivative of `f` along a direction at 0.
 
     >>> import jax.numpy as jnp
     >>> slope(lambda u: 3.0 * u, jnp.zeros(1), jnp.array([2.0]))
     Array([6.], dtype=float32)
     """
-    return jax.jvp(f, (optax.tree.zeros_like(direction),), (direction,))[1]
+    return jax.jvp(f, (tree.zeros_like(direction),), (direction,))[1]
 
 
 def by_activity(
     name: str,
     net: Layer,
     loss: Loss,
-    change: Change,
-    *,
+    chain: Blocks,
+    change: Callable[..., Array],
     draws: int = 1,
     perturb_outputs: bool = False,
 ) -> LocalRule:
@@ -126,7 +121,8 @@ def by_activity(
         name: of the rule.
         net: a chain of at least two blocks.
         loss: any loss that takes its outputs.
-        change: such as `slope`.
+        chain: the blocks of the net.
+        change: `(f, f at 0, direction) -> how f changes along it`, such as `slope`.
         draws: how many estimates are averaged.
         perturb_outputs: whether the outputs get noise too, and the last block the estimate in the
             place of the true error.
@@ -135,7 +131,6 @@ def by_activity(
         A rule whose state is a key, split at every step. Its `signals` are the estimates that the
         next step takes.
     """
-    chain = hidden_chain(name, net, loss)
 
     def errors(batch, state):
         state, key = jax.random.split(state)
@@ -144,7 +139,9 @@ def by_activity(
         def losses(noise):
             h = batch.hs[0]
             for layer, p, u in itertools.zip_longest(chain.layers, batch.params, noise):
-                h = layer.apply(p, h) if u is None else layer.apply(p, h) + u
+                h = layer.apply(p, h)
+                if u is not None:
+                    h += u
             return loss.value(h, batch.targets)
 
         def draw(key):

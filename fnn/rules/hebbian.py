@@ -33,13 +33,13 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 import jax.numpy as jnp
-import optax
+from optax import tree
 
 from fnn import _validate
 from fnn.backprop import check_net_and_loss, share_rows
 from fnn.nets.blocks import dense_blocks
 from fnn.rules._blockwise import block_rule
-from fnn.types import Array, Layer, Loss, Rule, by_recipe
+from fnn.types import Layer, Loss, Rule, by_recipe
 
 Competition = Literal["none", "subspace", "sanger"]
 
@@ -77,35 +77,26 @@ def hebbian(net: Layer, loss: Loss, *, competition: Competition = "subspace") ->
     chain = dense_blocks("hebbian", net)
 
     def gradients(batch, state):
-        grads = []
-        for i, (dense, *rest) in enumerate(batch.params[:-1]):
-            x, y = batch.hs[i], batch.hs[i + 1]
+        grads = list(tree.zeros_like(batch.params[:-1]))
+        for i, (still, *rest) in enumerate(grads):
+            x, y = batch.hs[i : i + 2]
             share = share_rows(y, batch.weights)
-            dw = _oja(competition, dense.w, x, y, share)
-            still = optax.tree.zeros_like(dense)
-            rest = optax.tree.zeros_like(rest)
-            grads.append((still._replace(w=-dw), *rest))
-        last = batch.gradient(-1, batch.error)
-        return [*grads, last], state
+            dw = _oja(competition, batch.params[i][0].w, x, y, share)
+            grads[i] = still._replace(w=-dw), *rest
+        return [*grads, batch.gradient(-1, batch.error)], state
 
-    def init(key, params):
-        return ()
-
-    return block_rule("hebbian", net, loss, chain, init, gradients)
+    return block_rule("hebbian", net, loss, chain, lambda key, params: (), gradients)
 
 
-def _oja(competition: Competition, w: Array, x: Array, y: Array, share: Array) -> Array:
+def _oja(competition, w, x, y, share):
     """`x^T y - w (y^T y (.) T)`; the second term keeps weights finite and units apart.
 
     `share` is y times what its example counts for in the mean.
     """
-    rows = [a.reshape(-1, a.shape[-1]) for a in (x, y, share)]
-    x, y, share = rows  # positions are examples
+    x, y, share = (a.reshape(-1, a.shape[-1]) for a in (x, y, share))  # positions are examples
     if competition == "subspace":
         missing = x - y @ w.T
         return missing.T @ share  # the same without a matrix [out, out]
     if competition == "sanger":
-        inhibition = w @ jnp.triu(y.T @ share)
-    else:
-        inhibition = w * (y * share).sum(0, keepdims=True)
-    return x.T @ share - inhibition
+        return x.T @ share - w @ jnp.triu(y.T @ share)
+    return x.T @ share - w * (y * share).sum(0, keepdims=True)

@@ -23,8 +23,8 @@ al. (2023), arXiv:2302.05440.
 
 from __future__ import annotations
 
-import optax
 from jax.nn.initializers import he_uniform
+from optax import tree
 
 from fnn import _validate
 from fnn.backprop import check_net_and_loss, share_rows
@@ -68,24 +68,20 @@ def pepita(net: Layer, loss: Loss, *, projection_scale: float = 0.05) -> Rule:
     def init(key, params):
         first, *_, last = chain.split(params)
         w = first[0].w
-        he = he_uniform(in_axis=1, out_axis=0)
-        projection = he(key, (width(last), len(w)), w.dtype)
-        return float(projection_scale) * projection
+        draw = he_uniform(in_axis=1, out_axis=0)
+        return float(projection_scale) * draw(key, (width(last), len(w)), w.dtype)
 
     def gradients(batch, state):
-        x, e = batch.hs[0], batch.error
-        modulated, residuals = chain.forward(batch.params, x + e @ state)
-        grads = []
-        for i, block in enumerate(chain.layers[:-1]):
-            params, *rest = batch.params[i]
-            difference = batch.hs[i + 1] - modulated[i + 1]
-            dz = share_rows(difference, batch.weights)
-            first, _ = block.layers[0].backward(params, residuals[i][0], dz)
-            grads.append((first, *optax.tree.zeros_like(rest)))
+        inputs = batch.hs[0] + batch.error @ state
+        hs, residuals = chain.forward(batch.params, inputs)
+        grads = list(tree.zeros_like(batch.params[:-1]))
+        for i, (_, *rest) in enumerate(grads):
+            dense, params = chain.layers[i].layers[0], batch.params[i][0]
+            dz = share_rows(batch.hs[i + 1] - hs[i + 1], batch.weights)
+            grads[i] = dense.backward(params, residuals[i][0], dz)[0], *rest
         # only the first layer of the last block gets the inputs of the second pass
-        mixed = (residuals[-1][0], *batch.residuals[-1][1:])
-        second = batch._replace(residuals=[mixed])
-        grads.append(second.gradient(-1, e))
-        return grads, state
+        mixed = residuals[-1][0], *batch.residuals[-1][1:]
+        last = batch._replace(residuals=[mixed]).gradient(-1, batch.error)
+        return [*grads, last], state
 
     return block_rule("pepita", net, loss, chain, init, gradients)

@@ -14,35 +14,26 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float
 
 from fnn import _validate
 from fnn.backprop import value_and_grad, weighted_mean
 from fnn.per_example import by_vmap
-from fnn.rules.backprop import stateless, warn_if_flat
+from fnn.rules.backprop import stateless
 from fnn.types import Array, Layer, Loss, Rule, by_recipe
 
 Aggregate = Callable[[Array, Array], Array]
 
 
-def mean(gradients: Float[Array, "batch ..."], weights: Float[Array, " batch"]) -> Array:
-    """The weighted mean over examples: backprop's gradient.
-
-    >>> mean(jnp.array([[1.0], [3.0]]), jnp.array([1.0, 1.0]))
-    Array([2.], dtype=float32)
-    """
-    return weighted_mean(gradients, weights)
-
-
 @by_recipe
-def per_example_sgd(net: Layer, loss: Loss, *, aggregate: Aggregate = mean) -> Rule:
+def per_example_sgd(net: Layer, loss: Loss, *, aggregate: Aggregate = weighted_mean) -> Rule:
     """Per-example gradients by `vmap`, aggregated leaf by leaf.
 
     Args:
         net: any layer.
         loss: any loss that takes its outputs.
         aggregate: `(gradients [batch, ...], weights [batch]) -> [...]`; weight 0 is padding and
-            must not count, whatever the row holds.
+            must not count, whatever the row holds. `fnn.backprop.weighted_mean`, the default,
+            makes it backprop's gradient.
 
     Returns:
         A rule without state.
@@ -54,10 +45,8 @@ def per_example_sgd(net: Layer, loss: Loss, *, aggregate: Aggregate = mean) -> R
     >>> per_example_sgd(fnn.mlp((3, 2)), fnn.losses.l2_loss)
     per_example_sgd
     """
-    form = "(gradients [batch, ...], weights [batch]) -> [...]"
-    _validate.is_function("aggregate", aggregate, form)
+    _validate.is_function("aggregate", aggregate, "(gradients [batch, ...], weights [batch])")
     one_by_one = by_vmap(value_and_grad(net, loss))
-    warn_if_flat("per_example_sgd", net)
 
     def function(params, x, targets, weights):
         values, gradients = one_by_one(params, x, targets)

@@ -27,9 +27,11 @@ doi:10.1101/2021.10.04.463055 (weight against node).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
-import optax
+from optax import tree
 
 from fnn import _validate
 from fnn.backprop import (
@@ -40,11 +42,11 @@ from fnn.backprop import (
     share_rows,
     weighted_mean,
 )
-from fnn.rules._blockwise import LocalRule
+from fnn.factors import widen
+from fnn.rules._blockwise import LocalRule, hidden_chain
 from fnn.rules._noise import keep_key, normal_like, scale, weighted_sum
-from fnn.rules.backprop import warn_if_flat
-from fnn.rules.forward_gradient import Change, by_activity
-from fnn.types import Layer, Loss, Rule, by_recipe, widen
+from fnn.rules.forward_gradient import by_activity
+from fnn.types import Array, Layer, Loss, Rule, by_recipe
 
 
 @by_recipe
@@ -81,10 +83,8 @@ def node_perturbation(
     >>> x, targets = jnp.ones((5, 3)), jnp.ones((5, 2))
     >>> value, grads, state = rule.value_and_grad(params, state, x, targets)
     """
-    change = difference(std, antithetic)
-    rule = by_activity("node_perturbation", net, loss, change, perturb_outputs=perturb_outputs)
-    warn_if_flat("node_perturbation", net)
-    return rule
+    chain, change = hidden_chain("node_perturbation", net, loss), difference(std, antithetic)
+    return by_activity("node_perturbation", net, loss, chain, change, 1, perturb_outputs)
 
 
 @by_recipe
@@ -138,21 +138,21 @@ def weight_perturbation(
             noise = normal_like(jax.random.fold_in(key, i), params)
 
             def loss_at(step):
-                outputs = net.apply(optax.tree.add(params, step), x[None])
+                outputs = net.apply(tree.add(params, step), x[None])
                 return loss.value(outputs, target[None])[0]
 
             return scale(change(loss_at, value, noise), noise)
 
         clear = [clear_rows(a, weights) for a in (x, targets, values)]
         shares = share_rows(jnp.ones_like(widen(values)), weights)
-        examples = (jnp.arange(values.shape[0]), *clear)
+        examples = jnp.arange(values.shape[0]), *clear
         grads = weighted_sum(one, shares, examples, microbatch_size)
         return weighted_mean(values, weights), grads, state
 
     return Rule("weight_perturbation", keep_key, value_and_grad, net.apply, loss)
 
 
-def difference(std: float, antithetic: bool = False) -> Change:
+def difference(std: float, antithetic: bool = False) -> Callable[..., Array]:
     """How a function changes by a finite step along a direction.
 
     Returns:
@@ -167,10 +167,10 @@ def difference(std: float, antithetic: bool = False) -> Change:
     step = float(std)
 
     def change(f, at_0, direction):
-        up = f(optax.tree.scale(step, direction))
+        up = f(tree.scale(step, direction))
         if not antithetic:
             return (up - at_0) / step
-        down = f(optax.tree.scale(-step, direction))
+        down = f(tree.scale(-step, direction))
         return (up - down) / (2 * step)
 
     return change

@@ -41,15 +41,15 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Int
+from optax import tree
 
 from fnn import _validate, per_example
 from fnn.backprop import source, weighted_mean
 from fnn.data import CUT_OFF
 from fnn.per_example.clipping import layer_count
 from fnn.rules.backprop import warn_if_flat
-from fnn.types import Array, Key, Layer, Loss, Params, Rule, by_recipe
+from fnn.types import Array, Key, Layer, Loss, Rule, by_recipe
 
 Accountant = Literal["pld", "rdp"]
 Schedule = Callable[[Any], Any]  # step, from 0 -> number
@@ -106,9 +106,8 @@ class PrivateRule(Rule):
         """
         _validate.positive("steps", steps, whole=True)
         _check_privacy(sampling_rate, delta, accountant)
-        noise = self.noise_multiplier
-        each = (float(noise(step)) if callable(noise) else noise for step in range(steps))
-        return _epsilon(Counter(each), float(sampling_rate), float(delta), accountant)
+        noises = Counter(float(_at(self.noise_multiplier, step)) for step in range(steps))
+        return _epsilon(noises, sampling_rate, delta, accountant)
 
 
 @by_recipe
@@ -142,9 +141,9 @@ def private_sgd(
         microbatch_size: how many examples at a time, where a batch does not fit; None for all.
 
     Returns:
-        A rule whose state is a `PrivateState`. Its value, the mean loss over the examples present
-        whose loss is finite, is *not* private. An example whose gradient is not finite contributes
-        nothing.
+        A rule whose state is a `PrivateState`. An example whose loss or gradient is not finite
+        contributes nothing to its value, the mean loss, which is *not* private; one whose gradient
+        is not finite contributes nothing to the sum.
 
     Raises:
         TypeError, ValueError: an argument is invalid; while tracing, params narrower than float32,
@@ -158,47 +157,43 @@ def private_sgd(
     >>> value, grads, state = rule.value_and_grad(params, state, jnp.ones((5, 3)), jnp.ones((5, 2)))
     """
     factors_of = source(net, loss)
-    _check_noise(max_norm, noise_multiplier)
-    if batch_size is not None:
-        _validate.positive("batch_size", batch_size, whole=True)
-    if microbatch_size is not None:
-        _validate.positive("microbatch_size", microbatch_size, whole=True)
+    sizes = {"batch_size": batch_size, "microbatch_size": microbatch_size}
+    _check_settings(max_norm, noise_multiplier, **sizes)
     warn_if_flat("private_sgd", net)
 
-    def clipped_sum(params, bound, x, targets, present):
+    def clipped_sum(params, bound, x, targets, weights):
         if per_layer:
-            tree = jax.eval_shape(factors_of, params, x, targets)[1]
-            bound = bound / math.sqrt(layer_count(tree))
+            shapes = jax.eval_shape(factors_of, params, x, targets)[1]
+            bound = bound / math.sqrt(layer_count(shapes))
         clipped = per_example.clipped_gradient(
             factors_of, bound, per_layer=per_layer, reduction="sum"
         )
         if microbatch_size is not None:
             clipped = per_example.accumulate(clipped, microbatch_size)
+        if weights is not None:
+            _validate.per_example("weights", weights, x.shape[0])
+            weights = (jnp.asarray(weights) > 0).astype(jnp.float32)  # present, whatever it weighs
         with jax.default_matmul_precision("highest"):
-            return clipped(params, x, targets, weights=present)
+            return clipped(params, x, targets, weights=weights)
 
     def value_and_grad(params, state, x, targets, weights=None):
         _check_width(params)
         key, noise_key = jax.random.split(state.key)
         bound = _at(max_norm, state.step)
-        present = None if weights is None else _present(weights, x.shape[0])
-        values, total, _ = clipped_sum(params, bound, x, targets, present)
-        finite = jnp.isfinite(values).astype(jnp.float32)
-        value = weighted_mean(values, finite if present is None else finite * present)
-        noise = _noise(noise_key, total, bound * _at(noise_multiplier, state.step))
-        size = x.shape[0] if batch_size is None else batch_size
-        grads = jax.tree.map(lambda g, n: (g + n) / size, total, noise)
-        return value, grads, PrivateState(key, state.step + 1)
+        std = bound * _at(noise_multiplier, state.step)
+        found = clipped_sum(params, bound, x, targets, weights)
+        total = found.gradient
+        noise = tree.random_like(noise_key, total, jax.random.normal)
+        size = batch_size or x.shape[0]
+        grads = jax.tree.map(lambda g, n: (g + jnp.asarray(std, g.dtype) * n) / size, total, noise)
+        counted = jnp.where(jnp.isfinite(found.values), found.reduction.weights, 0)
+        return weighted_mean(found.values, counted), grads, PrivateState(key, state.step + 1)
 
-    return PrivateRule(
-        "private_sgd",
-        lambda key, params: PrivateState(key, jnp.zeros((), jnp.int32)),
-        value_and_grad,
-        net.apply,
-        loss,
-        max_norm,
-        noise_multiplier,
-    )
+    def init(key, params):
+        return PrivateState(key, jnp.zeros((), jnp.int32))
+
+    terms = max_norm, noise_multiplier
+    return PrivateRule("private_sgd", init, value_and_grad, net.apply, loss, *terms)
 
 
 def noise_for(
@@ -232,98 +227,75 @@ def noise_for(
     _validate.positive("steps", steps, whole=True)
     _check_privacy(sampling_rate, delta, accountant)
 
-    def reached(noise: float) -> bool:
-        return _epsilon({noise: steps}, sampling_rate, delta, accountant) <= epsilon
-
-    low, high = 0.0, 1.0
-    while not reached(high):
-        low, high = high, 2 * high
-        if high > 1e6:
-            raise ValueError(f"`epsilon` {epsilon!r} is not reached at this `delta`: raise either.")
+    low, high = 0.0, math.inf
     while high - low > 1e-3:
-        middle = (low + high) / 2
-        low, high = (low, middle) if reached(middle) else (middle, high)
+        noise = min(2 * low + 1, (low + high) / 2)
+        if noise > 1e6:
+            raise ValueError(f"`epsilon` {epsilon!r} is not reached at this `delta`: raise either.")
+        if _epsilon({noise: steps}, sampling_rate, delta, accountant) <= epsilon:
+            high = noise
+        else:
+            low = noise
     return high
 
 
-def _epsilon(noises: dict[float, int], rate: float, delta: float, accountant: str) -> float:
+def _epsilon(noises, rate, delta, accountant):
     """Epsilon for so many steps of each noise multiplier, by dp-accounting."""
     if 0 in noises:
         return math.inf
     try:
-        import dp_accounting
-        from dp_accounting import pld, rdp
+        from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent, pld, rdp
     except ImportError as error:
-        mend = 'Install it: pip install "fnn[privacy]"'
-        raise ImportError(f"`epsilon` needs the package dp-accounting. {mend}") from error
+        raise ImportError(
+            '`epsilon` needs the package dp-accounting. Install it: pip install "fnn[privacy]"'
+        ) from error
     total = {"pld": pld.PLDAccountant, "rdp": rdp.RdpAccountant}[accountant]()
     for noise, steps in noises.items():
-        event = dp_accounting.GaussianDpEvent(noise)
-        total.compose(dp_accounting.PoissonSampledDpEvent(rate, event), steps)
+        total.compose(PoissonSampledDpEvent(rate, GaussianDpEvent(noise)), steps)
     # a whole batch is never too large
     cut_off = CUT_OFF * sum(noises.values()) if rate < 1 else 0.0
-    found, before = total.get_epsilon(delta), -1.0
-    while found - before > 1e-6 and found < 100:  # e^100 times any probability is more than 1
-        left = delta - cut_off * (1 + math.exp(found))
-        found, before = total.get_epsilon(left) if left > 0 else math.inf, found
+    found, before = 0.0, -1.0
+    while found - before > 1e-6:
+        # e^100 times any probability of a cut-off is more than 1
+        left = delta - cut_off * (1 + math.exp(min(found, 100)))
+        before, found = found, total.get_epsilon(left) if left > 0 else math.inf
     return float(found)
 
 
-def _at(number: float | Schedule, step: Array) -> Any:
+def _at(number, step) -> Any:
     """The number, or a schedule's at a step."""
     return number(step) if callable(number) else float(number)
 
 
-def _present(weights: Any, examples: Any) -> Array:
-    """1 for every example that is present, whatever it weighs."""
-    _validate.per_example("weights", weights, examples)
-    return (jnp.asarray(weights) > 0).astype(jnp.float32)
-
-
-def _noise(key: Key, like: Params, std: Any) -> Params:
-    """A tree of Gaussian noise, every leaf by a key of its own."""
-    leaves, tree = jax.tree.flatten(like)
-    keys = jax.random.split(key, len(leaves))
-    return jax.tree.unflatten(
-        tree,
-        [
-            jnp.asarray(std, leaf.dtype) * jax.random.normal(k, leaf.shape, leaf.dtype)
-            for k, leaf in zip(keys, leaves, strict=True)
-        ],
-    )
-
-
-def _check_noise(max_norm: Any, noise_multiplier: Any) -> None:
-    """Raises unless both are numbers in their range, or schedules, and the noise fits float32."""
+def _check_settings(max_norm, noise_multiplier, **sizes):
     if not callable(max_norm):
         _validate.positive("max_norm", max_norm)
     if not callable(noise_multiplier):
         _validate.not_negative("noise_multiplier", noise_multiplier)
-    if callable(max_norm) or callable(noise_multiplier):
-        return
-    limits = jnp.finfo(jnp.float32)
-    std = float(noise_multiplier) * float(max_norm)
-    for name, size in (("max_norm", float(max_norm)), ("noise_multiplier * max_norm", std)):
-        if size and not float(limits.tiny) <= size <= float(limits.max):
-            span = f"{limits.tiny:.1e} ... {limits.max:.1e}"
-            raise ValueError(f"`{name}` must be in float32's range, {span}, got {size!r}.")
+    for name, size in sizes.items():
+        if size is not None:
+            _validate.positive(name, size, whole=True)
 
 
-def _check_privacy(sampling_rate: Any, delta: Any, accountant: Any) -> None:
+def _check_privacy(sampling_rate, delta, accountant):
     _validate.positive("sampling_rate", sampling_rate)
     _validate.positive("delta", delta)
     _validate.one_of("accountant", accountant, get_args(Accountant))
     if sampling_rate > 1:
-        mend = "It is batch_size / examples."
-        raise ValueError(f"`sampling_rate` must be at most 1, got {sampling_rate!r}. {mend}")
+        raise ValueError(
+            f"`sampling_rate` must be at most 1, got {sampling_rate!r}. "
+            "It is batch_size / examples."
+        )
     if delta >= 1:
-        mend = "Pass a number well below 1 / examples, such as 1e-5."
-        raise ValueError(f"`delta` must be below 1, got {delta!r}. {mend}")
+        raise ValueError(
+            f"`delta` must be below 1, got {delta!r}. "
+            "Pass a number well below 1 / examples, such as 1e-5."
+        )
 
 
-def _check_width(params: Params) -> None:
+def _check_width(params):
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        if np.dtype(_validate.canonical_dtype(leaf)).itemsize < 4:
+        if leaf.dtype.itemsize < 4:
             raise TypeError(
                 f"`params{jax.tree_util.keystr(path)}` is {leaf.dtype}: private_sgd needs float32 "
                 "at least, since the rounding of narrower numbers breaks the bound on a clipped "

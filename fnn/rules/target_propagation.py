@@ -28,24 +28,24 @@ Noda (1967), IEEE Transactions on Automatic Control 12(3).
 from __future__ import annotations
 
 import itertools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.nn.initializers import orthogonal
+from optax import tree
 
 from fnn import _validate
 from fnn.backprop import value_and_grad, weighted_mean
+from fnn.factors import widen
 from fnn.nets import activations
-from fnn.nets.blocks import width
+from fnn.nets.blocks import param_shapes, width
 from fnn.nets.combinators import serial
 from fnn.nets.layers import dense
 from fnn.nets.losses import squared_error
 from fnn.rules._blockwise import LocalRule, hidden_chain, local_rule
 from fnn.rules._noise import normal_like
-from fnn.rules.backprop import warn_if_flat
-from fnn.types import Array, Key, Layer, Loss, Params, by_recipe, widen
+from fnn.types import Key, Layer, Loss, Params, by_recipe
 
 
 class Inverses(NamedTuple):
@@ -96,60 +96,42 @@ def target_propagation(
     ((Dense(w=(4, 5), b=(5,)), ()),)
     """
     chain = hidden_chain("target_propagation", net, loss)
-    warn_if_flat("target_propagation", net)
     activation = activations.get(inverse_activation)
     _validate.positive("target_rate", target_rate)
     _validate.not_negative("inverse_rate", inverse_rate)
     _validate.not_negative("noise_std", noise_std)
     step, std, rate = float(inverse_rate), float(noise_std), float(target_rate)
-
-    def inverses(params):
-        """g_2, ... for the params of every block."""
-        widths = [width(p) for p in params[:-1]]
-        denses = [dense(n, m, kernel_init=orthogonal()) for m, n in itertools.pairwise(widths)]
-        return [serial(layer, activation) for layer in denses]
+    widths = [width(param_shapes(layer)) for layer in chain.layers[:-1]]
+    denses = [dense(n, m, kernel_init=orthogonal()) for m, n in itertools.pairwise(widths)]
+    inverses = [serial(layer, activation) for layer in denses]  # g_2, ...
 
     def init(key, params):
-        gs = inverses(chain.split(params))
+        key, *keys = jax.random.split(key, len(widths))
         dtype = jax.tree.leaves(params)[0].dtype
-        key, *keys = jax.random.split(key, len(gs) + 1)
-        start = [g.init(k) for g, k in zip(gs, keys, strict=True)]
-        return Inverses(key, tuple(optax.tree.cast(p, dtype) for p in start))
+        start = [tree.cast(g.init(k), dtype) for g, k in zip(inverses, keys, strict=True)]
+        return Inverses(key, tuple(start))
 
     def errors(batch, state):
-        gs = inverses(batch.params)
-        _, dx = batch.backward(-1, batch.error)
-        shifts = [-rate * dx]  # t - h, of the last hidden block first
-        for i in reversed(range(len(gs))):
-            g, p, h = gs[i], state.params[i], batch.hs[i + 2]
-            shift = g.apply(p, h + shifts[0]) - g.apply(p, h)
-            shifts.insert(0, shift)
-        key, *keys = jax.random.split(state.key, len(gs) + 1)
-        params = []
-        for i, g in enumerate(gs):
+        key, *keys = jax.random.split(state.key, len(widths))
+        shifts = [-rate * batch.backward(-1, batch.error)[1]]  # t - h, of the last block first
+        learnt = []
+        for i in reversed(range(len(inverses))):
+            g, p, h = inverses[i], state.params[i], batch.hs[i + 2]
+            shifts.insert(0, g.apply(p, h + shifts[0]) - g.apply(p, h))
             h = batch.hs[i + 1]
             h += std * normal_like(keys[i], h)
             y = chain.layers[i + 1].apply(batch.params[i + 1], h)
-            params.append(_learn(g, state.params[i], y, h, batch.weights, step))
+            learnt.insert(0, _learn(g, p, y, h, batch.weights, step))
         dys = [shift / -rate for shift in shifts]
-        return [*dys, batch.error], Inverses(key, tuple(params))
+        return [*dys, batch.error], Inverses(key, tuple(learnt))
 
     return local_rule("target_propagation", net, loss, chain, init, errors)
 
 
-def _learn(
-    g: Layer,
-    params: Params,
-    x: Array,
-    t: Array,
-    weights: Any,
-    rate: float,
-) -> Params:
+def _learn(g, params, x, t, weights, rate):
     """The params of an inverse after a step of normalised least mean squares to g(x) = t."""
     _, grads = value_and_grad(g, squared_error)(params, x, t, weights)
-    squares = jnp.square(widen(x)).sum(-1)
-    inputs = squares + 1  # 1 is the input of the bias
-    sizes = inputs.reshape(x.shape[0], -1).sum(1)
-    size = weighted_mean(sizes, weights)
+    inputs = jnp.square(widen(x)).sum(-1) + 1  # 1 is the input of the bias
+    size = weighted_mean(inputs.reshape(x.shape[0], -1).sum(1), weights)
     step = rate / jnp.maximum(size, 1)  # all weights 0 make a size of 0, and gradients of 0
-    return optax.tree.add_scale(params, -step.astype(x.dtype), grads)
+    return tree.add_scale(params, -step.astype(x.dtype), grads)

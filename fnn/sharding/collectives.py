@@ -16,9 +16,10 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from fnn import _validate
+from fnn.factors import widen
 from fnn.sharding.mesh import DATA, check_mesh, size_of
 from fnn.sharding.plans import Plan, replicated, shardings
-from fnn.types import Array, ArrayLike, Params, widen
+from fnn.types import Array, ArrayLike, Params
 
 
 def gathered(
