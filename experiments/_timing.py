@@ -6,6 +6,7 @@ A ratio of two of them means something, one alone does not.
 from __future__ import annotations
 
 import random
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -43,7 +44,7 @@ def interleaved(
 def compile_times(
     functions: dict[str, Callable[..., Any]], args: Any, repetitions: int, rng: random.Random
 ) -> dict[str, float]:
-    """The median time to trace and compile in seconds.
+    """The median CPU time to trace and compile in seconds.
 
     JAX's caches in memory are cleared before every reading.
     """
@@ -52,10 +53,16 @@ def compile_times(
         for name in rng.sample(list(functions), len(functions)):
             jax.clear_caches()
             jitted = jax.jit(fresh(functions[name]))
-            start = time.perf_counter()
+            start = time.process_time()
             jitted.lower(*args).compile()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(time.process_time() - start)
     return {name: statistics.median(t) for name, t in times.items()}
+
+
+def operations(f: Callable[..., Any], *args: Any) -> int:
+    """How many lines of the lowered program define a value."""
+    lines = jax.jit(fresh(f)).lower(*args).as_text().splitlines()
+    return sum(bool(re.match(r"\s*%[^=]*= ", line)) for line in lines)
 
 
 def temporary_bytes(compiled: Any) -> float:

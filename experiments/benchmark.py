@@ -31,7 +31,14 @@ import fnn
 from experiments import _rivals
 from experiments._data import load
 from experiments._run import figure, folder, print_table, progress, save_metrics
-from experiments._timing import compile_times, fresh, geometric_mean, interleaved, temporary_bytes
+from experiments._timing import (
+    compile_times,
+    fresh,
+    geometric_mean,
+    interleaved,
+    operations,
+    temporary_bytes,
+)
 
 NETS = {
     "784-512-512-10": (784, 512, 512, 10),
@@ -41,6 +48,7 @@ NETS = {
 }
 LOSS = fnn.losses.softmax_cross_entropy_with_integer_labels
 STATISTICS = ("norms", "clipped", "moments", "gram")
+PROGRAMS = ("norms", "clipped", "per_layer", "moments", "noise_scale")
 RULES = {"fa": fnn.rules.feedback_alignment, "dfa": fnn.rules.direct_feedback_alignment}
 
 
@@ -56,6 +64,8 @@ class Config:
     """Greatest batch whose Gram matrix is taken: it is batch x batch."""
     memory_batches: tuple[int, ...] = (128, 1024, 8192)
     """Batch sizes for the temporary memory, which is compiled for and not run."""
+    depths: tuple[int, ...] = (4, 16, 64)
+    """Layers of the nets, 64 wide, whose programs are counted; they compile up to 16."""
     rival_batch: int = 128
     """Batch size at which other libraries clip, for the first net."""
     seconds: float = 2.0
@@ -74,6 +84,7 @@ TINY = Config(
     nets=("64-32-10",),
     batches=(8,),
     memory_batches=(8,),
+    depths=(2,),
     rival_batch=8,
     seconds=0.01,
     compilations=1,
@@ -109,6 +120,19 @@ class Memory(NamedTuple):
     clipped: float
 
 
+class Program(NamedTuple):
+    """Size of the programs of one net, or CPU time to trace and compile; ratios to jax.grad's."""
+
+    net: str
+    batch: int
+    jax_grad: float  # operations, or seconds
+    norms: float
+    clipped: float
+    per_layer: float
+    moments: float
+    noise_scale: float
+
+
 class Rival(NamedTuple):
     """Another library's way to what `clipped_gradient` gives."""
 
@@ -124,6 +148,8 @@ class Result(NamedTuple):
 
     rows: list[Row]
     memory: list[Memory]
+    operations: list[Program]
+    compiling: list[Program]
     rivals: list[Rival]
     epoch_milliseconds: dict[str, float]  # 64-32-10 on digits at batch 32, medians
     repeat_compile: float  # repeat(layer, 100) over repeat(layer, 4)
@@ -142,19 +168,23 @@ def arguments(name: str, batch: int, seed: int) -> tuple[Any, Any, Any]:
 
 def functions_of(name: str) -> dict[str, Callable[..., Any]]:
     """What is compared with `automatic`, for a net of `NETS`."""
-    net = fnn.mlp(NETS[name])
-    automatic, source, statistics_of = (
-        jax.value_and_grad(fnn.mean_loss(net, LOSS)),
-        fnn.source(net, LOSS),
-        fnn.per_example,
-    )
+    return functions_on(fnn.mlp(NETS[name]))
+
+
+def functions_on(net: fnn.Layer) -> dict[str, Callable[..., Any]]:
+    """What is compared with `automatic`, for any net."""
+    automatic = jax.value_and_grad(fnn.mean_loss(net, LOSS))
+    source = fnn.source(net, LOSS)
+    statistics_of = fnn.per_example
     return {
         "automatic": automatic,
         "again": automatic,
         "manual": fnn.value_and_grad(net, LOSS),
         "norms": statistics_of.norms(source),
         "clipped": statistics_of.clipped_gradient(source, 1.0),
+        "per_layer": statistics_of.clipped_gradient(source, 1.0, per_layer=True),
         "moments": statistics_of.moments(source),
+        "noise_scale": statistics_of.noise_scale(source),
         "gram": statistics_of.gram(source),
     }
 
@@ -162,6 +192,8 @@ def functions_of(name: str) -> dict[str, Callable[..., Any]]:
 def measure_net(name: str, batch: int, config: Config, rng: random.Random) -> Row:
     """One row of the table."""
     functions, args = functions_of(name), arguments(name, batch, config.seed)
+    for key in ("per_layer", "noise_scale"):
+        del functions[key]
     if batch > config.gram_batch:
         del functions["gram"]
     compiled = {key: jax.jit(fresh(f)).lower(*args).compile() for key, f in functions.items()}
@@ -224,6 +256,24 @@ def measure_memory(name: str, batch: int, config: Config) -> Memory:
         size["norms"] / size["automatic"],
         size["clipped"] / size["automatic"],
     )
+
+
+def measure_programs(depth: int, config: Config, rng: random.Random) -> tuple[Program, Program]:
+    """Operations of the programs of a net 64 wide, and CPU time to trace and compile them."""
+    net = fnn.mlp((64,) * (depth + 1))
+    keys = jax.random.split(fnn.key(config.seed), 2)
+    args = jax.jit(net.init)(keys[0]), jax.random.normal(keys[1], (32, 64)), jnp.zeros(32, int)
+    functions = {key: f for key, f in functions_on(net).items() if key in ("automatic", *PROGRAMS)}
+    counts = {key: operations(f, *args) for key, f in functions.items()}
+    seconds = dict.fromkeys(functions, float("nan"))
+    if depth <= 16:
+        seconds = compile_times(functions, args, config.compilations, rng)
+    rows = []
+    for found in (counts, seconds):
+        whole = found["automatic"]
+        ratios = [found[key] / whole for key in PROGRAMS]
+        rows.append(Program(f"64 wide, depth {depth}", 32, whole, *ratios))
+    return rows[0], rows[1]
 
 
 def measure_rivals(config: Config, rng: random.Random) -> list[Rival]:
@@ -331,9 +381,15 @@ def run(config: Config, advance: Callable[[str], None] = lambda text: None) -> R
         for name in config.nets
         for batch in config.memory_batches
     ]
+    programs = [
+        done(f"programs at depth {depth}", measure_programs(depth, config, rng))
+        for depth in config.depths
+    ]
     return Result(
         rows,
         memory,
+        [row for row, _ in programs],
+        [row for _, row in programs],
         done("other libraries", measure_rivals(config, rng)),
         done("epochs", measure_epochs(config, rng)),
         done("repeat", measure_repeat(config, rng)),
@@ -343,7 +399,8 @@ def run(config: Config, advance: Callable[[str], None] = lambda text: None) -> R
 
 def parts(config: Config) -> int:
     """How many parts `run` has."""
-    return len(config.nets) * (len(config.batches) + len(config.memory_batches)) + 4
+    rows = len(config.batches) + len(config.memory_batches)
+    return len(config.nets) * rows + len(config.depths) + 4
 
 
 def main(config: Config) -> None:
@@ -361,6 +418,9 @@ def main(config: Config) -> None:
         result.memory,
         ("megabytes", "norms", "clipped"),
     )
+    columns = ("jax_grad", *PROGRAMS)
+    _print_rows("Operations of jax.grad's program, and ratios to it", result.operations, columns)
+    _print_rows("CPU seconds to trace and compile, and ratios to it", result.compiling, columns)
     rivals = [
         (r.library, r.way, f"{r.milliseconds:.2f}", f"{r.to_plain:.2f}", f"{r.to_fnn:.2f}")
         for r in result.rivals
@@ -389,7 +449,7 @@ def main(config: Config) -> None:
 
 def _print_rows(title: str, rows: list[Any], columns: tuple[str, ...]) -> None:
     """Net, batch and some columns; below, the geometric mean of every ratio."""
-    absolute = {"microseconds": ".0f", "megabytes": ".2f"}
+    absolute = {"microseconds": ".0f", "megabytes": ".2f", "jax_grad": ".4g"}
     cells = [
         (r.net, r.batch, *(_number(getattr(r, c), absolute.get(c, ".3f")) for c in columns))
         for r in rows

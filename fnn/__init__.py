@@ -39,3 +39,9 @@ from fnn.types import key as key
 from fnn.verify import check_layer as check_layer
 from fnn.verify import check_loss as check_loss
 from fnn.verify import compare_gradients as compare_gradients
+
+
+def __dir__() -> list[str]:
+    """The public names, without the modules that they come from."""
+    inside = {"backprop", "epochs", "history", "many", "nets", "resume", "train", "verify"}
+    return [name for name in globals() if name not in inside and not name.startswith("_")]

@@ -10,6 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Shaped
+
+from fnn.types import Abstract, ArrayLike
 
 # What other libraries hold arrays in: the attribute that tells, and what to pass instead.
 CONVERSIONS = (
@@ -26,20 +29,27 @@ def describe(leaf: Any) -> str:
     return f"{leaf!r:.40} ({type(leaf).__name__})"
 
 
-def is_array(name: str, value: Any) -> None:
+def is_array(name: str, value: Shaped[Abstract, "..."]) -> None:
     """Raises a TypeError unless `value` is an array of JAX or NumPy that JAX can hold."""
     if isinstance(value, (jax.Array, jax.ShapeDtypeStruct)):
         return
     if not isinstance(value, (np.ndarray, np.generic)):
-        mends = [mend for attribute, mend in CONVERSIONS if hasattr(value, attribute)]
-        mend = (mends or ["Convert it: `jnp.asarray({})`."])[0].format(name)
+        mend = _conversion(name, value)
         raise TypeError(f"`{name}` must be an array, got {type(value).__name__}. {mend}")
     mend = _numpy_mend(name, value.dtype)
     if mend:
         raise TypeError(f"`{name}` must hold numbers of JAX's kinds, got {value.dtype}. {mend}")
 
 
-def _numpy_mend(name: str, dtype: np.dtype[Any]) -> str:
+def _conversion(name, value):
+    """How to make an array of what is none."""
+    for attribute, mend in CONVERSIONS:
+        if hasattr(value, attribute):
+            return mend.format(name)
+    return f"Convert it: `jnp.asarray({name})`."
+
+
+def _numpy_mend(name, dtype):
     """How to convert a NumPy array that JAX cannot hold; "" where it can."""
     if dtype.kind in "USO":
         return f"Text or objects? Convert them: `{name}.astype(float)`."
@@ -47,12 +57,13 @@ def _numpy_mend(name: str, dtype: np.dtype[Any]) -> str:
         return "Dates? Subtract a day and divide by a unit of time first."
     if not dtype.isnative:
         return f"Of another byte order? Convert it: `{name}.astype('{dtype.name}')`."
-    if dtype in (np.longdouble, np.clongdouble) and dtype.itemsize > np.dtype(float).itemsize:
+    wider = dtype.itemsize > np.dtype(float).itemsize
+    if wider and dtype in (np.longdouble, np.clongdouble):
         return f"Wider than JAX's numbers? Convert it: `{name}.astype('float64')`."
     return ""
 
 
-def is_float(name: str, value: Any) -> None:
+def is_float(name: str, value: Float[Abstract, "..."]) -> None:
     """Raises a TypeError unless `value` is an array of floating-point numbers."""
     is_array(name, value)
     if not jnp.issubdtype(value.dtype, jnp.floating):
@@ -60,23 +71,29 @@ def is_float(name: str, value: Any) -> None:
         raise TypeError(f"`{name}` must hold floating-point numbers, got {value.dtype}. {mend}")
 
 
-def canonical_dtype(value: Any) -> Any:
+def canonical_dtype(value: Shaped[Abstract, "..."]) -> Any:
     """The dtype of `value` inside JAX: float64 becomes float32 unless x64 is on."""
     return jax.dtypes.canonicalize_dtype(value.dtype)
 
 
-def same_dtype(name: str, value: Any, other_name: str, other: Any) -> None:
+def same_dtype(
+    name: str,
+    value: Shaped[Abstract, "..."],
+    other_name: str,
+    other: Shaped[Abstract, "..."],
+) -> None:
     """Raises a TypeError unless both arrays have one dtype: `fnn` never promotes in silence."""
-    if canonical_dtype(value) == canonical_dtype(other):
-        return
-    raise TypeError(
-        f"`{name}` is {canonical_dtype(value)} but `{other_name}` is {canonical_dtype(other)}; "
-        f"mixtures are not promoted. Cast one: `{name}.astype({other_name}.dtype)`, or the params "
-        f"by `jax.tree.map(lambda p: p.astype({name}.dtype), params)`."
-    )
+    dtype = canonical_dtype(value)
+    expected = canonical_dtype(other)
+    if dtype != expected:
+        raise TypeError(
+            f"`{name}` is {dtype} but `{other_name}` is {expected}; mixtures are not promoted. "
+            f"Cast one: `{name}.astype({other_name}.dtype)`, or the params by "
+            f"`jax.tree.map(lambda p: p.astype({name}.dtype), params)`."
+        )
 
 
-def per_example(name: str, value: Any, examples: Any) -> None:
+def per_example(name: str, value: Shaped[ArrayLike, " batch"], examples: Any) -> None:
     """Raises unless `value` is an array with one number per example."""
     is_array(name, value)
     if value.shape != (examples,):
@@ -86,9 +103,13 @@ def per_example(name: str, value: Any, examples: Any) -> None:
 
 def positive(name: str, value: Any, *, whole: bool = False) -> None:
     """Raises unless `value` is a finite number above 0 (a whole one, where `whole`)."""
-    kinds = (int, np.integer) if whole else (int, float, np.number)
-    expected = f"`{name}` must be a {'whole' if whole else 'finite'} number above 0"
-    if isinstance(value, bool) or not isinstance(value, kinds):
+    kind = "finite"
+    types = (int, float, np.number)
+    if whole:
+        kind = "whole"
+        types = (int, np.integer)
+    expected = f"`{name}` must be a {kind} number above 0"
+    if isinstance(value, bool) or not isinstance(value, types):
         raise TypeError(f"{expected}, got {value!r} ({type(value).__name__}).")
     if not (np.isfinite(value) and value > 0):
         raise ValueError(f"{expected}, got {value!r}.")
@@ -122,7 +143,8 @@ def hashable(name: str, value: Any) -> None:
 
 def is_key(name: str, value: Any) -> None:
     """Raises unless `value` is one typed PRNG key."""
-    if not (hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jax.dtypes.prng_key)):
+    is_typed = hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
+    if not is_typed:
         raise TypeError(f"`{name}` must be a key from `jax.random.key(seed)`, got {value!r:.80}.")
     if value.shape != ():
         raise ValueError(
@@ -136,14 +158,15 @@ def one_of(kind: str, name: Any, choices: Iterable[str]) -> None:
     choices = list(choices)
     if name in choices:
         return
-    near = difflib.get_close_matches(str(name), choices, n=1, cutoff=0.5)
-    near += [choice for choice in choices if choice.startswith(str(name))]
+    start = str(name)
+    near = difflib.get_close_matches(start, choices, n=1, cutoff=0.5)
+    near += [choice for choice in choices if choice.startswith(start)]
     mend = f"Did you mean {near[0]!r}? " if near else ""
     known = ", ".join(choices) or "none"
     raise ValueError(f"Unknown {kind} {name!r}. {mend}Known: {known}.")
 
 
-def finite(name: str, value: Any) -> None:
+def finite(name: str, value: Shaped[ArrayLike, "..."]) -> None:
     """Raises a ValueError with row and column unless every number of an array is finite."""
     if not jnp.issubdtype(value.dtype, jnp.inexact):
         return
@@ -152,11 +175,17 @@ def finite(name: str, value: Any) -> None:
     bad = np.argwhere(~np.isfinite(inside_jax))
     if not len(bad):
         return
-    row, *columns = bad[0].tolist() or [0]
-    column = f", column {columns[0] if len(columns) == 1 else tuple(columns)}" if columns else ""
+    place = tuple(bad[0].tolist())
+    found = np.asarray(value)[place]
+    row, *columns = place or (0,)
+    at = f"row {row}"
+    if len(columns) == 1:
+        at += f", column {columns[0]}"
+    elif columns:
+        at += f", column {tuple(columns)}"
     raise ValueError(
-        f"`{name}` has {np.asarray(value)[tuple(bad[0])]} at row {row}{column} ({len(bad)} "
-        f"non-finite of {value.size} in {inside_jax.dtype}). Remove or impute such rows first."
+        f"`{name}` has {found} at {at} ({len(bad)} non-finite of {value.size} in "
+        f"{inside_jax.dtype}). Remove or impute such rows first."
     )
 
 

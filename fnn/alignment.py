@@ -102,8 +102,8 @@ def compare(net: Layer, ours: Params, true: Params) -> Alignment:
     >>> compare(net, jax.tree.map(lambda p: -2 * p, params), params).angle.round()
     Array([180., 180.], dtype=float32)
     """
-    split = blocks(net).split
-    layers = map(_measure, split(ours), split(true))
+    chain = blocks(net)
+    layers = map(_measure, chain.split(ours), chain.split(true))
     return jax.tree.map(lambda *values: jnp.stack(values), *layers)
 
 
@@ -136,7 +136,8 @@ def weight_angles(rule: LocalRule, net: Layer) -> Record:
         return jax.tree.map(lambda a: a if a.ndim > 1 else jnp.zeros_like(a), params)
 
     def record(params, state, x, targets, weights=None):
-        return compare(net, matrices(params), matrices(feedback(params, state, x))).angle
+        carriers = feedback(params, state, x)
+        return compare(net, matrices(params), matrices(carriers)).angle
 
     return record
 
@@ -175,15 +176,17 @@ def delta_angles(rule: LocalRule, net: Layer) -> Record:
         _, residuals = chain.forward(parts, x)
 
         def deltas(errors):
-            return chain.split(chain.backward(parts, residuals, errors, DELTAS))
+            tree_of_deltas = chain.backward(parts, residuals, errors, DELTAS)
+            return chain.split(tree_of_deltas)
 
-        ours = deltas(rule.signals(params, state, x, targets))
-        true = deltas(backprop.signals(params, params, x, targets))
-        angles = [found.angle for found in map(jax.vmap(_measure), ours, true)]
-        found = jnp.stack(angles, axis=1)
-        known = jnp.isfinite(found)
-        mean = weighted_mean(jnp.where(known, found, 0), weights)
-        return mean / weighted_mean(known.astype(found.dtype), weights)
+        ours = rule.signals(params, state, x, targets)
+        true = backprop.signals(params, params, x, targets)
+        layers = map(jax.vmap(_measure), deltas(ours), deltas(true))
+        angles = jnp.stack([layer.angle for layer in layers], axis=1)
+        known = jnp.isfinite(angles)
+        angles = jnp.where(known, angles, 0)
+        share = weighted_mean(known.astype(angles.dtype), weights)
+        return weighted_mean(angles, weights) / share
 
     return record
 
@@ -212,9 +215,10 @@ def goodness(rule: ForwardForward) -> Record:
     def record(params, state, x, targets, weights=None):
         right, wrong, thresholds = rule.goodness(params, state, x, targets)
         limits = thresholds[:, None]
-        sides = jnp.stack([right > limits, wrong < limits]).mean(0)
-        gap = weighted_mean((right - wrong).T, weights)
-        return Goodness(gap, weighted_mean(sides.T, weights))
+        sides = jnp.stack([right > limits, wrong < limits])
+        share = sides.mean(0)
+        gap = right - wrong
+        return Goodness(weighted_mean(gap.T, weights), weighted_mean(share.T, weights))
 
     return record
 
@@ -227,19 +231,28 @@ def _measure(ours, true):
     Source: Kahan (2006), "How futile are mindless assessments of roundoff in floating-point
     computation?", section "Mangled angles".
     """
-    ours, true = jax.tree.map(widen, (ours, true))
-    norm, true_norm = tree.norm(ours), tree.norm(true)
-    u = tree.scale(1 / norm, ours)
-    v = tree.scale(1 / true_norm, true)
-    angle = 2 * jnp.arctan2(tree.norm(tree.sub(u, v)), tree.norm(tree.add(u, v)))
+    u, norm = _unit(ours)
+    v, true_norm = _unit(true)
+    across = tree.norm(tree.sub(u, v))
+    along = tree.norm(tree.add(u, v))
+    angle = 2 * jnp.arctan2(across, along)
     return Alignment(jnp.cos(angle), jnp.degrees(angle), norm / true_norm)
+
+
+def _unit(vector):
+    """A tree at norm 1 in float32 at least, and its norm."""
+    wide = jax.tree.map(widen, vector)
+    norm = tree.norm(wide)
+    return tree.scale(1 / norm, wide), norm
 
 
 def _delta(factor):
     """`[batch, ...]`: the gradient at the output of a weight; zeros for a bias or a scale."""
     if isinstance(factor, Outer):
         return factor.dz
-    return factor.dy if isinstance(factor, Scatter) else jnp.zeros_like(factor.gradient)
+    if isinstance(factor, Scatter):
+        return factor.dy
+    return jnp.zeros_like(factor.gradient)
 
 
 def _check_rule(rule, name):

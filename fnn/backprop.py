@@ -53,8 +53,9 @@ def value_and_grad(net: Layer[P], loss: Loss) -> ValueAndGrad[P]:
     def manual_value_and_grad(params, x, targets, weights=None):
         forward = forward_with(net, params)
         outputs, residuals, values = forward_pass(forward, loss, x, targets, weights)
-        dy = share_rows(output_error(loss, outputs, targets), weights)
-        return weighted_mean(values, weights), net.backward(params, residuals, dy)[0]
+        dy = output_error(loss, outputs, targets)
+        grads, _ = net.backward(params, residuals, share_rows(dy, weights))
+        return weighted_mean(values, weights), grads
 
     return manual_value_and_grad
 
@@ -82,9 +83,11 @@ def source(net: Layer, loss: Loss) -> Callable[..., tuple[Float[Array, " batch"]
     check_net_and_loss(net, loss)
 
     def net_source(params, x, targets, *, reduce=keep):
-        outputs, residuals, values = forward_pass(forward_with(net, params), loss, x, targets)
+        forward = forward_with(net, params)
+        outputs, residuals, values = forward_pass(forward, loss, x, targets)
         dy = output_error(loss, outputs, targets)
-        return values, net.backward(params, residuals, dy, reduce)[0]
+        factors, _ = net.backward(params, residuals, dy, reduce)
+        return values, factors
 
     return net_source
 
@@ -117,7 +120,12 @@ def with_manual_vjp(net: Layer[P]) -> Callable[[P, Any], Any]:
         return net.backward(params, residuals, dy)
 
     apply.defvjp(forward, backward)
-    return lambda params, x: apply(params, jax.tree.map(jnp.asarray, x))
+
+    def outputs(params, x):
+        x = jax.tree.map(jnp.asarray, x)
+        return apply(params, x)
+
+    return outputs
 
 
 def mean_loss(net: Layer[P], loss: Loss) -> Callable[..., Float[Array, ""]]:
@@ -140,13 +148,14 @@ def mean_loss(net: Layer[P], loss: Loss) -> Callable[..., Float[Array, ""]]:
 
     def value(params, x, targets, weights=None):
         targets = clear_rows(targets, weights)  # jax.grad multiplies by 0, and 0 x NaN is NaN
-        values = forward_pass(forward_with(net, params), loss, x, targets, weights)[2]
+        forward = forward_with(net, params)
+        _, _, values = forward_pass(forward, loss, x, targets, weights)
         return weighted_mean(values, weights)
 
     return value
 
 
-def check_net_and_loss(net: Any, loss: Any) -> None:
+def check_net_and_loss(net: Layer, loss: Loss) -> None:
     """Raises a TypeError unless the two are a `Layer` and a `Loss`."""
     check_net(net)
     if isinstance(loss, Loss):
@@ -161,13 +170,13 @@ def check_net_and_loss(net: Any, loss: Any) -> None:
     raise TypeError(f"`loss` must be a Loss, got {loss!r:.80}. {mend}")
 
 
-def forward_with(net: Layer[P], params: P) -> Callable[[Any], tuple[Any, Any]]:
+def forward_with(net: Layer[P], params: P) -> Callable:
     """`x -> (outputs, residuals)`."""
     return lambda x: net.forward(params, x)
 
 
 def forward_pass(
-    forward: Callable[[Any], tuple[Any, Any]],
+    forward: Callable,
     loss: Loss,
     x: ArrayLike,
     targets: ArrayLike,
@@ -204,7 +213,7 @@ def forward_pass(
     return outputs, residuals, values
 
 
-def _enter(x: Any, targets: Any, weights: Any) -> Array:
+def _enter(x, targets, weights):
     """`x` as an array without what rows of weight 0 hold."""
     _validate.is_array("x", x)
     _validate.is_array("targets", targets)
@@ -252,7 +261,8 @@ def weighted_mean(
     >>> weighted_mean(jnp.array([1.0, 3.0, 100.0]), jnp.array([1.0, 1.0, 0.0]))
     Array(2., dtype=float32)
     """
-    return share_rows(widen(values), weights).sum(0).astype(values.dtype)
+    parts = share_rows(widen(values), weights)
+    return parts.sum(0).astype(values.dtype)
 
 
 def share_rows(
@@ -272,7 +282,8 @@ def share_rows(
         return a * (1.0 / a.shape[0])
     _validate.per_example("weights", weights, a.shape[0])
     wide = jnp.asarray(weights).astype(widen(a).dtype)
-    return scale_rows(a, shares(wide)).astype(a.dtype)
+    scaled = scale_rows(a, shares(wide))
+    return scaled.astype(a.dtype)
 
 
 def clear_rows(a: Any, weights: Any) -> Shaped[Array, "batch ..."]:
@@ -283,4 +294,7 @@ def clear_rows(a: Any, weights: Any) -> Shaped[Array, "batch ..."]:
            [0.]], dtype=float32)
     """
     a = jnp.asarray(a)
-    return a if weights is None else mask_rows(a, jnp.asarray(weights) != 0)
+    if weights is None:
+        return a
+    present = jnp.asarray(weights) != 0
+    return mask_rows(a, present)

@@ -87,8 +87,10 @@ def ridge(
     """
     _check_batch(features, targets, "features")
     sums = _centre(features, targets, weights)
-    readout = _readout(sums, features.shape[1], penalty, intercept, squared=False)
-    return jax.tree.map(lambda a: a.astype(_validate.canonical_dtype(features)), readout)
+    count = features.shape[1]
+    readout = _readout(sums, count, penalty, intercept, squared=False)
+    dtype = _validate.canonical_dtype(features)
+    return jax.tree.map(lambda a: a.astype(dtype), readout)
 
 
 class NormalEquations(NamedTuple):
@@ -118,8 +120,10 @@ class NormalEquations(NamedTuple):
     @staticmethod
     def start(features: int, outputs: int, dtype: Any = float) -> NormalEquations:
         """The sums over no example, in float32 at least."""
-        products = widen(jnp.zeros((features, features + outputs), dtype))
-        return NormalEquations(jnp.zeros((), products.dtype), products[0], products)
+        shape = features, features + outputs
+        products = widen(jnp.zeros(shape, dtype))
+        weight = jnp.zeros((), products.dtype)
+        return NormalEquations(weight, products[0], products)
 
     def add(
         self,
@@ -130,7 +134,9 @@ class NormalEquations(NamedTuple):
         """The sums with one more batch; arguments are those of `ridge`."""
         _check_batch(features, targets, len(self.products))
         weight, mean, z = _centre(features, targets, weights)
-        return self.merge(NormalEquations(weight, mean, _product(z[:, : features.shape[1]].T, z)))
+        centred = z[:, : features.shape[1]]
+        batch = NormalEquations(weight, mean, _product(centred.T, z))
+        return self.merge(batch)
 
     def merge(self, other: NormalEquations) -> NormalEquations:
         """The sums over the examples of both.
@@ -142,9 +148,11 @@ class NormalEquations(NamedTuple):
         weight = self.weight + other.weight
         share = other.weight / jnp.where(weight > 0, weight, 1)
         d = other.mean - self.mean
-        between = self.weight * share * jnp.outer(d[: len(self.products)], d)
+        mean = self.mean + d * share
+        features = d[: len(self.products)]
+        between = self.weight * share * jnp.outer(features, d)
         products = self.products + other.products + between
-        return NormalEquations(weight, self.mean + d * share, products)
+        return NormalEquations(weight, mean, products)
 
     def solve(self, penalty: Any, *, intercept: bool = True) -> Dense:
         """The readout of all examples so far; arguments and errors are those of `ridge`."""
@@ -233,12 +241,17 @@ class EchoState:
         inputs, units = self.inputs, self.units
         shapes = (units, units), (units, units), (inputs, units), (units,)
         draw = functools.partial(jax.random.uniform, minval=-1.0)
-        order, w, w_in, b = map(draw, jax.random.split(key, 4), shapes)
+        keys = jax.random.split(key, 4)
+        order, w, w_in, b = map(draw, keys, shapes)
         # Every unit has as many inputs: so there is a cycle, and the radius is above 0.
-        w = jnp.where(rankdata(order, axis=0) <= max(1, round(self.density * units)), w, 0)
-        w *= self.spectral_radius / jnp.abs(linalg.eigvals(w)).max()
-        leak = jnp.asarray(self.leak, w.dtype)
-        return Reservoir(w, w_in * self.input_scaling, b * self.bias_scaling, leak)
+        sources = max(1, round(self.density * units))
+        ranks = rankdata(order, axis=0)
+        w = jnp.where(ranks <= sources, w, 0)
+        radii = jnp.abs(linalg.eigvals(w))
+        w *= self.spectral_radius / radii.max()
+        w_in *= self.input_scaling
+        b *= self.bias_scaling
+        return Reservoir(w, w_in, b, jnp.asarray(self.leak, w.dtype))
 
     @staticmethod
     def states(
@@ -267,7 +280,8 @@ class EchoState:
         _validate.not_negative("warm_up", warm_up)
         if initial is None:
             initial = jnp.zeros_like(reservoir.b)
-        return _run(reservoir, initial, inputs, None, None)[0][warm_up:]
+        found, _ = _run(reservoir, initial, inputs, None, None)
+        return found[warm_up:]
 
     @staticmethod
     def forecast(
@@ -292,7 +306,8 @@ class EchoState:
         """
         inputs, units = reservoir.w_in.shape
         _check_shape("readout.w", readout.w, f"{units} {inputs}")
-        return _run(reservoir, state, None, readout, steps)[1]
+        _, outputs = _run(reservoir, state, None, readout, steps)
+        return outputs
 
 
 echo_state = EchoState  # constructors are in lower case
@@ -329,10 +344,18 @@ def diagnose(states: Float[ArrayLike, "time units"]) -> Diagnostics:
     """
     _check_shape("states", states, "time units")
     s = widen(jnp.asarray(states))
-    values = linalg.svd(s - s.mean(0, keepdims=True), compute_uv=False)
-    rank = (values > ROUNDING * jnp.finfo(s.dtype).eps * linalg.norm(s)).sum()
-    effective = jnp.where(rank > 0, jnp.exp(entr(shares(values)).sum()), 0)
-    return Diagnostics(rank, effective, (jnp.abs(s) > 0.95).mean())
+    centred = s - s.mean(0, keepdims=True)
+    values = linalg.svd(centred, compute_uv=False)
+    rank = (values > _noise(s) * linalg.norm(s)).sum()
+    entropy = entr(shares(values)).sum()
+    effective = jnp.where(rank > 0, jnp.exp(entropy), 0)
+    saturated = jnp.abs(s) > 0.95
+    return Diagnostics(rank, effective, saturated.mean())
+
+
+def _noise(a):
+    """Relative singular values up to this are rounding, in the dtype of an array."""
+    return ROUNDING * jnp.finfo(a.dtype).eps
 
 
 def _readout(sums, features, penalty, intercept, squared):
@@ -366,36 +389,49 @@ def _solve(sums, features, penalty, intercept, squared):
     weight, mean, z = sums
     offset = jnp.sqrt(weight) * mean
     # The 1 of a target does not change R and v. It keeps the derivative of QR finite.
-    root = jnp.where(jnp.arange(len(mean)) < features, jnp.sqrt(penalty), 1)
+    floor = jnp.sqrt(penalty)
+    is_feature = jnp.arange(len(mean)) < features
+    root = jnp.where(is_feature, floor, 1)
     if squared:  # X^T X + penalty I = R^T R, v = R^-T X^T T
         z += jnp.diag(root**2)[:features]
-        z += 0 if intercept else jnp.outer(offset[:features], offset)
-        r = linalg.cholesky(z[:, :features], upper=True)
-        v = solve_triangular(r, z[:, features:], trans=1)
+        if not intercept:
+            z += jnp.outer(offset[:features], offset)
+        x, t = jnp.split(z, [features], axis=1)
+        r = linalg.cholesky(x, upper=True)
+        v = solve_triangular(r, t, trans=1)
     else:  # [X; sqrt(penalty) I] = Q R, v = Q^T [T; 0]
-        about_zero = [] if intercept else [offset[None]]
-        rows = jnp.concatenate([z, jnp.diag(root), *about_zero])
-        system = linalg.qr(rows, mode="r")[:features]
-        r, v = jnp.split(system, [features], axis=1)
-    noise = ROUNDING * jnp.finfo(z.dtype).eps
+        parts = [z, jnp.diag(root)]
+        if not intercept:
+            parts.append(offset[None])
+        rows = jnp.concatenate(parts)
+        triangle = linalg.qr(rows, mode="r")
+        r, v = jnp.split(triangle[:features], [features], axis=1)
+    noise = _noise(z)
     norm = linalg.norm(r, axis=0)
     size = jnp.hypot(norm, offset[:features])  # before centring
-    large = jnp.sqrt(penalty) > noise * size.max()
-    tolerance = (noise * (size / norm).max()) ** (0.5 if squared else 1)
+    large = floor > noise * size.max()
+    tolerance = noise * (size / norm).max()
+    if squared:
+        tolerance **= 0.5
 
     def full_rank():
         return linalg.matrix_rank(r / norm[None], tolerance) == features
 
     unique = lax.cond(large, lambda: large, full_rank)
     w = jnp.where(unique, solve_triangular(r, v), jnp.nan)
-    return Dense(w, mean[features:] - _product(mean[:features], w) if intercept else None)
+    b = None
+    if intercept:
+        b = mean[features:] - _product(mean[:features], w)
+    return Dense(w, b)
 
 
 @jax.jit
 def _centre(features, targets, weights):
     """The sum of the weights, the mean of z, and its centred rows times the root of the weights."""
     z = widen(jnp.concatenate([features, targets], axis=1))
-    weights = jnp.ones_like(z[:, 0]) if weights is None else weights.astype(z.dtype)
+    if weights is None:
+        weights = jnp.ones_like(z[:, 0])
+    weights = weights.astype(z.dtype)
     mean = weighted_mean(z, weights)
     z = z - mean[None]
     rest = weighted_mean(z, weights)  # the rounding of the mean
@@ -410,12 +446,16 @@ def _run(reservoir, state, inputs, readout, steps):
 
     def body(state, u):
         if u is None:
-            u = _product(state, readout.w) + (0 if readout.b is None else readout.b)
+            u = _product(state, readout.w)
+            if readout.b is not None:
+                u += readout.b
         z = _product(state, w) + _product(u, w_in) + b
-        state = (1 - leak) * state + leak * jnp.tanh(z)
+        target = jnp.tanh(z)
+        state = (1 - leak) * state + leak * target
         return state, (state, u)
 
-    return lax.scan(body, state, inputs, steps)[1]
+    _, found = lax.scan(body, state, inputs, steps)
+    return found
 
 
 def _check_batch(features, targets, width):

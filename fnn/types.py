@@ -16,11 +16,12 @@ from typing import Any, Generic, Literal, ParamSpec, Protocol, TypeVar, runtime_
 import jax
 import numpy as np
 from jax import export
-from jaxtyping import Float, PyTree
+from jaxtyping import Float, PyTree, Shaped
 from jaxtyping import Key as KeyOf
 
 Array = jax.Array
 ArrayLike = jax.Array | np.ndarray  # what public functions take; they return JAX's
+Abstract = ArrayLike | np.generic | jax.ShapeDtypeStruct  # what has a shape and a dtype
 Key = KeyOf[Array, ""]  # one key from `jax.random.key`
 Params = Any  # a tree of arrays; `Layer[P]` says which
 Residuals = PyTree  # what `forward` keeps for `backward`
@@ -51,7 +52,11 @@ class ValueAndGrad(Protocol[P]):
     """`(params, x, targets, weights=None) -> (value, grads)`, grads like the params."""
 
     def __call__(
-        self, params: P, x: ArrayLike, targets: ArrayLike, weights: ArrayLike | None = None
+        self,
+        params: P,
+        x: ArrayLike,
+        targets: ArrayLike,
+        weights: ArrayLike | None = None,
     ) -> tuple[Float[Array, ""], P]: ...
 
 
@@ -67,17 +72,25 @@ class Record(Protocol):
     """`(params, rule_state, x, targets, weights=None) -> tree of arrays`, for `fnn.fit`."""
 
     def __call__(
-        self, params: Any, state: Any, x: Any, targets: Any, weights: Any = ..., /
+        self,
+        params: Any,
+        state: Any,
+        x: Any,
+        targets: Any,
+        weights: Any = ...,
+        /,
     ) -> Any: ...
 
 
+@dataclass(frozen=True, eq=False, repr=False)
 class ByRecipe:
     """A bundle of functions that equals another one made by the same constructor and arguments.
 
     `jax.jit` then finds the program of a net that is built again.
     """
 
-    recipe: tuple[Any, ...]
+    name: str
+    recipe: tuple[Any, ...] = field(default=(), init=False)
 
     def __eq__(self, other: object) -> bool:
         """Whether both are the same object, or made from the same recipe."""
@@ -88,6 +101,10 @@ class ByRecipe:
     def __hash__(self) -> int:
         """The hash of the recipe."""
         return hash(self.recipe) if self.recipe else id(self)
+
+    def __repr__(self) -> str:
+        """The name."""
+        return self.name
 
 
 def by_recipe(constructor: Callable[Q, T]) -> Callable[Q, T]:
@@ -104,14 +121,18 @@ def by_recipe(constructor: Callable[Q, T]) -> Callable[Q, T]:
         made = constructor(*args, **kwargs)
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
-        values = (tuple(v.items()) if isinstance(v, dict) else v for v in bound.arguments.values())
-        object.__setattr__(made, "recipe", (constructor.__name__, *values))
+        recipe: list[Any] = [constructor.__name__]
+        for value in bound.arguments.values():
+            if isinstance(value, dict):
+                value = tuple(value.items())
+            recipe.append(value)
+        object.__setattr__(made, "recipe", tuple(recipe))
         return made
 
     return construct
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Layer(ByRecipe, Generic[P]):
     """A differentiable function with parameters, and its backward pass, as three pure functions.
 
@@ -130,14 +151,12 @@ class Layer(ByRecipe, Generic[P]):
         join: `(params of each of layers) -> params`: undoes `split`.
     """
 
-    name: str
     init: Callable[[Key], P]
     forward: Forward
     backward: Backward
     layers: tuple[Layer[Any], ...] = ()
     split: Callable[[P], tuple[Any, ...]] | None = None
     join: Callable[[tuple[Any, ...]], P] | None = None
-    recipe: tuple[Any, ...] = field(default=(), init=False)
 
     def apply(self, params: P, x: Any) -> Any:
         """The outputs alone: `forward` without its residuals.
@@ -151,16 +170,15 @@ class Layer(ByRecipe, Generic[P]):
         """
         return self.forward(params, x)[0]
 
-    def __repr__(self) -> str:
-        """The name."""
-        return self.name
 
-
-def no_check(outputs: Any, targets: Any) -> None:
+def no_check(
+    outputs: Shaped[Abstract, "batch ..."],
+    targets: Shaped[ArrayLike, "batch ..."],
+) -> None:
     """The default `Loss.check`: every value is valid."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Loss(ByRecipe):
     """A loss per example, and its gradient with respect to the outputs, written by hand.
 
@@ -179,14 +197,12 @@ class Loss(ByRecipe):
         with_settings: what a call with keywords returns: `huber_loss(delta=2.0)`.
     """
 
-    name: str
-    value: Callable[[Any, Any], Any]
-    grad: Callable[[Any, Any], Any]
+    value: Callable
+    grad: Callable
     targets: TargetKind = "numbers"
-    check: Callable[[Any, Any], None] = no_check
-    correct: Callable[[Any, Any], Any] | None = None
+    check: Callable = no_check
+    correct: Callable | None = None
     with_settings: Callable[..., Loss] | None = None
-    recipe: tuple[Any, ...] = field(default=(), init=False)
 
     def __call__(self, *args: Any, **settings: Any) -> Loss:
         """The same loss with other settings: `huber_loss(delta=2.0)`."""
@@ -198,12 +214,8 @@ class Loss(ByRecipe):
             )
         return self.with_settings(**settings)
 
-    def __repr__(self) -> str:
-        """The name."""
-        return self.name
 
-
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Rule(ByRecipe):
     """A way to assign credit: backprop, or what takes its place in the same training loop.
 
@@ -222,11 +234,6 @@ class Rule(ByRecipe):
     value_and_grad: Callable[..., tuple[Any, PyTree, State]]
     predict: Callable[[Params, Any], Any]
     loss: Loss
-    recipe: tuple[Any, ...] = field(default=(), init=False)
-
-    def __repr__(self) -> str:
-        """The name."""
-        return self.name
 
 
 def storable(cls: type[T]) -> type[T]:

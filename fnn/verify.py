@@ -8,7 +8,6 @@ the adjoint identity <J t, c> = <t, J^T c> for random directions t, with J t by 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,7 +21,7 @@ from jaxtyping import Float, Shaped
 from fnn import _validate
 from fnn.backprop import forward_pass, mean_loss, output_error, value_and_grad
 from fnn.factors import materialise, scale_rows, total
-from fnn.types import Array, ArrayLike, Key, Layer, Loss, Params
+from fnn.types import ArrayLike, Key, Layer, Loss, Params
 
 TOLERANCES = {"float64": 1e-12, "float32": 1e-6, "bfloat16": 2e-2, "float16": 5e-3}
 """Relative error up to which a gradient by hand agrees with `jax.grad`, by dtype."""
@@ -70,8 +69,9 @@ class GradientReport(NamedTuple):
 
     def __str__(self) -> str:
         """A row for every array, and the compiled cost."""
+        table = _table("gradient by hand", self)
         return (
-            f"{_table('gradient by hand', self)}\n"
+            f"{table}\n"
             f"Both agree up to {self.tolerance:.0e}, or where the one by hand is at most twice as "
             "far from the gradient in float64.\n"
             f"by hand:  {self.manual}\njax.grad: {self.automatic}"
@@ -88,12 +88,14 @@ class CheckReport(NamedTuple):
     @property
     def passed(self) -> bool:
         """Whether everything was tested, and agrees."""
-        return not any(leaf.hint for leaf in self.leaves)
+        return _agree(self.leaves)
 
     def __str__(self) -> str:
         """A row for every array and what it is held against."""
-        note = f"\n{self.kinks} numbers are at a kink: they are not counted." if self.kinks else ""
-        return _table(self.subject, self) + note
+        table = _table(self.subject, self)
+        if not self.kinks:
+            return table
+        return f"{table}\n{self.kinks} numbers are at a kink: they are not counted."
 
 
 def compare_gradients(
@@ -132,6 +134,7 @@ def compare_gradients(
     >>> report.passed, [leaf.path for leaf in report.leaves][:2]
     (True, ['params[0][0].w', 'params[0][0].b'])
     """
+    by_hand = value_and_grad(net, loss)
     by_jax = jax.value_and_grad(mean_loss(net, loss))
     batch = params, x, targets, weights
     dtypes = _float_dtypes(params)
@@ -139,16 +142,16 @@ def compare_gradients(
         raise ValueError("`params` hold no array: there is no gradient to compare.")
     if tolerance is None:
         tolerance = max(TOLERANCES[dtype] for dtype in dtypes)
-    manual, manual_cost = _compiled(value_and_grad(net, loss), *batch)
+    manual, manual_cost = _compiled(by_hand, *batch)
     automatic, automatic_cost = _compiled(by_jax, *batch)
     leaves = _compare("jax.grad", manual, automatic, tolerance, len(x))
-    if any(leaf.hint for leaf in leaves):
+    if not _agree(leaves):
         with jax.enable_x64(True):
-            truth = Gradient(jax.jit(by_jax)(*_as_float64(batch))[1])
-        both = (_compare("", gradient, truth, 0.0) for gradient in (manual, automatic))
-        leaves = list(map(_decide, leaves, *both))
-    passed = not any(leaf.hint for leaf in leaves)
-    return GradientReport(leaves, manual_cost, automatic_cost, tolerance, passed)
+            truth, _ = _compiled(by_jax, *_as_float64(batch))
+        ours = _compare("", manual, truth, 0.0)
+        others = _compare("", automatic, truth, 0.0)
+        leaves = list(map(_decide, leaves, ours, others))
+    return GradientReport(leaves, manual_cost, automatic_cost, tolerance, _agree(leaves))
 
 
 def check_layer(
@@ -184,7 +187,9 @@ def check_layer(
     _validate.is_array("x", x)
     _validate.is_key("key", key)
     with jax.enable_x64(True):
-        params = _as_float64(layer.init(key) if params is None else params)
+        if params is None:
+            params = layer.init(key)
+        params = _as_float64(params)
         _float_dtypes(params)
         return _check(layer, params, key, _as_float64(x))
 
@@ -223,17 +228,18 @@ def check_loss(
     _validate.is_key("key", key)
 
     def forward(params, y, *targets):
-        return forward_pass(lambda x: (x, ()), loss, y, *targets)[2], (y, *targets)
+        return forward_pass(lambda y: (y, ()), loss, y, *targets)[2], (y, *targets)
 
     def backward(params, residuals, dy, reduce=total):
-        return (), scale_rows(output_error(loss, *residuals), dy)
+        error = output_error(loss, *residuals)
+        return (), scale_rows(error, dy)
 
     layer = Layer(loss.name, lambda key: (), forward, backward)
     with jax.enable_x64(True):
         return _check(layer, (), key, *_as_float64((outputs, targets)))
 
 
-def _check(layer: Layer, params: Params, key: Key, x: Array, *targets: Array) -> CheckReport:
+def _check(layer, params, key, x, *targets) -> CheckReport:
     """Tests the `backward` of a layer at one point, in float64; `forward` may take targets too."""
     floating = jnp.issubdtype(x.dtype, jnp.floating)
     point, unravel = ravel_pytree(Gradient(params, x if floating else ()))
@@ -243,72 +249,90 @@ def _check(layer: Layer, params: Params, key: Key, x: Array, *targets: Array) ->
     @jax.jit
     def product(point):
         at = unravel(point)
-        y = layer.forward(at.params, at.dx if floating else x, *targets)[0]
+        inputs = at.dx if floating else x
+        y, _ = layer.forward(at.params, inputs, *targets)
         return jnp.vdot(y, dy)
 
     @partial(jax.jit, static_argnums=0)
     def pull(reduce, dy, *inputs):
-        residuals = layer.forward(params, *inputs)[1]
+        _, residuals = layer.forward(params, *inputs)
         with _validate.inside("`backward(params, residuals, dy, reduce)`"):
             grads, dx = layer.backward(params, residuals, dy, reduce)
         return Gradient(grads, dx if floating else ())
 
     rng = np.random.default_rng(int(jax.random.bits(key)))
-    y = layer.forward(params, x, *targets)[0]
+    y, _ = layer.forward(params, x, *targets)
     dy = rng.normal(size=y.shape)
     gradient = jax.jit(jax.grad(product))
     right = gradient(point)
-    shift = (1e-12 * point + 1e-30) * rng.normal(size=point.size)
-    kinks = abs(gradient(point + shift) - gradient(point - shift)) > 1e-8 * abs(right).max()
+    kinks = _find_kinks(gradient, right, point, rng)
     ours = pull(total, dy, x, *targets)
-    hand = ravel_pytree(ours)[0]
-    floor = 1e-4 * float(jnp.linalg.norm(right))
+    hand, _ = ravel_pytree(ours)
+    floor = 1e-4 * float(np.linalg.norm(right))
     compare = partial(_compare, tolerance=1e-10, batch=len(x), floor=floor, zero=NOTHING)
     if hand.size != right.size:
         return CheckReport(layer.name, compare("jax.vjp", ours, unravel(right)))
-    leaves = compare("jax.vjp", ours, unravel(jnp.where(kinks, hand, right)))
-    directions = rng.normal(size=(4, point.size)) * jnp.where(kinks, 0, point)[None]
-    size = float(jnp.vdot(abs(y), abs(dy)))
+    right = jnp.where(kinks, hand, right)
+    leaves = compare("jax.vjp", ours, unravel(right))
+    directions = rng.normal(size=(4, point.size)) * np.where(kinks, 0, point)
+    size = np.vdot(abs(y), abs(dy))
     leaves.append(_check_slopes(product, size, point, directions, directions @ hand))
     leaves += _check_examples(compare, pull, dy, x, *targets)
     return CheckReport(layer.name, leaves, int(kinks.sum()))
 
 
-def _check_slopes(
-    product: Any, size: float, point: Any, directions: Any, slopes: Any
-) -> LeafComparison:
+def _find_kinks(gradient, right, point, rng):
+    """Which coordinates of the gradient jump at a point."""
+    scale = 1e-12 * point + 1e-30
+    shift = scale * rng.normal(size=point.size)
+    jumps = abs(_difference(gradient, point, shift))
+    return jumps > 1e-8 * abs(right).max()
+
+
+def _difference(function, point, shift):
+    """How a function differs between the two sides of a point."""
+    above = function(point + shift)
+    below = function(point - shift)
+    return above - below
+
+
+def _check_slopes(product, size, point, directions, slopes) -> LeafComparison:
     """Holds <t, J^T c> against <J t, c> by central differences with the best step."""
-
-    def error(step):
-        changes = [product(point + step * t) - product(point - step * t) for t in directions]
-        return _relative_error(np.array(changes) / (2 * step), slopes, 1e-6 * size)
-
-    least = min(map(error, STEPS))
+    errors = []
+    for step in STEPS:
+        changes = [_difference(product, point, step * t) for t in directions]
+        found = np.array(changes) / (2 * step)
+        error = _relative_error(found, slopes, 1e-6 * size)
+        errors.append(error)
+    least = min(errors)
     slip = "see jax.vjp; does that agree, and `forward` have a wrong derivative of its own?"
-    return LeafComparison("all", "" if least <= 1e-6 else slip, (), "adjoint identity", least)
+    hint = "" if least <= 1e-6 else slip
+    return LeafComparison("all", hint, (), "adjoint identity", least)
 
 
-def _check_examples(compare: Any, pull: Any, *batch: Any) -> list[LeafComparison]:
+def _check_examples(compare, pull, *batch) -> list[LeafComparison]:
     """Tests that each of up to 4 examples has the gradient that it has alone."""
     few = [jnp.concatenate([a, a])[:4] for a in batch]
-    # in a loop: XLA for the CPU (jaxlib 0.10.2) aborts at some products under `vmap`
-    ones = [pull(total, *(a[i : i + 1] for a in few)) for i in range(len(few[0]))]
+    rows = [jnp.split(a, len(a)) for a in few]
+    # one by one: XLA for the CPU (jaxlib 0.10.2) aborts at some products under `vmap`
+    ones = map(partial(pull, total), *rows)
     alone = jax.tree.map(lambda *arrays: jnp.stack(arrays), *ones)
-    alone = alone._replace(dx=jax.tree.map(lambda a: a[:, 0], alone.dx))
-    slip = "is the example coupled with others?"
-    return compare("examples alone", pull(materialise, *few), alone, slip=slip)
+    dx = jax.tree.map(lambda a: a[:, 0], alone.dx)
+    alone = alone._replace(dx=dx)
+    found = pull(materialise, *few)
+    return compare("examples alone", found, alone, slip="is the example coupled with others?")
 
 
 @np.errstate(all="ignore")
 def _compare(
-    against: str,
+    against,
     ours: Gradient,
     right: Gradient,
-    tolerance: float,
-    batch: int = 1,
-    floor: float = 0.0,
-    zero: str = "",
-    slip: str = "no multiple of the right one: a missing transpose, or two arrays swapped?",
+    tolerance,
+    batch=1,
+    floor=0.0,
+    zero="",
+    slip="no multiple of the right one: a missing transpose, or two arrays swapped?",
 ) -> list[LeafComparison]:
     """Holds every array of a gradient against the right one.
 
@@ -322,26 +346,35 @@ def _compare(
         zero: the hint where the right one is 0.
         slip: the hint where no other fits.
     """
-    arrays, rights = _named(ours), _named(right)
+    arrays = _named(ours)
+    rights = _named(right)
     if list(arrays) != list(rights):
         raise ValueError(f"The gradient must be like the params, {[*rights]}, got {[*arrays]}.")
     leaves = []
     for path, a in arrays.items():
-        error = _relative_error(a, rights[path], floor)
-        hint = "" if rights[path].any() else zero
+        b = rights[path]
+        error = _relative_error(a, b, floor)
+        hint = "" if b.any() else zero
         if not error <= tolerance:
-            hint = _likely_slip(a, rights[path], batch) or slip
+            hint = _likely_slip(a, b, batch) or slip
         leaves.append(LeafComparison(path, hint, a.shape, against, error, error == 0))
     return leaves
 
 
-def _relative_error(ours: Any, right: Any, floor: float = 0.0) -> float:
+def _agree(leaves) -> bool:
+    """Whether no array has a hint."""
+    return not any(leaf.hint for leaf in leaves)
+
+
+def _relative_error(ours, right, floor=0.0) -> float:
     if ours.shape != right.shape:
         return np.inf
-    return float(np.linalg.norm(ours - right) / max(np.linalg.norm(right), floor, 1e-300))
+    size = max(np.linalg.norm(right), floor, 1e-300)
+    difference = np.linalg.norm(ours - right)
+    return float(difference / size)
 
 
-def _likely_slip(ours: np.ndarray, right: np.ndarray, batch: int) -> str:
+def _likely_slip(ours, right, batch) -> str:
     """How a wrong array differs from the right one; "" where no usual slip fits."""
     if ours.shape != right.shape:
         mend = "sum over the batch (axis 0) by `reduce`: `reduce(PerExample(dy))`"
@@ -351,57 +384,69 @@ def _likely_slip(ours: np.ndarray, right: np.ndarray, batch: int) -> str:
     factor = np.vdot(right, ours) / np.vdot(right, right)
     if _relative_error(ours, factor * right) < 1e-6:
         return f"{factor:.6g} x automatic: a wrong sign, or divided by the batch of {batch}?"
-    return "the transpose of the right one" if _relative_error(ours, right.T) < 1e-6 else ""
+    if _relative_error(ours, right.T) < 1e-6:
+        return "the transpose of the right one"
+    return ""
 
 
-def _decide(
-    leaf: LeafComparison, manual: LeafComparison, automatic: LeafComparison
-) -> LeafComparison:
+def _decide(leaf, manual, automatic) -> LeafComparison:
     """Drops the hint where the gradient by hand is about as near to that in float64."""
-    errors = manual.relative_error, automatic.relative_error
-    hint = "" if errors[0] <= 2 * errors[1] else leaf.hint
-    return leaf._replace(hint=hint, against_float64=errors)
+    error = manual.relative_error
+    other = automatic.relative_error
+    hint = "" if error <= 2 * other else leaf.hint
+    return leaf._replace(hint=hint, against_float64=(error, other))
 
 
-def _named(tree: Any) -> dict[str, np.ndarray]:
+def _named(tree) -> dict[str, np.ndarray]:
     """The arrays by path, in NumPy's float64."""
-    leaves = tree_leaves_with_path(tree)
-    return {keystr(path)[1:]: np.asarray(a).astype(float) for path, a in leaves}
+    arrays = {}
+    for path, leaf in tree_leaves_with_path(tree):
+        name = keystr(path)[1:]
+        arrays[name] = np.asarray(leaf, float)
+    return arrays
 
 
-def _as_float64(tree: Any) -> Any:
+def _as_float64(tree):
     """Every floating-point array in float64, within `jax.enable_x64(True)`."""
 
     def widen(a):
-        return jnp.asarray(a, float if jnp.issubdtype(a.dtype, jnp.floating) else None)
+        floating = jnp.issubdtype(a.dtype, jnp.floating)
+        return jnp.asarray(a, float if floating else None)
 
     return jax.tree.map(widen, tree)
 
 
-def _float_dtypes(params: Params) -> set[str]:
+def _float_dtypes(params) -> set[str]:
     """The dtypes of the params; raises a TypeError unless all are arrays of floating point."""
-    leaves = tree_leaves_with_path(params)
-    for path, leaf in leaves:
+    dtypes = set()
+    for path, leaf in tree_leaves_with_path(params):
         _validate.is_float(f"params{keystr(path)}", leaf)
-    return {str(_validate.canonical_dtype(leaf)) for _, leaf in leaves}
+        dtype = _validate.canonical_dtype(leaf)
+        dtypes.add(str(dtype))
+    return dtypes
 
 
-def _compiled(function: Callable[..., Any], *args: Any) -> tuple[Gradient, Cost]:
+def _compiled(function, *args) -> tuple[Gradient, Cost]:
     """The gradient, and the compiled cost."""
     compiled = jax.jit(function).lower(*args).compile()
     costs = compiled.cost_analysis() or {}
+    flops = costs.get("flops", np.nan)
+    accessed = costs.get("bytes accessed", np.nan)
     temporary = getattr(compiled.memory_analysis(), "temp_size_in_bytes", 0)
-    cost = Cost(costs.get("flops", np.nan), costs.get("bytes accessed", np.nan), temporary)
-    return Gradient(compiled(*args)[1]), cost
+    _, grads = compiled(*args)
+    return Gradient(grads), Cost(flops, accessed, temporary)
 
 
-def _table(title: str, report: GradientReport | CheckReport) -> str:
+def _table(title, report) -> str:
     """A title and a line for every comparison."""
+    verdict = "passed" if report.passed else "FAILED"
     lines = [
-        f"{title}: {'passed' if report.passed else 'FAILED'}",
+        f"{title}: {verdict}",
         "array                shape          against              relative error",
     ]
     for leaf in report.leaves:
-        place = f"{leaf.path:<20} {leaf.shape!s:<14} {leaf.against:<20}"
-        lines.append(f"{place} {leaf.relative_error:<8.1e} {leaf.hint or 'agrees'}")
+        lines.append(
+            f"{leaf.path:<20} {leaf.shape!s:<14} {leaf.against:<20} "
+            f"{leaf.relative_error:<8.1e} {leaf.hint or 'agrees'}"
+        )
     return "\n".join(lines)

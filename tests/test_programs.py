@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import re
 import subprocess
 import sys
@@ -217,7 +218,8 @@ def measure(name):
 def memories():
     """By net, of programs that are compiled as users compile them: without conftest.py's flags."""
     program = [sys.executable, __file__]
-    environment = os.environ | {"XLA_FLAGS": ""}
+    root = str(pathlib.Path(__file__).parents[1])
+    environment = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": root}
     done = subprocess.run(program, env=environment, capture_output=True, text=True, check=True)
     return json.loads(done.stdout)
 

@@ -105,3 +105,9 @@ def test_a_type_checker_finds_the_errors_of_a_users_script(tmp_path):
     assert '"Dense"' in types[1]
     assert '"Dense"' in types[2]
     assert "Unknown" not in done.stdout
+
+
+def test_completion_shows_public_names_alone():
+    names = dir(fnn)
+    assert {"mlp", "source", "losses", "per_example", "key"} <= set(names)
+    assert not {"train", "backprop", "_validate", "verify"} & set(names)

@@ -6,7 +6,7 @@ example sums.
 
 from __future__ import annotations
 
-import math
+import operator
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 
 from fnn.types import Array
 
@@ -76,12 +76,13 @@ class Factor:
 
     def squares(self, fast: bool) -> SquaredNorm:
         """The squared norms layer by layer, `[*layers, batch]`."""
-        return self.fast_squared_norm() if fast else SquaredNorm(self.squared_norm())
+        if fast:
+            return self.fast_squared_norm()
+        return SquaredNorm(self.squared_norm())
 
     def inner(self, other: Any) -> Array:
         """`[batch, batch of other]`: inner products of the gradients in two factors."""
-        a, b = (f.materialise() for f in (self, other))
-        return row_products(a, b)
+        return row_products(self.materialise(), other.materialise())
 
     def exact_total(self, weights: Array) -> Array:
         """The total by weights `[batch]`; the gradient of an example is formed, then scaled.
@@ -125,10 +126,11 @@ class Factor:
 @dataclass_transform(frozen_default=True)
 def factor(cls: type[T]) -> type[T]:
     """A decorator that makes a frozen dataclass a pytree."""
-    return jax.tree_util.register_dataclass(dataclass(frozen=True)(cls))
+    frozen = dataclass(frozen=True)(cls)
+    return jax.tree_util.register_dataclass(frozen)
 
 
-def is_factor(value: Any) -> bool:
+def is_factor(value: Factor | Any) -> bool:
     """True for a factor: `jax.tree.map(f, factors, is_leaf=is_factor)`."""
     return isinstance(value, Factor)
 
@@ -148,7 +150,7 @@ class PerExample(Factor):
     def total(self) -> Array:
         return self.gradient.sum(0)
 
-    def scaled(self, weights: Array) -> PerExample:
+    def scaled(self, weights) -> PerExample:
         return PerExample(scale_rows(self.gradient, weights))
 
     def materialise(self) -> Array:
@@ -157,10 +159,10 @@ class PerExample(Factor):
     def merged(self) -> PerExample:
         return PerExample(self.gradient.sum(0))
 
-    def exact_total(self, weights: Array) -> Array:
+    def exact_total(self, weights) -> Array:
         return self.scaled(weights).total()
 
-    def moments(self, shares: Array) -> tuple[Array, Array]:
+    def moments(self, shares) -> tuple[Array, Array]:
         return centred_moments(self.gradient, shares)
 
 
@@ -175,8 +177,8 @@ class Reducer:
     """
 
     name: str
-    reduce: Callable[[Any], Any]
-    stack: Callable[[Any], Any] = lambda result: result
+    reduce: Callable
+    stack: Callable = lambda result: result
 
     def __call__(self, factor: Any) -> Any:
         """The result for one factor; a TypeError for anything else."""
@@ -216,9 +218,9 @@ REDUCERS = (total, materialise, squared_norm)
 """What the tests run over."""
 
 
-def per_row(row: Array, like: Array) -> Array:
+def per_row(row: Shaped[Array, " batch"], like: Array) -> Array:
     """`[batch]` as `[batch, ...]`."""
-    return jnp.broadcast_to(row.reshape(-1, *(1,) * (like.ndim - 1)), like.shape)
+    return lax.broadcast_in_dim(row, like.shape, (0,))
 
 
 @jax.jit
@@ -230,7 +232,9 @@ def scale_rows(a: Float[Array, "batch *rest"], weights: Array) -> Float[Array, "
     wide = widen(a)
     w = per_row(weights.astype(wide.dtype), wide)
     scaled = jnp.where(w != 0, wide * w, 0)
-    return scaled if a.dtype == jnp.float16 else scaled.astype(a.dtype)
+    if a.dtype == jnp.float16:
+        return scaled
+    return scaled.astype(a.dtype)
 
 
 def mask_rows(a: Float[Array, "batch *rest"], present: Array) -> Float[Array, "batch *rest"]:
@@ -253,18 +257,20 @@ def centred_moments(
     mean = scale_rows(g, shares).sum(0)
     gap = g - jnp.broadcast_to(mean, g.shape)
     rest = scale_rows(gap, shares).sum(0)  # what rounding has left
-    variance = scale_rows(gap * gap, shares).sum(0) - rest * rest
-    return mean + rest, jnp.maximum(variance, 0)
+    squares = scale_rows(gap * gap, shares).sum(0)
+    variance = jnp.maximum(squares - rest * rest, 0)
+    return mean + rest, variance
 
 
 def flat_rows(a: Float[Array, "batch *rest"]) -> Float[Array, "batch numbers"]:
     """`[batch, numbers]`, float32 at least."""
-    return widen(a).reshape(a.shape[0], math.prod(a.shape[1:]))
+    return lax.collapse(widen(a), 1)
 
 
 def row_products(a: Float[Array, "a *rest"], b: Float[Array, "b *rest"]) -> Float[Array, "a b"]:
     """The inner products of all pairs of rows, in float32 at least."""
-    return jnp.matmul(flat_rows(a), flat_rows(b).T, precision="highest")
+    columns = flat_rows(b).T
+    return jnp.matmul(flat_rows(a), columns, precision="highest")
 
 
 def shares(weights: Float[Array, " batch"]) -> Float[Array, " batch"]:
@@ -273,15 +279,14 @@ def shares(weights: Float[Array, " batch"]) -> Float[Array, " batch"]:
     return weights / jnp.where(whole != 0, whole, 1)
 
 
-def widen(a: Array) -> Array:
+def widen(a: Shaped[Array, "..."]) -> Array:
     """A floating-point array in float32 at least; whole numbers as they are."""
-    narrow = jnp.issubdtype(a.dtype, jnp.floating) and jnp.finfo(a.dtype).bits < 32
-    return a.astype(jnp.float32) if narrow else a
+    if a.dtype.itemsize < 4 and jnp.issubdtype(a.dtype, jnp.floating):
+        return a.astype(jnp.float32)
+    return a
 
 
-def squares_by_layer(
-    factors: list[Any], layers: list[Any], *, fast: bool
-) -> tuple[dict[Any, Array], dict[Any, Array]]:
+def squares_by_layer(factors: list[Factor], layers: list, *, fast: bool) -> tuple[dict, dict]:
     """The squared norms `[*layers, batch]` by layer, and the size of what an example adds up.
 
     The sizes are empty where every example is one product in every layer.
@@ -299,58 +304,68 @@ def squares_by_layer(
         found = f.squares(fast)
         if not layer:
             found = jax.tree.map(over_layers, found)
-        size = found.parts if found.size is None else found.size
-        several = several or size is not None
         values[layer].append(found.value)
-        sizes[layer].append(found.value if size is None else size)
-    sums = {layer: sum_leaves(parts) for layer, parts in values.items()}
+        size = found.parts if found.size is None else found.size
+        if size is None:
+            size = found.value
+        else:
+            several = True
+        sizes[layer].append(size)
     if not several:
-        return sums, {}
-    return sums, {layer: sum_leaves(parts) for layer, parts in sizes.items()}
+        sizes = {}
+    return _sums(values), _sums(sizes)
+
+
+def _sums(parts):
+    """The sum of every list of arrays in a dict."""
+    return {layer: sum_leaves(arrays) for layer, arrays in parts.items()}
 
 
 def over_layers(squares: Float[Array, "*layers batch"]) -> Float[Array, " batch"]:
     """Summed over the layers."""
-    return squares.sum(tuple(range(squares.ndim - 1)))
+    layers = range(squares.ndim - 1)
+    return squares.sum(tuple(layers))
 
 
-def whole_squares(squares: dict[Any, Array]) -> Float[Array, " batch"]:
+def whole_squares(squares: dict) -> Float[Array, " batch"]:
     """The squared norms of whole gradients, from those by layer."""
-    return sum_leaves([over_layers(square) for square in squares.values()])
+    return sum_leaves(list(map(over_layers, squares.values())))
 
 
-def sum_leaves(tree: Any) -> Array:
+def sum_leaves(tree: Any) -> Float[Array, "..."]:
     """The sum of the leaves of a tree of arrays of one shape."""
-    first, *others = jax.tree.leaves(tree)
-    for other in others:
-        first = first + other
-    return first
+    return jax.tree.reduce(operator.add, tree)
 
 
-def scaled_totals(factors: list[Any], weights: list[Array]) -> list[Array]:
-    """The total of every factor by its own weights, float32 at least."""
-    return [widen(f.scaled(w).total()) for f, w in zip(factors, weights, strict=True)]
+def scaled_total(factor: Factor, weights: Array) -> Array:
+    """The total by weights, float32 at least."""
+    scaled = factor.scaled(weights)
+    return widen(scaled.total())
 
 
-def exact_totals(factors: list[Any], weights: Array | list[Array]) -> list[Array]:
+def exact_totals(factors: list[Factor], weights: Array | list[Array]) -> list[Array]:
     """`Factor.exact_total` of every factor, by weights for all or by its own."""
 
     @jax.jit
     def add(total, one, weight):
         return total + jnp.where(weight != 0, weight * one.total(), 0)
 
-    plain = [f.one_by_one for f in factors]
-    own = weights if isinstance(weights, list) else [weights] * len(factors)
-    some = [f.wide() for f, is_plain in zip(factors, plain, strict=True) if is_plain]
-    rows = [w for w, is_plain in zip(own, plain, strict=True) if is_plain]
+    if not isinstance(weights, list):
+        weights = [weights] * len(factors)
+    plain = [i for i, f in enumerate(factors) if f.one_by_one]
+    some = [factors[i].wide() for i in plain]
+    rows = [weights[i] for i in plain]
     shapes = [jax.eval_shape(f.total) for f in some]
-    starts = [zeros(shape, own[0]) for shape in shapes]
-    totals = iter(fold_examples(add, starts, some, rows if isinstance(weights, list) else weights))
-    triples = zip(factors, own, plain, strict=True)
-    return [next(totals) if is_plain else f.exact_total(w) for f, w, is_plain in triples]
+    starts = [zeros(shape, weights[0]) for shape in shapes]
+    sums = fold_examples(add, starts, some, rows)
+    totals = dict(zip(plain, sums, strict=True))
+    for i, f in enumerate(factors):
+        if i not in totals:
+            totals[i] = f.exact_total(weights[i])
+    return [totals[i] for i in range(len(factors))]
 
 
-def variances(factors: list[Any], shares: Float[Array, " batch"]) -> list[Array]:
+def variances(factors: list[Factor], shares: Float[Array, " batch"]) -> list[Array]:
     """The centred variance for every factor; share 0 counts nothing.
 
     It is E[d^2] - E[d]^2 of the differences d to one example that counts: they are small where the
@@ -361,22 +376,32 @@ def variances(factors: list[Any], shares: Float[Array, " batch"]) -> list[Array]
 
     @jax.jit
     def add(sums, one, share, origin):
+        first, second = sums
         d = jnp.where(share != 0, one.difference(origin), 0)
-        return sums[0] + share * d, sums[1] + share * d * d
+        return first + share * d, second + share * d * d
 
-    starts = [(zeros(s, shares),) * 2 for s in (jax.eval_shape(f.total) for f in plain)]
-    sums = fold_examples(add, starts, plain, shares, origins)
-    found = iter(jnp.maximum(second - first * first, 0) for first, second in sums)
-    return [next(found) if f.one_by_one else f.variance(shares) for f in factors]
+    starts = []
+    for f in plain:
+        start = zeros(jax.eval_shape(f.total), shares)
+        starts.append((start, start))
+    sums = iter(fold_examples(add, starts, plain, shares, origins))
+    found = []
+    for f in factors:
+        if f.one_by_one:
+            first, second = next(sums)
+            found.append(jnp.maximum(second - first * first, 0))
+        else:
+            found.append(f.variance(shares))
+    return found
 
 
 def fold_examples(
-    add: Callable[..., Any],
-    starts: list[Any],
-    factors: list[Any],
+    add: Callable,
+    starts: list,
+    factors: list[Factor],
     rows: Array | list[Array],
-    *likes: Any,
-) -> list[Any]:
+    *likes: list,
+) -> list:
     """Goes through the examples one at a time; compiled, it needs no memory but the sums.
 
     Args:
@@ -390,16 +415,18 @@ def fold_examples(
         return []
 
     def body(sums, example):
-        ones, row = example
-        own = row if isinstance(row, list) else [row] * len(ones)
-        parts = zip(sums, jax.tree.map(lambda a: a[None], ones), own, *likes, strict=True)
-        return [add(*part) for part in parts], None
+        ones, own = example
+        ones = jax.tree.map(lambda a: a[None], ones)
+        if not isinstance(own, list):
+            own = [own] * len(ones)
+        return list(map(add, sums, ones, own, *likes)), None
 
-    return lax.scan(body, starts, (factors, rows))[0]
+    sums, _ = lax.scan(body, starts, (factors, rows))
+    return sums
 
 
 def by_columns(
-    f: Callable[[Array], Any],
+    f: Callable,
     a: Float[Array, "batch *positions in"],
     columns: int,
     like: Array | None = None,
@@ -417,23 +444,30 @@ def by_columns(
         return f(a)
 
     def block(done, start):
-        found = f(lax.dynamic_slice_in_dim(a, start, columns, axis=-1))
-        put = lax.dynamic_update_slice_in_dim
-        return jax.tree.map(lambda d, new: put(d, new, start, 0), done, found), None
+        part = lax.dynamic_slice_in_dim(a, start, columns, axis=-1)
+
+        def put(whole, new):
+            return lax.dynamic_update_slice_in_dim(whole, new, start, 0)
+
+        return jax.tree.map(put, done, f(part)), None
 
     # XLA lets two loops that begin with zeros share these, and copies them
     begin = a if like is None else like
     number = begin[(0,) * begin.ndim]
 
-    def begin_with(s):
-        return jnp.full((width, *s.shape[1:]), number.astype(s.dtype))
+    def begin_with(shape):
+        start = number.astype(shape.dtype)
+        return jnp.full((width, *shape.shape[1:]), start)
 
-    whole = jax.tree.map(begin_with, jax.eval_shape(f, a[..., :columns]))
-    starts = np.minimum(np.arange(0, width, columns), width - columns)  # the last two may overlap
-    return lax.scan(block, whole, jnp.asarray(starts))[0]
+    shapes = jax.eval_shape(f, a[..., :columns])
+    empty = jax.tree.map(begin_with, shapes)
+    starts = np.arange(0, width, columns)
+    starts = np.minimum(starts, width - columns)  # the last two may overlap
+    whole, _ = lax.scan(block, empty, jnp.asarray(starts))
+    return whole
 
 
-def zeros(shape: Any, like: Array) -> Array:
+def zeros(shape: Any, like: Shaped[Array, "..."]) -> Array:
     """Zeros to begin a loop with; in `shard_map` they vary over the same axes of a mesh as `like`.
 
     Args:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -43,10 +41,11 @@ class Outer(Factor):
     dz: Array  # [batch, ..., out]
 
     def total(self) -> Array:  # [in, out]
-        a, dz = (v.reshape(-1, v.shape[-1]) for v in (self.a, self.dz))
+        a = lax.collapse(self.a, 0, -1)
+        dz = lax.collapse(self.dz, 0, -1)
         return product(a, dz)
 
-    def scaled(self, weights: Array) -> Outer:
+    def scaled(self, weights) -> Outer:
         dz = scale_rows(self.dz, weights)
         return Outer(self.a.astype(dz.dtype), dz)
 
@@ -57,7 +56,7 @@ class Outer(Factor):
         return jnp.einsum("bti,bto->bio", a, dz)
 
     def merged(self) -> Outer:
-        return Outer(jnp.moveaxis(self.a, 0, 1), jnp.moveaxis(self.dz, 0, 1))
+        return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1), self)
 
     @property
     def one_by_one(self) -> bool:
@@ -65,73 +64,84 @@ class Outer(Factor):
 
     def squared_norm(self) -> Array:
         if self.one_by_one:
-            return square_rows(self.a) * square_rows(self.dz)
+            square = square_rows(self.a)
+            return square * square_rows(self.dz)
         a, dz = self.wide().positions()
 
         def block(part):  # [columns, batch]
-            return (_written_out(part, dz) ** 2).sum(2).T
+            gradients = _written_out(part, dz)
+            return (gradients**2).sum(2).T
 
-        return by_columns(block, a, _columns(a, dz)).sum(0)
+        squares = by_columns(block, a, _columns(a, dz))
+        return squares.sum(0)
 
     def fast_squared_norm(self) -> SquaredNorm:
         if self.one_by_one:
             return SquaredNorm(self.squared_norm())
         a, dz = self.wide().positions()
-        parts = ((a * a).sum(2) * (dz * dz).sum(2)).sum(1)
-        positions, inputs, outputs = *a.shape[1:], dz.shape[2]
+        parts = (a * a).sum(2) * (dz * dz).sum(2)
+        parts = parts.sum(1)
+        positions, inputs = a.shape[1:]
+        outputs = dz.shape[2]
         if positions * (inputs + outputs) > 1.2 * inputs * outputs:
             return SquaredNorm(self.squared_norm(), parts=parts)
         # terms [batch, T, T], whose cost is even with that of [in, out] at a factor of 0.75 to 2.6
         # (CPU, batch 32, 64 x 64 to 256 x 256, 512 x 64, 32 x 512)
-        terms = _gram(a, a) * _gram(dz, dz)
-        return SquaredNorm(terms.sum((1, 2)), jnp.abs(terms).sum((1, 2)), parts)
+        terms = _gram(a) * _gram(dz)
+        size = jnp.abs(terms).sum((1, 2))
+        return SquaredNorm(terms.sum((1, 2)), size, parts)
 
-    def inner(self, other: Any) -> Array:
-        (a, dz), (b, db) = self.wide().positions(), other.wide().positions()
+    def inner(self, other) -> Array:
+        a, dz = self.wide().positions()
+        b, db = other.wide().positions()
         if a.ndim == 2:
             return row_products(a, b) * row_products(dz, db)
-        pairs = a.shape[1] * b.shape[1] * (a.shape[2] + dz.shape[2])
-        if pairs > a.shape[2] * dz.shape[2]:
+        inputs = a.shape[2]
+        outputs = dz.shape[2]
+        if a.shape[1] * b.shape[1] * (inputs + outputs) > inputs * outputs:
             return super().inner(other)
         near = jnp.einsum("xti,ysi->xyts", a, b, precision="highest")
-        return (near * jnp.einsum("xto,yso->xyts", dz, db, precision="highest")).sum((2, 3))
+        far = jnp.einsum("xto,yso->xyts", dz, db, precision="highest")
+        return (near * far).sum((2, 3))
 
-    def exact_total(self, weights: Array) -> Array:
+    def exact_total(self, weights) -> Array:
         if self.one_by_one:
             return super().exact_total(weights)
         a, dz = self.wide().positions()
 
         def block(part):
-            return scale_rows(_written_out(part, dz), weights).sum(0)
+            gradients = _written_out(part, dz)
+            return scale_rows(gradients, weights).sum(0)
 
         return by_columns(block, a, _columns(a, dz))
 
-    def moments(self, shares: Array) -> tuple[Array, Array]:
+    def moments(self, shares) -> tuple[Array, Array]:
         if self.one_by_one:
             return super().moments(shares)
         a, dz = self.positions()
 
         def block(part):
-            return centred_moments(_written_out(part, dz), shares)
+            gradients = _written_out(part, dz)
+            return centred_moments(gradients, shares)
 
         return by_columns(block, a, _columns(a, dz))
 
-    def raw_moments(self, shares: Array) -> tuple[Array, Array] | None:
+    def raw_moments(self, shares) -> tuple[Array, Array] | None:
         if not self.one_by_one:
             return None
         return _raw_moments(*self.positions(), shares)
 
-    def difference(self, other: Any) -> Array:
+    def difference(self, other) -> Array:
         # a dz^T - b db^T = (a - b) dz^T + b (dz - db)^T
-        return Outer(self.a - other.a, self.dz).total() + Outer(other.a, self.dz - other.dz).total()
+        by_a = Outer(self.a - other.a, self.dz)
+        by_dz = Outer(other.a, self.dz - other.dz)
+        return by_a.total() + by_dz.total()
 
     def positions(self) -> tuple[Array, Array]:
         """Both arrays as `[batch, features]`, or `[batch, positions, features]`."""
         if self.one_by_one:
             return self.a, self.dz
-        batch = self.a.shape[0]
-        a, dz = (v.reshape(batch, -1, v.shape[-1]) for v in (self.a, self.dz))
-        return a, dz
+        return lax.collapse(self.a, 1, -1), lax.collapse(self.dz, 1, -1)
 
 
 def product(a: Float[Array, "rows in"], dz: Float[Array, "rows out"]) -> Float[Array, "in out"]:
@@ -140,34 +150,38 @@ def product(a: Float[Array, "rows in"], dz: Float[Array, "rows out"]) -> Float[A
         # XLA's CPU product a.T @ dz is slow for few columns: 1024 x 512 x 10 takes 5 times as long
         # as this order, which a rounding to the same precision keeps XLA from undoing.
         precision = jnp.finfo(dz.dtype)
-        return lax.reduce_precision(dz.T @ a, precision.nexp, precision.nmant).T
+        transposed = lax.reduce_precision(dz.T @ a, precision.nexp, precision.nmant)
+        return transposed.T
     return a.T @ dz
 
 
-def _written_out(a: Array, dz: Array) -> Array:
+def _written_out(a, dz):
     """The gradients `[batch, columns, out]` of some columns of `a [batch, T, columns]`."""
     return jnp.einsum("btc,bto->bco", a, dz, precision="highest")
 
 
-def _columns(a: Array, dz: Array) -> int:
+def _columns(a, dz):
     """So many columns that their gradients take half of the memory of `a` or `dz`."""
-    positions, inputs, outputs = *a.shape[1:], dz.shape[2]
+    positions, inputs = a.shape[1:]
+    outputs = dz.shape[2]
     return max(1, positions * max(inputs, outputs) // (2 * outputs))
 
 
 @jax.jit
-def _raw_moments(a: Array, dz: Array, shares: Array) -> tuple[Array, Array]:
+def _raw_moments(a, dz, shares):
     """E[g] and E[g^2]; in blocks of columns, since a mask and a square of `a` are copies."""
-    dz = mask_rows(dz, shares != 0)
+    present = shares != 0
+    dz = mask_rows(dz, present)
     weighted = dz * per_row(shares, dz)
 
     def block(part):
-        part = mask_rows(part, shares != 0)
-        return product(part, weighted), product(part * part, dz * weighted)
+        part = mask_rows(part, present)
+        mean = product(part, weighted)
+        return mean, product(part * part, dz * weighted)
 
     return by_columns(block, a, max(128, dz.shape[1]))
 
 
-def _gram(a: Array, b: Array) -> Array:
+def _gram(a):
     """Inner products of the positions of every example, `[batch, T, T]`."""
-    return jnp.einsum("bti,bsi->bts", a, b, precision="highest")
+    return jnp.einsum("bti,bsi->bts", a, a, precision="highest")

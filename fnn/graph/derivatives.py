@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,15 +13,15 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Float, PyTree, Shaped
 
-from fnn.graph.gates import FORMULAS, Gate
-from fnn.graph.sweep import Graph, Node
+from fnn.graph.gates import FORMULAS, evaluate
 from fnn.graph.trace import trace
 from fnn.types import Array
 
+Vector = Float[np.ndarray, " n"]
 LARGEST = 2000  # operations in a formula: sympy takes seconds for more
-SYMBOLIC = (*FORMULAS, "integer_pow", "pow", "abs", "max", "min")
+SYMBOLIC = ("input", *FORMULAS, "integer_pow", "pow", "abs", "max", "min")
 WAYS = ("symbolic", "numeric", "forward", "reverse")
-STEPS = np.array([10.0**-k for k in range(1, 14)])
+STEPS = 1 / 10.0 ** np.arange(1, 14)
 
 
 @dataclass(frozen=True)
@@ -41,20 +42,19 @@ class Derivatives:
 
     names: list[str]
     value: float
-    symbolic: Float[np.ndarray, " n"] | None
+    symbolic: Vector | None
     formulas: list[str] | None
-    numeric: Float[np.ndarray, " n"]
-    forward: Float[np.ndarray, " n"]
-    reverse: Float[np.ndarray, " n"]
-    steps: Float[np.ndarray, " s"]
-    errors: Float[np.ndarray, " s"]
+    numeric: Vector
+    forward: Vector
+    reverse: Vector
+    steps: Vector
+    errors: Vector
 
     def __str__(self) -> str:
         """A table of the four ways."""
         ways = [way for way in WAYS if getattr(self, way) is not None]
         width = max(map(len, self.names))
-        titles = [f"{way:>16}" for way in ways]
-        lines = [" " * width + "".join(titles)]
+        lines = [" " * width + "".join(f"{way:>16}" for way in ways)]
         for i, name in enumerate(self.names):
             numbers = [f"{getattr(self, way)[i]:16.9g}" for way in ways]
             lines.append(name.ljust(width) + "".join(numbers))
@@ -99,93 +99,55 @@ def derivatives(f: Callable[..., Shaped[Array, ""]], *args: PyTree[Any]) -> Deri
         for index in np.ndindex(node.value.shape):
             names.append(f"{node.name}{list(index)}".removesuffix("[]"))
     point, unravel = ravel_pytree(args)
-    reverse, _ = ravel_pytree(graph.gradients())
-    reverse = np.asarray(reverse)
-    units = jnp.eye(point.size, dtype=point.dtype)
-    forward = [float(graph.jvp(*unravel(unit))) for unit in units]
-    jitted = jax.jit(lambda x: f(*unravel(x)))
-    numeric = [_central(jitted, point, step) for step in STEPS.tolist()]
-    differences = np.abs(numeric - reverse)
-    errors = differences.max(1)
+    reverse = np.asarray(ravel_pytree(graph.gradients())[0])
+    forward = [graph.jvp(*unravel(unit)) for unit in jnp.eye(point.size, dtype=point.dtype)]
+    values = jax.jit(partial(jax.lax.map, lambda x: f(*unravel(x))))
+    numeric = [_central(values, np.asarray(point), step) for step in STEPS]
+    errors = np.max(np.abs(numeric - reverse), axis=1)
     errors[np.isnan(errors)] = np.inf  # steps that are lost to rounding
+    best = numeric[np.argmin(errors)]
     formulas, symbolic = _differentiate_symbols(graph)
+    value = float(graph.value)
     return Derivatives(
-        names,
-        float(graph.value),
-        symbolic,
-        formulas,
-        np.array(numeric[np.argmin(errors)]),
-        np.array(forward),
-        reverse,
-        STEPS,
-        errors,
+        names, value, symbolic, formulas, best, np.array(forward), reverse, STEPS, errors
     )
 
 
-def _central(
-    f: Callable[..., Array],
-    point: Array,
-    step: float,
-) -> list[float]:
+def _central(f, point, step):
     """`(f(x + h) - f(x - h)) / 2h` by each number, h in units of |x|, or of 1 where x is 0."""
-    found = []
-    for i, x in enumerate(point):
-        h = step * (abs(float(x)) or 1.0)
-        up = point.at[i].add(h)
-        down = point.at[i].add(-h)
-        rise = float(f(up) - f(down))
-        run = float(up[i] - down[i])
-        found.append(rise / run if run else np.nan)
-    return found
+    h = np.diag(step * (np.abs(point) + (point == 0))).astype(point.dtype)
+    rise = np.asarray(f(point + h) - f(point - h), float)
+    run = np.diag((point + h) - (point - h))
+    return rise / np.where(run == 0, np.nan, run)
 
 
-def _differentiate_symbols(graph: Graph) -> tuple[Any, Any]:
+def _differentiate_symbols(graph):
     """Formulas and values by sympy; None where it is missing or a node has no expression."""
     try:
         import sympy  # here, since it is large and nothing else needs it
     except ModuleNotFoundError:
         return None, None
-    expressions: dict[Node, Any] = {}
-    for node in graph.nodes:
-        if node in graph.inputs:
-            expression = sympy.Symbol(node.name, real=True)
-        elif node.gate is not None and node.primitive in SYMBOLIC:
-            expression = _write_expression(node.gate, node.inputs, expressions)
-        else:
+    if not all(node.primitive in SYMBOLIC and node.value.ndim == 0 for node in graph.nodes):
+        return None, None
+    functions = vars(sympy) | {"max": sympy.Max, "min": sympy.Min}
+    symbols = [sympy.Symbol(node.name, real=True) for node in graph.inputs]
+    known: dict[Any, Any] = dict(zip(graph.inputs, symbols, strict=True))
+    for node in graph.nodes[len(symbols) :]:
+        for source in node.inputs:
+            if source.primitive == "constant":
+                decimal = str(np.asarray(source.value))  # the shortest, so that 0.1 is 1/10
+                known[source] = sympy.Rational(decimal)
+        terms = [known[source] for source in node.inputs]
+        known[node] = evaluate(node.gate.formula, terms, functions=functions)
+        if sympy.count_ops(known[node]) > LARGEST:
             return None, None
-        if node.value.ndim > 0 or sympy.count_ops(expression) > LARGEST:
-            return None, None
-        expressions[node] = expression
-    result = expressions[graph.outputs[0]]
-    formulas = [sympy.diff(result, expressions[node]) for node in graph.inputs]
-    point = {expressions[node]: float(node.value) for node in graph.inputs}
-    values = [_evaluate_formula(formula, point) for formula in formulas]
-    return [str(formula) for formula in formulas], np.array(values)
+    formulas = [sympy.diff(known[graph.outputs[0]], symbol) for symbol in symbols]
+    point = {known[node]: float(node.value) for node in graph.inputs}
+    values = np.array([_evaluate_formula(formula, point) for formula in formulas])
+    return list(map(str, formulas)), values
 
 
-def _write_expression(
-    gate: Gate,
-    inputs: Sequence[Node],
-    expressions: dict[Node, Any],
-) -> Any:
-    """A gate in sympy's terms, from those of its inputs."""
-    import sympy
-
-    known: dict[str, Any] = {
-        "max": sympy.Max,
-        "min": sympy.Min,
-        "abs": sympy.Abs,
-    }
-    for name, source in zip("ab", inputs, strict=False):
-        if source.primitive == "constant":
-            decimal = str(np.asarray(source.value))  # the shortest, so that 0.1 is 1/10
-            known[name] = sympy.Rational(decimal)
-        else:
-            known[name] = expressions[source]
-    return sympy.parse_expr(gate.formula.format("a", "b"), local_dict=known)
-
-
-def _evaluate_formula(formula: Any, point: Any) -> float:
+def _evaluate_formula(formula, point):
     """A formula at a point; NaN where sympy gives no number."""
     try:
         return float(formula.evalf(30, subs=point))

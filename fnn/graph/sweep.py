@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax.custom_derivatives import zero_from_primal
 from jaxtyping import Inexact, PyTree, Shaped
 
+from fnn import _validate
 from fnn.graph import draw, text
 from fnn.graph.gates import Gate, evaluate, is_differentiable
 from fnn.types import Array
@@ -34,7 +35,8 @@ class Node:
         primitive: JAX's name of it; "input" or "constant" for a value that nothing computes.
         value: an array of any shape.
         inputs: the nodes that it is computed from.
-        apply: computes the value from those of the inputs.
+        places: of the inputs that a gradient flows into.
+        apply: computes the value from those of the inputs at `places`.
         gate: None where `jax.vjp` differentiates the primitive.
         label: the gate's symbol, or what the primitive is called: the function's name if it has its
             own derivative.
@@ -44,21 +46,22 @@ class Node:
     primitive: str
     value: Shaped[Array, " ..."]
     inputs: Sequence[Node] = ()
+    places: Sequence[int] = ()
     apply: Callable[..., Any] = jnp.asarray
     gate: Gate | None = None
     label: str = ""
     name: str = ""
 
-    def restrict(self, places: Sequence[int]) -> tuple[Callable[..., Any], list[Array]]:
-        """`apply` as a function of the inputs at some places alone, and the values of these."""
+    @property
+    def is_variable(self) -> bool:
+        """Whether a gradient flows into it: it changes with an argument, and is no whole number."""
+        changes = self.primitive == "input" or len(self.places) > 0
+        return changes and is_differentiable(self.value)
 
-        def f(*moving):
-            values = [node.value for node in self.inputs]
-            for place, value in zip(places, moving, strict=True):
-                values[place] = value
-            return self.apply(*values)
-
-        return f, [self.inputs[place].value for place in places]
+    @property
+    def point(self) -> list[Array]:
+        """What `apply` takes."""
+        return [self.inputs[place].value for place in self.places]
 
 
 class Flow(NamedTuple):
@@ -118,7 +121,7 @@ class Graph:
                 primitive has no reverse mode; or the cotangent is not like the result.
         """
         found = self.sweep(cotangent).gradients
-        return self._unflatten(self.arguments, self.inputs, found)
+        return _make_tree(self.arguments, self.inputs, found)
 
     def jvp(self, *tangents: PyTree[Any]) -> PyTree[Any]:
         """The derivative of the result along a direction, from one sweep forward.
@@ -135,29 +138,29 @@ class Graph:
         with jax.enable_x64(self.x64):
             found = dict(_read_tree("tangents", tangents, self.arguments, self.inputs))
             for node in self.nodes:
-                places = [i for i, source in enumerate(node.inputs) if source in found]
-                if places and is_differentiable(node.value):
-                    f, point = node.restrict(places)
-                    direction = [found[node.inputs[place]] for place in places]
-                    found[node] = jax.jvp(f, point, direction)[1]
-        return self._unflatten(self.result, self.outputs, found)
+                if node.places and node.is_variable:
+                    direction = [found[node.inputs[place]] for place in node.places]
+                    found[node] = jax.jvp(node.apply, node.point, direction)[1]
+        return _make_tree(self.result, self.outputs, found)
 
     def sweep(self, cotangent: PyTree[Any] = None) -> Sweep:
         """From the last node to the first, each passes its gradient back to its inputs.
 
         Where several gradients reach a node, they add up.
         """
-        gradients: dict[Node, Any] = {}
+        gradients: dict[Node, Any] = defaultdict(int)
         flows: dict[Node, list[Flow]] = defaultdict(list)
         with jax.enable_x64(self.x64):
-            for node, seed in self._seeds(cotangent):
-                gradients[node] = gradients.get(node, 0) + seed
+            if cotangent is None:
+                cotangent = self._one()
+            for node, seed in _read_tree("cotangent", cotangent, self.result, self.outputs):
+                gradients[node] += seed
             for node in reversed(self.nodes):
                 if node in gradients:
                     for flow in pull(node, gradients[node]):
                         source = node.inputs[flow.place]
                         flows[source].append(flow)
-                        gradients[source] = gradients.get(source, 0) + flow.gradient
+                        gradients[source] += flow.gradient
         return Sweep(gradients, flows)
 
     def try_sweep(self) -> Sweep:
@@ -186,58 +189,38 @@ class Graph:
         """
         return draw.save(self, Path(path))
 
-    def _unflatten(
-        self,
-        structure: Any,
-        nodes: list[Node],
-        found: dict[Node, Any],
-    ) -> Any:
-        """A tree of what was found for some nodes, 0 where nothing was."""
-        with jax.enable_x64(self.x64):
-            leaves = [found.get(node, _zero(node)) for node in nodes]
-        return jax.tree.unflatten(structure, leaves)
-
-    def _seeds(self, cotangent: Any) -> list[tuple[Node, Array]]:
-        """The gradients that a sweep begins with."""
-        if cotangent is not None:
-            return _read_tree("cotangent", cotangent, self.result, self.outputs)
-        values = [node.value for node in self.outputs]
-        is_number = len(values) == 1 and values[0].ndim == 0
-        if not is_number or not jnp.issubdtype(values[0].dtype, jnp.floating):
-            found = ", ".join(f"{value.dtype}{list(value.shape)}" for value in values)
+    def _one(self):
+        """The gradient of a result that is one number."""
+        values = jax.tree.leaves(self.value)
+        if len(values) != 1 or values[0].shape or not jnp.issubdtype(values[0].dtype, jnp.floating):
             raise NoGradientError(
-                f"`f` returns {found}, not one floating-point number. Pass floats, such as 2.0; or "
-                "trace a function that returns one number, such as `lambda x: f(x).sum()`; or pass "
-                "`cotangent`, a tree like the result."
+                f"`f` returns {', '.join(map(_validate.describe, values))}, not one floating-point "
+                "number. Pass floats, such as 2.0; or trace a function that returns one number, "
+                "such as `lambda x: f(x).sum()`; or pass `cotangent`, a tree like the result."
             )
-        return [(self.outputs[0], jnp.ones_like(values[0]))]
+        return jax.tree.unflatten(self.result, [1.0])
 
 
 def pull(node: Node, gradient: Inexact[Array, " ..."]) -> list[Flow]:
     """The gradients that a node passes back, given its own."""
     gate = node.gate
-    values = [source.value for source in node.inputs]
-    places = [
-        place
-        for place, source in enumerate(node.inputs)
-        if source.primitive != "constant" and is_differentiable(source.value)
-    ]
-    if not places or (gate is not None and not gate.back):
+    if not node.places or (gate and not gate.back):
         return []
-    if gate is None or not gate.by_hand:
-        found = _pull_by_jax(node, places, gradient)
-    else:
-        found = [
-            _sum_to(values[place], evaluate(gate.back[place], values, gradient)) for place in places
-        ]
-    return [Flow(node, place, g) for place, g in zip(places, found, strict=True)]
+    if not gate or not gate.by_hand:
+        found = _pull_by_jax(node, gradient)
+        return [Flow(node, place, g) for place, g in zip(node.places, found, strict=True)]
+    values = [source.value for source in node.inputs]
+    flows = []
+    for place in node.places:
+        g = evaluate(gate.back[place], values, gradient)
+        flows.append(Flow(node, place, _sum_to(values[place], g)))
+    return flows
 
 
-def _pull_by_jax(node: Node, places: list[int], gradient: Array) -> Sequence[Array]:
-    """The gradients for the inputs at some places, by `jax.vjp`."""
-    f, point = node.restrict(places)
+def _pull_by_jax(node, gradient):
+    """The gradients that `jax.vjp` passes back."""
     try:
-        return jax.vjp(f, *point)[1](gradient)
+        return jax.vjp(node.apply, *node.point)[1](gradient)
     except (ValueError, NotImplementedError) as error:
         raise NoGradientError(
             f"`{node.label}` ({node.name}) cannot be differentiated backward; "
@@ -245,25 +228,19 @@ def _pull_by_jax(node: Node, places: list[int], gradient: Array) -> Sequence[Arr
         ) from None
 
 
-def _sum_to(value: Array, gradient: Array) -> Array:
+def _sum_to(value, gradient):
     """Sums a gradient over the axes along which a value was copied to meet more entries."""
     add = jax.linear_transpose(lambda x: jnp.broadcast_to(x, gradient.shape), value)
     return add(gradient)[0]
 
 
-def _zero(node: Node) -> Any:
-    """A zero gradient or tangent; that of whole numbers has dtype `float0`, as JAX's."""
-    if is_differentiable(node.value):
-        return jnp.zeros_like(node.value)
-    return np.zeros(node.value.shape, jax.dtypes.float0)
+def _make_tree(structure, nodes, found):
+    """A tree of what was found for some nodes, 0 where nothing was."""
+    leaves = [found[node] if node in found else zero_from_primal(node.value) for node in nodes]
+    return jax.tree.unflatten(structure, leaves)
 
 
-def _read_tree(
-    name: str,
-    tree: Any,
-    structure: Any,
-    nodes: list[Node],
-) -> list[tuple[Node, Array]]:
+def _read_tree(name, tree, structure, nodes):
     """Pairs the differentiable nodes with the leaves of a tree like their values."""
     leaves, found = jax.tree.flatten(tree)
     shapes = [jnp.shape(leaf) for leaf in leaves]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import TYPE_CHECKING
 
 import jax
@@ -14,33 +13,23 @@ from fnn.graph.gates import bracket, is_differentiable
 from fnn.types import Array
 
 if TYPE_CHECKING:
-    from fnn.graph.sweep import Flow, Graph, Node
+    from fnn.graph.sweep import Graph, Node
 
 
 def write(graph: Graph) -> str:
     """Writes the trace gate by gate: each node's value, then each gradient."""
     lines = ["forward"]
     for node in graph.nodes:
-        line = f"  {node.name} = "
-        if node.inputs:
-            line += f"{write_formula(node)} = "
-        line += write_value(node.value)
-        if node in graph.outputs:
-            line += "   the result"
-        lines.append(line)
+        formula = f"{write_formula(node)} = " if node.inputs else ""
+        end = "   the result" if node in graph.outputs else ""
+        lines.append(f"  {node.name} = {formula}{write_value(node.value)}{end}")
     sweep = graph.try_sweep()
     if sweep.reason:
-        lines.append(f"no sweep backward: {sweep.reason}")
-        return "\n".join(lines)
+        return "\n".join([*lines, f"no sweep backward: {sweep.reason}"])
     lines.append("backward, ∂u for the derivative of the result with respect to u")
     for node in reversed(graph.nodes):
         if node in sweep.gradients:
-            gradient = sweep.gradients[node]
-            lines.append(_write_gradient(node, gradient, sweep.flows[node]))
-    flows = itertools.chain(*sweep.flows.values())
-    labels = [flow.node.label for flow in flows if flow.node.gate is None]
-    for label in dict.fromkeys(labels):
-        lines.append(f"{label} is not among the gates; its gradient is by jax.vjp")
+            lines.append(_write_gradient(node, sweep))
     return "\n".join(lines)
 
 
@@ -58,54 +47,43 @@ def write_value(value: Shaped[Array, " ..."]) -> str:
 
 def write_formula(node: Node) -> str:
     """Writes how a node is computed from its inputs."""
-    names = _input_names(node)
-    if node.gate is None:
-        return f"{node.label}({', '.join(names)})"
-    return _typeset(node.gate.formula.format(*names))
+    if node.gate:
+        return _fill(node.gate.formula, node)
+    return f"{node.label}({', '.join(bracket(source.name) for source in node.inputs)})"
 
 
-def _write_gradient(
-    node: Node,
-    gradient: Array,
-    flows: list[Flow],
-) -> str:
+def _write_gradient(node, sweep):
     """`∂x₁ = ∂z₂ · cos(x₁) + ∂z₁ · x₂ = (-0.416147) + 5 = 4.58385   copy adds`."""
-    parts = [f"  ∂{node.name}"]
+    gradient = sweep.gradients[node]
+    parts = [f"  ∂{node.name}", write_value(gradient)]
     word = ""
-    for flow in flows:
-        if flow.node.gate is not None:
-            word = flow.node.gate.word
+    flows = sweep.flows[node]
     if flows:
-        products = [_write_flow(flow) for flow in flows]
-        parts.append(" + ".join(products))
+        parts.insert(1, " + ".join(map(_write_flow, flows)))
+        gate = flows[0].node.gate
+        word = gate.word if gate else ""
     if len(flows) > 1:
         word = "copy adds"
         if gradient.ndim == 0:
             numbers = [bracket(write_value(flow.gradient)) for flow in flows]
-            parts.append(" + ".join(numbers))
-    parts.append(write_value(gradient))
+            parts.insert(2, " + ".join(numbers))
     return f"{' = '.join(parts)}   {word}".rstrip()
 
 
-def _write_flow(flow: Flow) -> str:
+def _write_flow(flow):
     """`∂z₂ · cos(x₁)`."""
-    node = flow.node
-    above = f"∂{node.name}"
-    if node.gate is None:
-        return f"vjp of {node.label} at {above}"
-    back = node.gate.back[flow.place]
-    product = _typeset(back.format(*_input_names(node), g=above))
-    if node.gate.by_hand and flow.gradient.shape != node.value.shape:
+    gate = flow.node.gate
+    above = f"∂{flow.node.name}"
+    if not gate:
+        return f"vjp of {flow.node.label} at {above}"
+    product = _fill(gate.back[flow.place], flow.node, above)
+    if gate.by_hand and flow.gradient.shape != flow.node.value.shape:
         return f"sum of {product}"
     return product
 
 
-def _input_names(node: Node) -> list[str]:
-    """The names of a node's inputs, negative numbers in brackets."""
-    return [bracket(source.name) for source in node.inputs]
-
-
-def _typeset(formula: str) -> str:
-    """A formula of Python as it is written by hand."""
-    formula = formula.replace(" * ", " · ")
+def _fill(formula, node, above=""):
+    """A formula of a gate with the names of its inputs, as it is written by hand."""
+    names = [bracket(source.name) for source in node.inputs]
+    formula = formula.format(*names, g=above).replace(" * ", " · ")
     return formula.replace("**", "^").replace("^T", "ᵀ")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -67,7 +67,7 @@ def trace(f: Callable[..., PyTree[Shaped[Array, " ..."]]], *args: PyTree[Any]) -
     inputs = _read_arguments(f, args)
     closed, shapes = _make_jaxpr(f, args)
     nodes = list(inputs)
-    outputs = _evaluate(closed, inputs, nodes)
+    outputs = _evaluate(closed.jaxpr, closed.consts, inputs, nodes)
     nodes += [node for node in outputs if node.primitive == "constant"]
     needed = {*inputs, *outputs}
     for node in reversed(nodes):
@@ -75,17 +75,12 @@ def trace(f: Callable[..., PyTree[Shaped[Array, " ..."]]], *args: PyTree[Any]) -
             needed.update(node.inputs)
     kept = [node for node in nodes if node in needed]
     _set_names(kept)
-    return Graph(
-        kept,
-        inputs,
-        outputs,
-        jax.tree.structure(args),
-        jax.tree.structure(shapes),
-        jax.config.read("jax_enable_x64"),
-    )
+    arguments = jax.tree.structure(args)
+    result = jax.tree.structure(shapes)
+    return Graph(kept, inputs, outputs, arguments, result, jax.config.read("jax_enable_x64"))
 
 
-def _read_arguments(f: Callable[..., Any], args: tuple[Any, ...]) -> list[Node]:
+def _read_arguments(f, args):
     """A node for each leaf of the arguments, named by the parameter and the path in it."""
     nodes = []
     for name, value in inspect.signature(f).bind(*args).arguments.items():
@@ -96,7 +91,7 @@ def _read_arguments(f: Callable[..., Any], args: tuple[Any, ...]) -> list[Node]:
     return nodes
 
 
-def _make_jaxpr(f: Callable[..., Any], args: tuple[Any, ...]) -> tuple[ClosedJaxpr, Any]:
+def _make_jaxpr(f, args):
     """The jaxpr of a function and the tree of the shapes that it returns."""
     try:
         closed, shapes = jax.make_jaxpr(f, return_shape=True)(*args)
@@ -111,17 +106,13 @@ def _make_jaxpr(f: Callable[..., Any], args: tuple[Any, ...]) -> tuple[ClosedJax
     return closed, shapes
 
 
-def _evaluate(closed: ClosedJaxpr, inputs: Sequence[Node], nodes: list[Node]) -> list[Node]:
+def _evaluate(jaxpr, consts, inputs, nodes):
     """The nodes of the outputs of a jaxpr; appends the nodes of its equations to `nodes`."""
-    jaxpr = closed.jaxpr
-    found = dict(zip(jaxpr.invars, inputs, strict=True))
-    for variable, value in zip(jaxpr.constvars, closed.consts, strict=True):
-        found[variable] = _constant(value)
+    variables = [*jaxpr.invars, *jaxpr.constvars]
+    found = dict(zip(variables, [*inputs, *map(_constant, consts)], strict=True))
 
     def read(variable):
-        if isinstance(variable, Literal):
-            return _constant(variable.val)
-        return found[variable]
+        return _constant(variable.val) if isinstance(variable, Literal) else found[variable]
 
     for eqn in jaxpr.eqns:
         sources = [read(variable) for variable in eqn.invars]
@@ -130,14 +121,14 @@ def _evaluate(closed: ClosedJaxpr, inputs: Sequence[Node], nodes: list[Node]) ->
     return [read(variable) for variable in jaxpr.outvars]
 
 
-def _evaluate_equation(eqn: Any, inputs: list[Node], nodes: list[Node]) -> list[Node]:
+def _evaluate_equation(eqn, inputs, nodes):
     """The nodes of the outputs of an equation."""
     name = eqn.primitive.name
     if name in CALLS:
         inner = eqn.params["jaxpr"]
-        if not isinstance(inner, ClosedJaxpr):  # that of `remat`
-            inner = ClosedJaxpr(inner, ())
-        return _evaluate(inner, inputs, nodes)
+        if isinstance(inner, ClosedJaxpr):
+            return _evaluate(inner.jaxpr, inner.consts, inputs, nodes)
+        return _evaluate(inner, (), inputs, nodes)  # that of `remat`
     if name == "convert_element_type":
         _check_real(inputs[0], eqn.params["new_dtype"])
         if inputs[0].value.dtype == eqn.params["new_dtype"]:
@@ -146,28 +137,28 @@ def _evaluate_equation(eqn: Any, inputs: list[Node], nodes: list[Node]) -> list[
     results = _apply(eqn, *values)
     if all(node.primitive == "constant" for node in inputs):
         return [_constant(value) for value in results]
+    places = [place for place, node in enumerate(inputs) if node.is_variable]
+
+    def apply(i, *point):
+        moved = dict(enumerate(values)) | dict(zip(places, point, strict=True))
+        return _apply(eqn, *moved.values())[i]
+
     gate = find_gate(name, eqn.params, values)
     label = name
+    if gate:
+        label = gate.symbol
     if name in CUSTOM:
         label = eqn.params["call_jaxpr"].jaxpr.debug_info.func_name
-    elif gate is not None and gate.symbol:
-        label = gate.symbol
     outputs = []
     for i, value in enumerate(results):
-        node = Node(
-            name,
-            value,
-            inputs,
-            lambda *xs, i=i: _apply(eqn, *xs)[i],
-            gate,
-            f"{label}[{i}]" if len(results) > 1 else label,
-        )
+        full = f"{label}[{i}]" if len(results) > 1 else label
+        node = Node(name, value, inputs, places, partial(apply, i), gate, full)
         outputs.append(node)
     nodes.extend(outputs)
     return outputs
 
 
-def _apply(eqn: Any, *values: Array) -> list[Array]:
+def _apply(eqn, *values):
     """The outputs of an equation at some values."""
     params = eqn.primitive.get_bind_params(eqn.params)
     with eqn.ctx.manager:
@@ -175,16 +166,14 @@ def _apply(eqn: Any, *values: Array) -> list[Array]:
     return results if eqn.primitive.multiple_results else [results]
 
 
-def _constant(value: Any) -> Node:
+def _constant(value):
     """A node of a value that depends on no argument."""
     value = jnp.asarray(value)
-    name = write_value(value)
-    if value.ndim > 0:
-        name = f"const{list(value.shape)}"
+    name = f"const{list(value.shape)}" if value.ndim > 0 else write_value(value)
     return Node("constant", value, name=name)
 
 
-def _check_real(node: Node, dtype: Any) -> None:
+def _check_real(node, dtype):
     """Raises a TypeError if an argument of whole numbers is taken as one of real numbers."""
     is_whole = jnp.issubdtype(node.value.dtype, jnp.integer)
     becomes_real = jnp.issubdtype(dtype, jnp.inexact)
@@ -195,7 +184,7 @@ def _check_real(node: Node, dtype: Any) -> None:
         )
 
 
-def _set_names(nodes: list[Node]) -> None:
+def _set_names(nodes):
     """Names the nodes without a name `z₁`, `z₂`, ..., apart from the names of arguments."""
     taken = {node.name for node in nodes}
     names = (_write_subscript(f"z{i}") for i in itertools.count(1))
@@ -203,6 +192,7 @@ def _set_names(nodes: list[Node]) -> None:
         node.name = node.name or next(name for name in names if name not in taken)
 
 
-def _write_subscript(name: str) -> str:
+def _write_subscript(name):
     """`x1` as `x₁`."""
-    return re.sub(r"\d+$", lambda found: found[0].translate(_SUBSCRIPTS), name)
+    stem = name.rstrip("0123456789")
+    return stem + name[len(stem) :].translate(_SUBSCRIPTS)

@@ -46,7 +46,12 @@ class Elementwise(Layer[tuple[()]]):
 
 
 @by_recipe
-def elementwise(name: str, fn: Callable, derivative: Callable, **settings: Any) -> Elementwise:
+def elementwise(
+    name: str,
+    fn: Callable,
+    derivative: Callable,
+    **settings: Any,
+) -> Elementwise:
     """An activation from a function of one number and its derivative.
 
     Both compute in float32 where `x` is narrower.
@@ -83,14 +88,21 @@ def elementwise(name: str, fn: Callable, derivative: Callable, **settings: Any) 
     def with_settings(**new):
         for setting, number in new.items():
             _validate.one_of(f"setting of {name}", setting, settings)
-            if not (isinstance(number, (int, float, np.number)) and np.isfinite(number)):
+            is_number = isinstance(number, (int, float, np.number))
+            if not is_number or not np.isfinite(number):
                 raise ValueError(f"`{setting}` of {name} must be a finite number, got {number!r}.")
-        # Python's numbers promote nothing.
-        changed = settings | {key: np.asarray(number).item() for key, number in new.items()}
-        label = ", ".join(f"{key}={number}" for key, number in changed.items())
-        return elementwise(f"{name.split('(')[0]}({label})", fn, derivative, **changed)
+        changed = dict(settings)
+        for setting, number in new.items():
+            changed[setting] = np.asarray(number).item()  # Python's numbers promote nothing
+        label = ", ".join(f"{setting}={number}" for setting, number in changed.items())
+        kind = name.split("(")[0]
+        return elementwise(f"{kind}({label})", fn, derivative, **changed)
 
-    return Elementwise(name, lambda key: (), forward, backward, with_settings=with_settings)
+    return Elementwise(name, _no_params, forward, backward, with_settings=with_settings)
+
+
+def _no_params(key):
+    return ()
 
 
 def _enter(name, params, x):
@@ -105,7 +117,7 @@ def _enter(name, params, x):
 
 
 @functools.lru_cache(maxsize=256)
-def is_flat(activation: Elementwise) -> bool:
+def is_flat(activation: Layer) -> bool:
     """Whether the derivative is 0 all over [-10, 10], so that no gradient passes.
 
     >>> is_flat(step), is_flat(relu)
@@ -114,7 +126,8 @@ def is_flat(activation: Elementwise) -> bool:
     with jax.ensure_compile_time_eval():
         x = jnp.linspace(-10, 10, 101)
         _, residuals = activation.forward((), x)
-        return not activation.backward((), residuals, jnp.ones(101))[1].any()
+        _, slope = activation.backward((), residuals, jnp.ones(101))
+        return not slope.any()
 
 
 def _sigmoid_slope(x):
@@ -125,7 +138,9 @@ def _sigmoid_slope(x):
 
 def _ramp(x, end, inside):
     """0 up to `-end`, 1 from `end`, and `inside` between."""
-    return where(x <= -end, 0, where(x >= end, 1, inside))
+    below = x <= -end
+    upper = where(x >= end, 1, inside)
+    return where(below, 0, upper)
 
 
 def _celu_derivative(x, y, alpha):
@@ -137,19 +152,52 @@ def _elu_derivative(x, y, alpha):
     return where(x > 0, 1, alpha * _celu_derivative(x, y, 1))
 
 
+def _selu_derivative(x, y):
+    alpha = 1.6732632423543772
+    return 1.0507009873554805 * _elu_derivative(x, y, alpha)
+
+
 def _gelu_derivative(x, y, approximate):
     x = x.clip(-40, 40)  # beyond, the derivative is 0 or 1, and powers of x overflow
     if not approximate:  # y = x P(x), y' = P(x) + x p(x): the normal distribution and its density
-        return 0.5 * erfc(-x * 0.7071067811865476) + x * 0.3989422804014327 * exp(-0.5 * x**2)
+        below = 0.5 * erfc(-x * 0.7071067811865476)
+        return below + x * 0.3989422804014327 * exp(-0.5 * x**2)
     # y = x s(v), v = sqrt(8/pi) (x + 0.044715 x^3)
-    c, cubic = 1.5957691216057308, 0.044715 * x**2
+    c = 1.5957691216057308
+    cubic = 0.044715 * x**2
     v = c * x * (1 + cubic)
     return logistic(v) * (1 + c * x * (1 + 3 * cubic) * logistic(-v))
 
 
+def _silu_derivative(x, y):
+    return logistic(x) * (1 + x * logistic(-x))
+
+
 def _mish_derivative(x, y):
-    p = nn.softplus(x)  # y = x tanh(p), p' = s(x), tanh'(p) = 4 s(2p) s(-2p)
+    # y = x tanh(p), p' = s(x), tanh'(p) = 4 s(2p) s(-2p)
+    p = nn.softplus(x)
     return jnp.tanh(p) + 4 * x * _sigmoid_slope(2 * p) * logistic(x)
+
+
+def _squareplus_derivative(x, y, b):
+    return logistic(2 * jnp.arcsinh(x / b**0.5))
+
+
+def _hard_sigmoid_derivative(x, y):
+    return where(abs(x) < 3, 1 / 6, 0)
+
+
+def _hard_silu_derivative(x, y):
+    return _ramp(x, 3, (2 * x + 3) / 6)
+
+
+def _sparse_plus_derivative(x, y):
+    return _ramp(x, 1, (x + 1) / 2)
+
+
+def _sparse_sigmoid_derivative(x, y):
+    # At -1 and 1 it is 1/4, the mean of both sides.
+    return (1 + jnp.sign(1 - abs(x))) / 4
 
 
 identity = elementwise("identity", lambda x: x, lambda x, y: 1)
@@ -167,30 +215,21 @@ leaky_relu = elementwise(
 relu6 = elementwise("relu6", nn.relu6, lambda x, y: (x > 0) & (x < 6))
 elu = elementwise("elu", nn.elu, _elu_derivative, alpha=1.0)
 celu = elementwise("celu", nn.celu, _celu_derivative, alpha=1.0)
-selu = elementwise(
-    "selu", nn.selu, lambda x, y: 1.0507009873554805 * _elu_derivative(x, y, 1.6732632423543772)
-)
+selu = elementwise("selu", nn.selu, _selu_derivative)
 gelu = elementwise("gelu", nn.gelu, _gelu_derivative, approximate=True)
-silu = elementwise("silu", nn.silu, lambda x, y: logistic(x) * (1 + x * logistic(-x)))
+silu = elementwise("silu", nn.silu, _silu_derivative)
 swish = silu
 mish = elementwise("mish", nn.mish, _mish_derivative)
 softplus = elementwise("softplus", nn.softplus, lambda x, y: logistic(x))
 log_sigmoid = elementwise("log_sigmoid", nn.log_sigmoid, lambda x, y: logistic(-x))
 soft_sign = elementwise("soft_sign", nn.soft_sign, lambda x, y: 1 / (1 + abs(x)) ** 2)
-squareplus = elementwise(
-    "squareplus", nn.squareplus, lambda x, y, b: logistic(2 * jnp.arcsinh(x / b**0.5)), b=4.0
-)
+squareplus = elementwise("squareplus", nn.squareplus, _squareplus_derivative, b=4.0)
 hard_tanh = elementwise("hard_tanh", nn.hard_tanh, lambda x, y: abs(x) <= 1)
-hard_sigmoid = elementwise(
-    "hard_sigmoid", nn.hard_sigmoid, lambda x, y: where(abs(x) < 3, 1 / 6, 0)
-)
-hard_silu = elementwise("hard_silu", nn.hard_silu, lambda x, y: _ramp(x, 3, (2 * x + 3) / 6))
+hard_sigmoid = elementwise("hard_sigmoid", nn.hard_sigmoid, _hard_sigmoid_derivative)
+hard_silu = elementwise("hard_silu", nn.hard_silu, _hard_silu_derivative)
 hard_swish = hard_silu
-sparse_plus = elementwise("sparse_plus", nn.sparse_plus, lambda x, y: _ramp(x, 1, (x + 1) / 2))
-# At -1 and 1 the derivative is 1/4, the mean of both sides.
-sparse_sigmoid = elementwise(
-    "sparse_sigmoid", nn.sparse_sigmoid, lambda x, y: (1 + jnp.sign(1 - abs(x))) / 4
-)
+sparse_plus = elementwise("sparse_plus", nn.sparse_plus, _sparse_plus_derivative)
+sparse_sigmoid = elementwise("sparse_sigmoid", nn.sparse_sigmoid, _sparse_sigmoid_derivative)
 
 
 def _softmax_forward(params, x):
@@ -205,12 +244,14 @@ def _softmax_backward(params, y, dy, reduce=total):
     wide = widen(dy)
     top = y == y.max(-1, keepdims=True)
     wide = wide - wide.max(-1, keepdims=True, where=top, initial=-jnp.inf)
-    return (), (y * (wide - (wide * y).sum(-1, keepdims=True))).astype(dy.dtype)
+    mean = (wide * y).sum(-1, keepdims=True)
+    dx = y * (wide - mean)
+    return (), dx.astype(dy.dtype)
 
 
 # e^{x_j} / sum_k e^{x_k} over the last axis: the posterior of lecture 000's and 002's Bayes
 # derivation.
-softmax = Layer("softmax", lambda key: (), _softmax_forward, _softmax_backward)
+softmax = Layer("softmax", _no_params, _softmax_forward, _softmax_backward)
 
 # A literal, for completion by a type checker.
 Name = Literal[

@@ -10,16 +10,17 @@ no chain, a `residual` say, stays whole.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree, Shaped
 
 from fnn.factors import total
 from fnn.nets.combinators import check_net, serial
 from fnn.nets.layers import Dense
-from fnn.types import Array, Layer, Params
+from fnn.types import Abstract, Array, Layer, Params, Residuals
 
 
 class Blocks(NamedTuple):
@@ -35,9 +36,10 @@ class Blocks(NamedTuple):
     split: Callable[[Params], tuple[Params, ...]]
     join: Callable[[Sequence[Params]], Params]
 
-    def forward(self, params: Sequence[Params], x: Array) -> tuple[list[Array], list[Any]]:
+    def forward(self, params: Params, x: Array) -> tuple[list[Array], Residuals]:
         """`[h_0, ..., h_L]`, the input and every block's output, and the residuals of each."""
-        outputs, kept = [jnp.asarray(x)], []
+        outputs = [jnp.asarray(x)]
+        kept = []
         for layer, p in zip(self.layers, params, strict=True):
             h, residuals = layer.forward(p, outputs[-1])
             outputs.append(h)
@@ -46,14 +48,17 @@ class Blocks(NamedTuple):
 
     def backward(
         self,
-        params: Sequence[Params],
-        residuals: Sequence[Any],
+        params: Params,
+        residuals: Residuals,
         dys: Sequence[Array],
         reduce: Any = total,
     ) -> Params:
         """The gradients where block l gets its own `dys[l]`, as a tree like the params."""
-        parts = zip(self.layers, params, residuals, dys, strict=True)
-        return self.join([layer.backward(p, r, dy, reduce)[0] for layer, p, r, dy in parts])
+        grads = []
+        for layer, p, r, dy in zip(self.layers, params, residuals, dys, strict=True):
+            g, _ = layer.backward(p, r, dy, reduce)
+            grads.append(g)
+        return self.join(grads)
 
 
 def blocks(net: Layer) -> Blocks:
@@ -84,7 +89,8 @@ def blocks(net: Layer) -> Blocks:
     def join(parts):
         return _join(net, itertools.chain.from_iterable(parts))
 
-    return Blocks(tuple(serial(*links[start:end]) for start, end in bounds), split, join)
+    layers = tuple(serial(*links[start:end]) for start, end in bounds)
+    return Blocks(layers, split, join)
 
 
 def hidden_blocks(rule: str, net: Layer) -> Blocks:
@@ -123,9 +129,10 @@ def dense_blocks(rule: str, net: Layer) -> Blocks:
     return chain
 
 
-def width(params: Params) -> int:
+def width(params: PyTree[Shaped[Abstract, "..."]]) -> int:
     """How many numbers a block puts out for an example, by its last matrix `[in, out]`."""
-    return [leaf for leaf in jax.tree.leaves(params) if leaf.ndim > 1][-1].shape[-1]
+    matrices = [leaf for leaf in jax.tree.leaves(params) if leaf.ndim > 1]
+    return matrices[-1].shape[-1]
 
 
 def has_weights(layer: Layer) -> bool:
@@ -141,25 +148,31 @@ def begins_with_dense(block: Layer) -> bool:
 
 def param_shapes(layer: Layer) -> Params:
     """The params of a layer as shapes and dtypes; computes no array."""
-    return jax.eval_shape(layer.init, jax.eval_shape(jax.random.key, 0))
+    key = jax.eval_shape(jax.random.key, 0)
+    return jax.eval_shape(layer.init, key)
 
 
-def _links(layer: Layer) -> list[Layer]:
+def _links(layer):
     """The layers of a chain, chains inside it opened."""
     if layer.split is None:
         return [layer]
-    return [link for inner in layer.layers for link in _links(inner)]
+    links = []
+    for inner in layer.layers:
+        links += _links(inner)
+    return links
 
 
-def _split(layer: Layer, params: Params) -> list[Params]:
+def _split(layer, params):
     """The params of each link."""
     if layer.split is None:
         return [params]
-    parts = zip(layer.layers, layer.split(params), strict=True)
-    return [link for inner, part in parts for link in _split(inner, part)]
+    links = []
+    for inner, part in zip(layer.layers, layer.split(params), strict=True):
+        links += _split(inner, part)
+    return links
 
 
-def _join(layer: Layer, parts: Iterator[Params]) -> Params:
+def _join(layer, parts):
     """The params of a layer from the next of its links' params."""
     if layer.join is None:
         return next(parts)

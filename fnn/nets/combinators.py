@@ -51,10 +51,12 @@ def serial(*layers: Layer[Any]) -> Layer[tuple[Any, ...]]:
     def backward(params, residuals, dy, reduce=total):
         _check_chain(layers, params)
         grads = []
-        for layer, p, r in reversed(list(zip(layers, params, residuals, strict=True))):
+        parts = zip(layers, params, residuals, strict=True)
+        for layer, p, r in reversed(list(parts)):
             g, dy = layer.backward(p, r, dy, reduce)
             grads.append(g)
-        return tuple(reversed(grads)), dy
+        grads.reverse()
+        return tuple(grads), dy
 
     def split(params):
         _check_chain(layers, params)
@@ -90,7 +92,8 @@ def repeat(layer: Layer[P], n: int) -> Layer[P]:
 
     def init(key):
         _validate.is_key("key", key)
-        return jax.vmap(layer.init)(jax.random.split(key, n))
+        keys = jax.random.split(key, n)
+        return jax.vmap(layer.init)(keys)
 
     def forward(params, x):
         _check_stacked(name, params, n)
@@ -112,15 +115,20 @@ def repeat(layer: Layer[P], n: int) -> Layer[P]:
             return Stacked(result) if is_factor(result) else reduce.stack(result)
 
         dx, grads = lax.scan(body, dy, (params, residuals), length=n, reverse=True)
-        return jax.tree.map(stack, grads, is_leaf=is_factor), dx
+        grads = jax.tree.map(stack, grads, is_leaf=is_factor)
+        return grads, dx
 
     def split(params):
-        return tuple(jax.tree.map(lambda leaf, i=i: leaf[i], params) for i in range(n))
+        def params_of(i):
+            return jax.tree.map(lambda leaf: leaf[i], params)
+
+        return tuple(map(params_of, range(n)))
 
     def join(parts):
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
 
-    return Layer(name, init, forward, backward, (layer,) * n, split, join)
+    layers = (layer,) * n
+    return Layer(name, init, forward, backward, layers, split, join)
 
 
 @by_recipe
@@ -165,10 +173,15 @@ def iterate(layer: Layer[P], n: int) -> Layer[P]:
             factors, dx = layer.backward(params, r, dy, keep)
             return dx, factors
 
-        dx, uses = lax.scan(body, dy, residuals, length=n, reverse=True)
-        return jax.tree.map(lambda f: reduce(f.merged()), uses, is_leaf=is_factor), dx
+        def merge(factor):
+            return reduce(factor.merged())
 
-    return Layer(name, layer.init, forward, backward, (layer,) * n)
+        dx, uses = lax.scan(body, dy, residuals, length=n, reverse=True)
+        grads = jax.tree.map(merge, uses, is_leaf=is_factor)
+        return grads, dx
+
+    layers = (layer,) * n
+    return Layer(name, layer.init, forward, backward, layers)
 
 
 @by_recipe
@@ -205,13 +218,13 @@ def residual(layer: Layer[P]) -> Layer[P]:
     return Layer(name, layer.init, forward, backward, (layer,))
 
 
-def check_net(net: Any) -> None:
+def check_net(net: Layer) -> None:
     """Raises a TypeError unless `net` is a `Layer`."""
     if not isinstance(net, Layer):
         raise TypeError(f"`net` must be a Layer, got {net!r:.80}. Make one: `fnn.mlp((3, 5, 2))`.")
 
 
-def _check_layer(name: str, value: Any) -> None:
+def _check_layer(name, value):
     if isinstance(value, Layer):
         return
     mend = (
@@ -223,10 +236,12 @@ def _check_layer(name: str, value: Any) -> None:
     raise TypeError(f"`{name}` must be a Layer, got {value!r:.80}. {mend}")
 
 
-def _check_chain(layers: tuple[Layer[Any], ...], params: Any) -> None:
-    if type(params) is tuple and len(params) == len(layers):  # a NamedTuple is one layer's params
-        return
-    came = f"a tuple of {len(params)}" if type(params) is tuple else type(params).__name__
+def _check_chain(layers, params):
+    came = type(params).__name__
+    if type(params) is tuple:  # a NamedTuple is one layer's params
+        if len(params) == len(layers):
+            return
+        came = f"a tuple of {len(params)}"
     names = ", ".join(layer.name for layer in layers)
     raise ValueError(
         f"serial({names}): `params` must be a tuple of {len(layers)}, got {came}. "
@@ -234,7 +249,7 @@ def _check_chain(layers: tuple[Layer[Any], ...], params: Any) -> None:
     )
 
 
-def _check_stacked(name: str, params: Any, n: int) -> None:
+def _check_stacked(name, params, n):
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         at = f"params{jax.tree_util.keystr(path)}"
         _validate.is_array(at, leaf)
@@ -245,7 +260,7 @@ def _check_stacked(name: str, params: Any, n: int) -> None:
             )
 
 
-def _check_same_shape(name: str, x: Any, y: Any) -> None:
+def _check_same_shape(name, x, y):
     if x.shape != y.shape or x.dtype != y.dtype:
         raise ValueError(
             f"{name}: the layer inside must keep the shape, but maps {x.shape} {x.dtype} to "

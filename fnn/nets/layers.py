@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.nn.initializers import he_normal, normal, ones, zeros
+from jaxtyping import Float
 
 from fnn import _validate
 from fnn.factors import Outer, PerExample, Scatter, total, widen
-from fnn.types import Array, Key, Layer, by_recipe, storable
+from fnn.types import Array, Layer, by_recipe, storable
 
 Initializer = Callable[..., Array]  # (key, shape) -> array, as in jax.nn.initializers
 
@@ -77,27 +78,32 @@ def dense(
     _validate.positive("in_features", in_features, whole=True)
     _validate.positive("out_features", out_features, whole=True)
     name = f"dense({in_features}, {out_features})"
-    shapes = Dense((in_features, out_features), None if bias_init is None else (out_features,))
+    shapes = Dense((in_features, out_features), (out_features,))
     _validate.is_function("kernel_init", kernel_init, "(key, shape) -> array")
-    if bias_init is not None:
+    if bias_init is None:
+        shapes = Dense(shapes.w, None)
+    else:
         _validate.is_function("bias_init", bias_init, "(key, shape) -> array, or None")
 
     def init(key):
         _validate.is_key("key", key)
         w_key, b_key = jax.random.split(key)
-        b = None if bias_init is None else _draw("bias_init", bias_init, b_key, shapes.b)
-        return Dense(w=_draw("kernel_init", kernel_init, w_key, shapes.w), b=b)
+        b = _draw("bias_init", bias_init, b_key, shapes.b)
+        return Dense(_draw("kernel_init", kernel_init, w_key, shapes.w), b)
 
     def forward(params, x):
         x = _check(name, shapes, params, x, in_features)
         z = x @ params.w
-        return z if params.b is None else z + _as_rows(params.b, z), x
+        if params.b is not None:
+            z = z + _as_rows(params.b, z)
+        return z, x
 
     def backward(params, x, dz, reduce=total):
         # dw = x^T dz, db = sum over the batch of dz, dx = dz w^T
-        bias, weight = PerExample(sum_positions(dz)), Outer(_with_batch(x), _with_batch(dz))
+        bias = PerExample(sum_positions(dz))
+        weight = Outer(_with_batch(x), _with_batch(dz))
         b = None if params.b is None else reduce(bias)
-        return Dense(w=reduce(weight), b=b), dz @ params.w.T
+        return Dense(reduce(weight), b), dz @ params.w.T
 
     return Layer(name, init, forward, backward)
 
@@ -147,7 +153,12 @@ def rms_norm(features: int, *, epsilon: float = 1e-6) -> Layer[Norm]:
 
 
 @by_recipe
-def embedding(size: int, features: int, *, init: Initializer = normal(1.0)) -> Layer[Embedding]:
+def embedding(
+    size: int,
+    features: int,
+    *,
+    init: Initializer = normal(1.0),
+) -> Layer[Embedding]:
     """A table of vectors, looked up by whole numbers: `y = w[x]`.
 
     It comes first in a net, since whole numbers have no gradient.
@@ -169,11 +180,12 @@ def embedding(size: int, features: int, *, init: Initializer = normal(1.0)) -> L
     _validate.positive("size", size, whole=True)
     _validate.positive("features", features, whole=True)
     _validate.is_function("init", init, "(key, shape) -> array")
-    name, shapes = f"embedding({size}, {features})", Embedding((size, features))
+    name = f"embedding({size}, {features})"
+    shapes = Embedding((size, features))
 
     def draw(key):
         _validate.is_key("key", key)
-        return Embedding(w=_draw("init", init, key, shapes.w))
+        return Embedding(_draw("init", init, key, shapes.w))
 
     def forward(params, x):
         _validate.is_array("x", x)
@@ -183,18 +195,21 @@ def embedding(size: int, features: int, *, init: Initializer = normal(1.0)) -> L
         _check_params(name, shapes, params)
         index = _valid_index(jnp.asarray(x), size)
         rows = jnp.take(params.w, index, axis=0, mode="clip")
-        return jnp.where((index >= 0)[..., None], rows, jnp.nan), index
+        valid = index >= 0
+        return jnp.where(valid[..., None], rows, jnp.nan), index
 
     def backward(params, index, dy, reduce=total):
         index = jnp.atleast_1d(index)
         dy = dy.reshape(*index.shape, features)
-        dy = jnp.where((index >= 0)[..., None], dy, jnp.nan)  # the NaN goes to the first row
-        return Embedding(w=reduce(Scatter(jnp.maximum(index, 0), dy, size))), None
+        valid = index >= 0
+        dy = jnp.where(valid[..., None], dy, jnp.nan)  # the NaN goes to the first row
+        w = reduce(Scatter(jnp.maximum(index, 0), dy, size))
+        return Embedding(w), None
 
     return Layer(name, draw, forward, backward)
 
 
-def _norm(kind: str, features: int, epsilon: float, *, centre: bool) -> Layer[Norm]:
+def _norm(kind, features, epsilon, *, centre):
     """`layer_norm`, and without the centring (and the bias that goes with it) `rms_norm`."""
     _validate.positive("features", features, whole=True)
     _validate.positive("epsilon", epsilon)
@@ -203,17 +218,22 @@ def _norm(kind: str, features: int, epsilon: float, *, centre: bool) -> Layer[No
 
     def init(key):
         _validate.is_key("key", key)
-        return Norm(scale=ones(key, shapes.scale), bias=zeros(key, shapes.bias) if centre else None)
+        scale = ones(key, shapes.scale)
+        bias = zeros(key, shapes.bias) if centre else None
+        return Norm(scale, bias)
 
     def forward(params, x):
         x = _check(name, shapes, params, x, features)
         wide = widen(x)
         if centre:
             wide = wide - wide.mean(-1, keepdims=True)
-        r = lax.rsqrt((wide * wide).mean(-1, keepdims=True) + epsilon)
+        square = (wide * wide).mean(-1, keepdims=True)
+        r = lax.rsqrt(square + epsilon)
         n = (wide * r).astype(params.scale.dtype)
         y = n * _as_rows(params.scale, n)
-        return (y + _as_rows(params.bias, y) if centre else y), (n, r)
+        if centre:
+            y = y + _as_rows(params.bias, y)
+        return y, (n, r)
 
     def backward(params, residuals, dy, reduce=total):
         # n = r (x - mean x), r = (variance + eps)^-1/2. With dn = dy * scale:
@@ -226,35 +246,37 @@ def _norm(kind: str, features: int, epsilon: float, *, centre: bool) -> Layer[No
             dx = dx - dn.mean(-1, keepdims=True)
         bias = reduce(PerExample(sum_positions(dy))) if centre else None
         scale = reduce(PerExample(sum_positions(dy * n)))
-        return Norm(scale=scale, bias=bias), (r * dx).astype(dy.dtype)
+        return Norm(scale, bias), (r * dx).astype(dy.dtype)
 
     return Layer(name, init, forward, backward)
 
 
-def _valid_index(x: Array, size: int) -> Array:
+def _valid_index(x, size):
     """Whole numbers as int32, -1 for what is not in 0 ... size - 1."""
-    wide = x.astype(jnp.int32) if x.dtype.itemsize < 4 else x  # int8 does not hold a size of 300
-    return jnp.where((wide >= 0) & (wide < size), wide, -1).astype(jnp.int32)
+    if x.dtype.itemsize < 4:  # int8 does not hold a size of 300
+        x = x.astype(jnp.int32)
+    valid = (x >= 0) & (x < size)
+    return jnp.where(valid, x, -1).astype(jnp.int32)
 
 
-def _with_batch(v: Array) -> Array:
+def _with_batch(v):
     """`[features]` as a batch of one."""
     return v[None] if v.ndim == 1 else v
 
 
-def sum_positions(dy: Array) -> Array:
+def sum_positions(dy: Float[Array, "*axes features"]) -> Float[Array, "batch features"]:
     """`[batch, ..., features]` to `[batch, features]`, and `[features]` to `[1, features]`."""
-    if dy.ndim == 1:
-        return dy[None]
-    return dy.sum(tuple(range(1, dy.ndim - 1))) if dy.ndim > 2 else dy
+    if dy.ndim <= 2:
+        return _with_batch(dy)
+    return dy.sum(range(1, dy.ndim - 1))
 
 
-def _as_rows(v: Array, like: Array) -> Array:
+def _as_rows(v, like):
     """`[features]` as `[..., features]`: rank promotion may be "raise"."""
     return jnp.broadcast_to(v, like.shape)
 
 
-def _check(name: str, shapes: Any, params: Any, x: Any, features: int) -> Array:
+def _check(name, shapes, params, x, features):
     """`x` as an array; raises unless it and the params fit a layer of floating-point numbers."""
     if isinstance(x, jax.Array) and x.shape[-1:] == (features,) and _fit(shapes, params, x.dtype):
         return x
@@ -270,21 +292,23 @@ def _check(name: str, shapes: Any, params: Any, x: Any, features: int) -> Array:
     return x
 
 
-def _fit(shapes: Any, params: Any, dtype: Any) -> bool:
+def _fit(shapes, params, dtype):
     """Whether `params` is a NamedTuple of JAX's arrays of these shapes, all of this float dtype."""
     if type(params) is not type(shapes) or not jnp.issubdtype(dtype, jnp.floating):
         return False
-    found = [getattr(leaf, "shape", None) for leaf in params]
-    arrays = [leaf for leaf in params if leaf is not None]
-    return found == list(shapes) and all(
-        isinstance(leaf, jax.Array) and leaf.dtype == dtype for leaf in arrays
-    )
+    for leaf, shape in zip(params, shapes, strict=True):
+        if leaf is None and shape is None:
+            continue
+        if not isinstance(leaf, jax.Array) or leaf.shape != shape or leaf.dtype != dtype:
+            return False
+    return True
 
 
-def _check_params(name: str, shapes: Any, params: Any) -> None:
+def _check_params(name, shapes, params):
     """Raises unless `params` is a NamedTuple of arrays of these shapes and of one dtype."""
     if not isinstance(params, type(shapes)):
-        kind, came = type(shapes).__name__, type(params).__name__
+        kind = type(shapes).__name__
+        came = type(params).__name__
         raise ValueError(f"{name}: `params` must be {kind}, got {came}. Params of another net?")
     for field, leaf, shape in zip(shapes._fields, params, shapes, strict=True):
         if leaf is not None:
@@ -294,20 +318,30 @@ def _check_params(name: str, shapes: Any, params: Any) -> None:
             _explain_shape(name, field, leaf, shape)
 
 
-def _explain_shape(name: str, field: str, leaf: Any, shape: Any) -> None:
+def _explain_shape(name, field, leaf, shape):
+    """Raises the error of a parameter that is not of this shape."""
     came = "is None" if leaf is None else f"has shape {leaf.shape}"
-    expected = f"None: this layer has no `{field}`" if shape is None else f"shape {shape}"
+    expected = f"shape {shape}"
     mend = "Params of another net?"
-    if leaf is not None and shape is not None and leaf.shape == shape[::-1] != shape:
-        expected, mend = f"[in, out] = {shape}", f"Stored [out, in]? Pass `{field}.T`."
+    if shape is None:
+        expected = f"None: this layer has no `{field}`"
+    elif leaf is not None and leaf.shape == shape[::-1]:
+        expected = f"[in, out] = {shape}"
+        mend = f"Stored [out, in]? Pass `{field}.T`."
     raise ValueError(f"{name}: `{field}` {came}, expected {expected}. {mend}")
 
 
-def _draw(name: str, initializer: Initializer, key: Key, shape: tuple[int, ...]) -> Array:
-    """What the initialiser gives, of the right shape."""
+def _draw(name, initializer, key, shape):
+    """What the initialiser gives, of the right shape; None without a shape."""
+    if shape is None:
+        return None
     leaf = initializer(key, shape)
-    if getattr(leaf, "shape", None) != shape:
-        came = f"shape {leaf.shape}" if hasattr(leaf, "shape") else f"{leaf!r:.80}"
-        mend = " A factory, such as `he_normal`? Call it: `he_normal()`." if callable(leaf) else ""
-        raise ValueError(f"`{name}` must return an array of shape {shape}, got {came}.{mend}")
-    return leaf
+    if getattr(leaf, "shape", None) == shape:
+        return leaf
+    came = f"{leaf!r:.80}"
+    if hasattr(leaf, "shape"):
+        came = f"shape {leaf.shape}"
+    mend = ""
+    if callable(leaf):
+        mend = " A factory, such as `he_normal`? Call it: `he_normal()`."
+    raise ValueError(f"`{name}` must return an array of shape {shape}, got {came}.{mend}")

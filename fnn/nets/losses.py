@@ -65,7 +65,8 @@ def loss(
     def per_example(outputs, t):
         y, t = _enter(name, targets, outputs, t)
         each = value(y, t, **settings)
-        return _leave(targets, outputs, t, each.sum(range(1, each.ndim)))
+        values = each.sum(range(1, each.ndim))
+        return _leave(targets, outputs, t, values)
 
     def gradient(outputs, t):
         y, t = _enter(name, targets, outputs, t)
@@ -77,22 +78,28 @@ def loss(
         _check_values(targets, np.asarray(t), outputs)
 
     def correct(outputs, t):
-        hit = _is_correct(targets, *_enter(name, targets, outputs, t))
+        y, t = _enter(name, targets, outputs, t)
+        hit = _is_correct(targets, y, t)
         return hit.all(range(1, hit.ndim))
 
     def with_settings(**new):
+        changed = dict(settings)
         for setting, number in new.items():
             _validate.one_of(f"setting of {name}", setting, settings)
             _validate.positive(setting, number)
-        numbers = {setting: float(number) for setting, number in new.items()}
-        return loss(name, value, grad, targets, **settings | numbers)
+            changed[setting] = float(number)
+        return loss(name, value, grad, targets, **changed)
 
     decides = None if targets == "numbers" else correct
     return Loss(name, per_example, gradient, targets, check, decides, with_settings)
 
 
 @by_recipe
-def from_function(value: Callable, name: str = "", targets: TargetKind = "numbers") -> Loss:
+def from_function(
+    value: Callable,
+    name: str = "",
+    targets: TargetKind = "numbers",
+) -> Loss:
     """A loss from its value alone; the gradient is by `jax.vjp`.
 
     Args:
@@ -118,13 +125,15 @@ def from_function(value: Callable, name: str = "", targets: TargetKind = "number
         values, pullback = jax.vjp(lambda y: value(y, t), outputs)
         return pullback(jnp.ones_like(values))[0]
 
-    return loss(name or getattr(value, "__name__", "loss"), value, grad, targets)
+    name = name or getattr(value, "__name__", "loss")
+    return loss(name, value, grad, targets)
 
 
 def _enter(name, kind, outputs, t):
     """Checked arrays for the formulas: float32 at least; an invalid label becomes -1."""
     _check_shapes(name, kind, outputs, t)
-    outputs, t = widen(jnp.asarray(outputs)), jnp.asarray(t)
+    outputs = widen(jnp.asarray(outputs))
+    t = jnp.asarray(t)
     if kind != "labels":
         return outputs, t.astype(outputs.dtype)
     t = t.astype(int)  # 64 bits stay, and int8 does not hold the number of 300 classes
@@ -148,16 +157,7 @@ def _check_shapes(name, kind, outputs, t):
     _validate.is_array("targets", t)
     shapes = f"{name}: `targets` has shape {t.shape} but `outputs` has"
     if kind == "labels":
-        if not jnp.issubdtype(t.dtype, jnp.integer):
-            raise TypeError(
-                f"{name}: `targets` must be whole-number labels, got {t.dtype}. Float labels? "
-                "`targets.astype(jnp.int32)`. One-hot rows? Use softmax_cross_entropy."
-            )
-        if t.shape != outputs.shape[:-1]:
-            raise ValueError(
-                f"{shapes} shape {outputs.shape}, [batch, ..., classes]; expected "
-                f"{outputs.shape[:-1]}, one label per row."
-            )
+        _check_labels(name, shapes, outputs, t)
         return
     if t.shape != outputs.shape:
         raise ValueError(
@@ -167,6 +167,21 @@ def _check_shapes(name, kind, outputs, t):
         )
     if jnp.issubdtype(t.dtype, jnp.floating):
         _validate.same_dtype("targets", t, "outputs", outputs)
+
+
+def _check_labels(name, shapes, outputs, t):
+    """Raises unless the targets are whole numbers, one per row of the outputs."""
+    if not jnp.issubdtype(t.dtype, jnp.integer):
+        raise TypeError(
+            f"{name}: `targets` must be whole-number labels, got {t.dtype}. Float labels? "
+            "`targets.astype(jnp.int32)`. One-hot rows? Use softmax_cross_entropy."
+        )
+    expected = outputs.shape[:-1]
+    if t.shape != expected:
+        raise ValueError(
+            f"{shapes} shape {outputs.shape}, [batch, ..., classes]; expected {expected}, "
+            "one label per row."
+        )
 
 
 UNIT = "be probabilities in 0 ... 1, got {} in row {}. Signs -1, 1? Pass `(targets + 1) / 2`."
@@ -193,19 +208,22 @@ def _check_values(kind, t, outputs):
     if kind == "numbers":
         wide = np.promote_types(outputs.dtype, np.float32)
         held = np.asarray(jnp.asarray(t), wide)  # JAX may keep 32 bits of 64
-        valid = (held == t.astype(np.longdouble)) | (t.dtype.kind not in "iu")
+        is_held = held == t.astype(np.longdouble)
+        valid = is_held | (t.dtype.kind not in "iu")
     _require(valid, t, EXPECTED[kind], last, classes)
     if kind == "one_hot":
         text = "have rows that sum to 1, got {:.6g} in row {}. A label out of range has a row of 0."
         sums = t.sum(-1, dtype=np.float64)
-        _require(abs(sums - 1) <= 1e-2, sums, text)
+        valid = abs(sums - 1) <= 1e-2
+        _require(valid, sums, text)
 
 
 def _require(valid, found, text, *more):
     """Raises a ValueError that shows the first of `found` that is not valid."""
     if not valid.all():
         place = tuple(np.argwhere(~valid)[0])
-        raise ValueError("`targets` must " + text.format(found[place], place[0], *more))
+        expected = text.format(found[place], place[0], *more)
+        raise ValueError(f"`targets` must {expected}")
 
 
 CUTS = {"bits": 0, "signs": 0, "probabilities": 0.5}  # above which an output says yes
@@ -214,10 +232,12 @@ CUTS = {"bits": 0, "signs": 0, "probabilities": 0.5}  # above which an output sa
 def _is_correct(kind, outputs, t):
     """Whether an element, or a row of classes, is right."""
     if kind in CUTS:
-        return (outputs > CUTS[kind]) == (t > 0.5)
+        says_yes = outputs > CUTS[kind]
+        return says_yes == (t > 0.5)
     if kind == "one_hot":
         t = t.argmax(-1)
-    return outputs.argmax(-1).astype(t.dtype) == t
+    label = outputs.argmax(-1)
+    return label.astype(t.dtype) == t
 
 
 def _probability_grad(p, t):
@@ -230,22 +250,27 @@ def _probability_grad(p, t):
 def _softmax_parts(z):
     """`z - max`, its exponentials, and their sums: of the ones, and of those below 1."""
     top = stop_gradient(z.max(-1, keepdims=True))
-    shifted = z - where(jnp.isfinite(top), top, 0)
+    top = where(jnp.isfinite(top), top, 0)
+    shifted = z - top
     e = exp(shifted)
     below = where(e < 1, e, 0)
     ones = (e - below).sum(-1, keepdims=True)
-    return shifted, e, ones, below.sum(-1, keepdims=True)
+    rest = below.sum(-1, keepdims=True)
+    return shifted, e, ones, rest
 
 
 def _cross_entropy(z, t):
-    shifted, _, ones, rest = _softmax_parts(z)  # -ln p = ln(sum e) - shifted
-    return (t * (log1p(ones - 1 + rest) - shifted)).sum(-1)
+    shifted, _, ones, rest = _softmax_parts(z)
+    log_sum = log1p(ones - 1 + rest)
+    surprise = log_sum - shifted  # -ln p
+    return (t * surprise).sum(-1)
 
 
 def _cross_entropy_grad(z, t):
     # p - t, and for p > 1/2 the equal (1 - t) - (1 - p); the sum of t is 1 for a distribution
     _, e, ones, rest = _softmax_parts(z)
-    p, others = e / (ones + rest), (ones - e + rest) / (ones + rest)
+    p = e / (ones + rest)
+    others = (ones - e + rest) / (ones + rest)
     total = t.sum(-1, keepdims=True)
     return where(p > 0.5, total - t - total * others, total * p - t)
 
@@ -255,12 +280,15 @@ def _label_parts(z, labels):
     shifted = _softmax_parts(z)[0]
     at_label = nn.one_hot(labels, z.shape[-1], dtype=bool)
     others = exp(where(at_label, -jnp.inf, shifted))  # and not 0 for their exp: one array less
-    return at_label, others, jnp.take_along_axis(shifted, labels[..., None], axis=-1)
+    own = jnp.take_along_axis(shifted, labels[..., None], axis=-1)
+    return at_label, others, own
 
 
 def _label_value(z, labels):
     _, others, own = _label_parts(z, labels)
-    return (log1p(others.sum(-1, keepdims=True) + expm1(own)) - own)[..., 0]
+    rest = others.sum(-1, keepdims=True)
+    surprise = log1p(rest + expm1(own)) - own
+    return surprise[..., 0]
 
 
 def _label_grad(z, labels):

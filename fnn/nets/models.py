@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.nn.initializers import he_normal, zeros
+from jaxtyping import PyTree, Shaped
 
 from fnn import _validate
 from fnn.nets import activations
 from fnn.nets.blocks import param_shapes
 from fnn.nets.combinators import check_net, serial
 from fnn.nets.layers import Dense, Initializer, dense
-from fnn.types import Layer, Params
+from fnn.types import ArrayLike, Layer
 
 
 def mlp(
@@ -58,13 +59,22 @@ def mlp(
         )
     for i, size in enumerate(sizes):
         _validate.positive(f"sizes[{i}]", size, whole=True)
-    pairs = itertools.pairwise(sizes)
-    layers = [dense(m, n, kernel_init=kernel_init, bias_init=bias_init) for m, n in pairs]
-    hidden = activations.get(activation)
-    return serial(*(serial(layer, hidden) for layer in layers[:-1]), layers[-1])
+    layers = []
+    for m, n in itertools.pairwise(sizes):
+        layer = dense(m, n, kernel_init=kernel_init, bias_init=bias_init)
+        layers.append(layer)
+    last = layers.pop()
+    nonlinear = activations.get(activation)
+    hidden = [serial(layer, nonlinear) for layer in layers]
+    return serial(*hidden, last)
 
 
-def summary(net: Layer, input_shape: Sequence[int], *, dtype: Any = float) -> str:
+def summary(
+    net: Layer,
+    input_shape: Sequence[int],
+    *,
+    dtype: Any = float,
+) -> str:
     """A table of every layer with its output shape and number of parameters. Computes no array.
 
     Args:
@@ -90,25 +100,29 @@ def summary(net: Layer, input_shape: Sequence[int], *, dtype: Any = float) -> st
             f"Pass `(batch, {input_shape!r})`."
         )
     x = jax.ShapeDtypeStruct(tuple(input_shape), dtype)
-    rows = [("layer", "output shape", "parameters"), *_rows(net, x, 0, 1)]
-    width = max(len(name) for name, _, _ in rows[1:]) + 3
+    rows = list(_rows(net, x, 0, 1))
+    width = max(len(name) for name, _, _ in rows) + 3
+    rows.insert(0, ("layer", "output shape", "parameters"))
     return "\n".join(f"{name:<{width}}{shape:<15}{count:>11}" for name, shape, count in rows)
 
 
-def _rows(layer: Layer, x: Any, depth: int, times: int) -> Iterator[tuple[str, str, str]]:
+def _rows(layer, x, depth, times):
     """The row of a layer that comes `times` times, and those of the layers inside."""
     params = param_shapes(layer)
     y = jax.eval_shape(layer.apply, params, x)
     count = times * sum(leaf.size for leaf in jax.tree.leaves(params))
-    label = f"{times} x {layer.name}" if times > 1 else layer.name
-    yield "  " * depth + label, str(y.shape), f"{count:,}"
+    indent = "  " * depth
+    label = layer.name
+    if times > 1:
+        label = f"{times} x {label}"
+    yield indent + label, str(y.shape), f"{count:,}"
     for inner, run in itertools.groupby(layer.layers):
-        uses = len(list(run))
-        yield from _rows(inner, x, depth + 1, uses if layer.split else 1)
+        uses = len(list(run)) if layer.split else 1
+        yield from _rows(inner, x, depth + 1, uses)
         x = jax.eval_shape(inner.apply, param_shapes(inner), x)
 
 
-def collapse(params: Params) -> Dense:
+def collapse(params: PyTree[Shaped[ArrayLike, "..."]]) -> Dense:
     """The one dense layer that equals a net of dense layers without activations.
 
         w = w_1 w_2 ... w_n,    b accumulated
@@ -136,22 +150,27 @@ def collapse(params: Params) -> Dense:
         raise ValueError("`params` hold no Dense layer: there is nothing to collapse.")
     w, b = layers[0]
     for i, layer in enumerate(layers[1:], 1):
-        if w.shape[1] != layer.w.shape[0]:
+        takes = layer.w.shape[0]
+        gives = w.shape[1]
+        if takes != gives:
             raise ValueError(
-                f"`params`: dense layer {i} takes {layer.w.shape[0]} features but the one before "
-                f"gives {w.shape[1]}."
+                f"`params`: dense layer {i} takes {takes} features but the one before "
+                f"gives {gives}."
             )
-        w, b = w @ layer.w, b @ layer.w + layer.b
+        w = w @ layer.w
+        b = b @ layer.w + layer.b
     return Dense(w, b)
 
 
-def _dense_layers(params: Params) -> list[Dense]:
+def _dense_layers(params):
     """The dense layers of a tree in order, with a bias each; those of a `repeat` one by one."""
-    found: list[Dense] = []
-    before: tuple[int, ...] = ()  # the axes of layers of the Dense before
+    found = []
+    before = ()  # the axes of layers of the Dense before
     for node in jax.tree.leaves(params, is_leaf=lambda p: isinstance(p, Dense)):
         if not isinstance(node, Dense):
-            came = f"an array of shape {node.shape}" if hasattr(node, "shape") else repr(node)
+            came = repr(node)
+            if hasattr(node, "shape"):
+                came = f"an array of shape {node.shape}"
             raise ValueError(f"`params` hold {came} outside a Dense layer: only those collapse.")
         stacked = node.w.shape[:-2]
         if stacked and before[:1] == stacked[:1]:
@@ -162,6 +181,8 @@ def _dense_layers(params: Params) -> list[Dense]:
             )
         before = stacked
         w = node.w.reshape(-1, *node.w.shape[-2:])
-        b = jnp.zeros((len(w), w.shape[2]), w.dtype) if node.b is None else node.b
+        b = node.b
+        if b is None:
+            b = jnp.zeros((len(w), w.shape[2]), w.dtype)
         found += map(Dense, w, b.reshape(len(w), -1))
     return found

@@ -29,9 +29,7 @@ class _State(NamedTuple):
     variance: Any = None
 
 
-def accumulate(
-    fn: Callable[..., Any], microbatch_size: int, *, reduction: Merge | None = None
-) -> Callable[..., Any]:
+def accumulate(fn: Callable, microbatch_size: int, *, reduction: Merge | None = None) -> Callable:
     """The same function, that goes through a batch `microbatch_size` examples at a time.
 
     Args:
@@ -70,33 +68,38 @@ def accumulate(
 
         def part(chunk):
             some, w = chunk
-            result = fn(params, *some, **({} if w is None else {"weights": w}))
-            weight = jnp.full((), microbatch_size, jnp.float32) if w is None else widen(w).sum()
+            if w is None:
+                result = fn(params, *some)
+                weight = jnp.float32(microbatch_size)
+            else:
+                result = fn(params, *some, weights=w)
+                weight = widen(w).sum()
             return result, *_apart(result, weight, reduction)
 
         def turn(state, chunk):
             _, each, new = part(chunk)
             return _merge(state, new), each
 
-        chunks = (
-            _chunks(batch, missing, microbatch_size),
-            _chunks(weights, missing, microbatch_size, 0),
-        )
-        like, _, shapes = jax.eval_shape(part, jax.tree.map(lambda a: a[0], chunks))
+        more = _chunks(weights, missing, microbatch_size, zero=True)
+        chunks = _chunks(batch, missing, microbatch_size), more
+        one = jax.tree.map(lambda a: a[0], chunks)
+        like, _, shapes = jax.eval_shape(part, one)
         first = jax.tree.leaves(chunks)[0]
-        state, each = lax.scan(turn, jax.tree.map(lambda s: zeros(s, first), shapes), chunks)
-        each = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:rows], each)
+        start = jax.tree.map(lambda shape: zeros(shape, first), shapes)
+        state, each = lax.scan(turn, start, chunks)
+        each = jax.tree.map(lambda a: lax.collapse(a, 0, 2)[:rows], each)
         return _whole(like, each, state, reduction)
 
     return accumulated
 
 
-def _rows(batch: Any) -> int:
+def _rows(batch):
     """How many examples a batch has."""
+    lengths = set()
     for leaf in jax.tree.leaves(batch):
         _validate.is_array("batch", leaf)
-    lengths = {leaf.shape[0] if leaf.ndim else 0 for leaf in jax.tree.leaves(batch)}
-    if len(lengths) != 1 or not min(lengths):
+        lengths.add(leaf.shape[0] if leaf.ndim else 0)
+    if len(lengths) != 1 or 0 in lengths:
         came = sorted(lengths)
         raise ValueError(
             f"The arrays of a batch must have one length of at least 1, got {came} rows."
@@ -104,7 +107,7 @@ def _rows(batch: Any) -> int:
     return lengths.pop()
 
 
-def _check_takes_weights(fn: Callable[..., Any], rows: int, size: int) -> None:
+def _check_takes_weights(fn, rows, size):
     parameters = inspect.signature(fn).parameters.values()
     if not any(p.name == "weights" or p.kind == p.VAR_KEYWORD for p in parameters):
         raise ValueError(
@@ -113,29 +116,31 @@ def _check_takes_weights(fn: Callable[..., Any], rows: int, size: int) -> None:
         )
 
 
-def _chunks(tree: Any, missing: int, size: int, fill: float | None = None) -> Any:
-    """`[batch, ...]` as `[microbatches, size, ...]`, filled up with copies of a row or a number."""
+def _chunks(tree, missing, size, zero=False):
+    """`[batch, ...]` as `[microbatches, size, ...]`, filled up with copies of a row or with 0."""
 
     def chunk(a):
         a = jnp.asarray(a)
-        more = jnp.broadcast_to(
-            a[:1] if fill is None else jnp.zeros_like(a[:1]), (missing, *a.shape[1:])
-        )
-        return jnp.concatenate([a, more]).reshape(-1, size, *a.shape[1:])
+        row = a[:1]
+        if zero:
+            row = jnp.zeros_like(row)
+        more = jnp.broadcast_to(row, (missing, *a.shape[1:]))
+        whole = jnp.concatenate([a, more])
+        return whole.reshape(-1, size, *a.shape[1:])
 
     return jax.tree.map(chunk, tree)
 
 
-def _apart(result: Any, weight: Array, reduction: str | None) -> tuple[Any, _State]:
+def _apart(result, weight, reduction):
     """A result as what it holds for every example, and what it holds for all of them."""
     if isinstance(result, Moments):
-        each = result.reduction.weights, result.reduction.non_finite
-        state = _State(each[0].sum(), mean=result.mean, variance=result.variance)
-        return each, state
+        counted = result.reduction
+        state = _State(counted.weights.sum(), mean=result.mean, variance=result.variance)
+        return (counted.weights, counted.non_finite), state
     if isinstance(result, Gradient):
-        kind, weights = result.reduction.kind, result.reduction.weights
-        each = weights, result.reduction.non_finite, result.values, result.norms
-        return each, _state(weights.sum(), result.gradient, kind)
+        counted = result.reduction
+        each = (counted.weights, counted.non_finite, result.values, result.norms)
+        return each, _state(counted.weights.sum(), result.gradient, counted.kind)
     name = type(result).__name__
     if hasattr(result, "reduction"):
         raise ValueError(
@@ -151,12 +156,14 @@ def _apart(result: Any, weight: Array, reduction: str | None) -> tuple[Any, _Sta
     return (), _state(weight, result, reduction)
 
 
-def _state(weight: Array, tree: Any, kind: str) -> _State:
+def _state(weight, tree, kind):
     wide = jax.tree.map(widen, tree)
-    return _State(weight, mean=wide) if kind == "mean" else _State(weight, total=wide)
+    if kind == "mean":
+        return _State(weight, mean=wide)
+    return _State(weight, total=wide)
 
 
-def _merge(a: _State, b: _State) -> _State:
+def _merge(a, b):
     """Two states as one. Source: Chan, Golub, LeVeque (1983), doi:10.2307/2683386."""
     weight = a.weight + b.weight
     share = b.weight / jnp.where(weight != 0, weight, 1)
@@ -165,28 +172,31 @@ def _merge(a: _State, b: _State) -> _State:
         return m + (n - m) * share.astype(m.dtype)
 
     def variance(v, w, m, n):
-        return mean(v, w) + (n - m) ** 2 * (share * (1 - share)).astype(v.dtype)
+        between = (share * (1 - share)).astype(v.dtype)
+        return mean(v, w) + (n - m) ** 2 * between
 
-    merged = _State(
-        weight, jax.tree.map(jnp.add, a.total, b.total), jax.tree.map(mean, a.mean, b.mean)
-    )
-    if a.variance is None:
-        return merged
-    spread = jax.tree.map(variance, a.variance, b.variance, a.mean, b.mean)
-    return merged._replace(variance=spread)
+    total = jax.tree.map(jnp.add, a.total, b.total)
+    centre = jax.tree.map(mean, a.mean, b.mean)
+    spread = None
+    if a.variance is not None:
+        spread = jax.tree.map(variance, a.variance, b.variance, a.mean, b.mean)
+    return _State(weight, total, centre, spread)
 
 
-def _whole(like: Any, each: Any, state: _State, reduction: str | None) -> Any:
+def _whole(like, each, state, reduction):
     """The result for all microbatches, in the dtypes of `like`, that of one."""
     if isinstance(like, Moments):
         return Moments(state.mean, state.variance, Reduction("mean", *each))
     if isinstance(like, Gradient):
         weights, non_finite, values, norms = each
         counted = Reduction(like.reduction.kind, weights, non_finite)
-        return Gradient(values, _in_dtypes(like.gradient, state), norms, counted)
-    return each if reduction == "examples" else _in_dtypes(like, state)
+        gradient = _in_dtypes(like.gradient, state)
+        return Gradient(values, gradient, norms, counted)
+    if reduction == "examples":
+        return each
+    return _in_dtypes(like, state)
 
 
-def _in_dtypes(like: Any, state: _State) -> Any:
+def _in_dtypes(like, state):
     result = state.total if state.mean is None else state.mean
     return jax.tree.map(lambda a, s: a.astype(s.dtype), result, like)

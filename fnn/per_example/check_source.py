@@ -7,9 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
 
-from fnn.factors import is_factor
+from fnn.factors import is_factor, materialise
 from fnn.per_example.norms import check_is_source
 from fnn.types import Params, Source
 
@@ -55,20 +54,25 @@ def check_source(source: Source, params: Params, *batch: Any) -> None:
     @jax.jit
     def answers(*batch):
         values, factors = source(params, *batch)
-        leaves = jax.tree.leaves(factors, is_leaf=is_factor)
-        return [values, *(jnp.sqrt(f.squared_norm()) for f in leaves)]
+        answers = [values]
+        for f in jax.tree.leaves(factors, is_leaf=is_factor):
+            answers.append(jnp.sqrt(f.squared_norm()))
+        return answers
 
-    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-    names = ["loss", *(f"gradient norm at params{jax.tree_util.keystr(p)}" for p in paths)]
+    names = ["loss"]
+    for path, _ in jax.tree_util.tree_leaves_with_path(params):
+        names.append(f"gradient norm at params{jax.tree_util.keystr(path)}")
     together = answers(*batch)
     row = np.arange(count)
-    for rows in (row[: count // 2], row[-(count // 2) :], row[::2], row[1::2]):
-        part = answers(*jax.tree.map(lambda a, rows=rows: jnp.asarray(a)[rows], batch))
+    half = count // 2
+    for rows in (row[:half], row[-half:], row[::2], row[1::2]):
+        some = jax.tree.map(lambda a, rows=rows: jnp.asarray(a)[rows], batch)
+        part = answers(*some)
         for name, whole, own in zip(names, together, part, strict=True):
             _check_same(name, whole[rows], own, rows)
 
 
-def _check_shapes(source: Source, params: Params, batch: Any, count: int) -> None:
+def _check_shapes(source, params, batch, count):
     """Raises unless a source returns a number per example and a factor per array."""
     result = jax.eval_shape(source, params, *batch)
     if not (isinstance(result, tuple) and len(result) == 2):
@@ -81,32 +85,34 @@ def _check_shapes(source: Source, params: Params, batch: Any, count: int) -> Non
         )
     factors, structure = jax.tree.flatten(tree, is_leaf=is_factor)
     expected = jax.tree.structure(params)
-    if structure != expected or not all(is_factor(f) for f in factors):
+    all_factors = all(is_factor(f) for f in factors)
+    if structure != expected or not all_factors:
         raise TypeError(
             "`source`: factors must be a tree like `params` with a factor for every array, "
             f"{expected}, got {structure}."
         )
     leaves = jax.tree_util.tree_leaves_with_path(params)
     for (path, p), f in zip(leaves, factors, strict=True):
-        shape = jax.eval_shape(lambda f: f.materialise(), f).shape
-        if shape != (count, *p.shape):
+        shape = jax.eval_shape(materialise, f).shape
+        expected = (count, *p.shape)
+        if shape != expected:
             raise ValueError(
                 f"`source`: the factor at `params{jax.tree_util.keystr(path)}` is of gradients "
-                f"{shape}, expected {(count, *p.shape)}: [batch, *parameter shape]."
+                f"{shape}, expected {expected}: [batch, *parameter shape]."
             )
 
 
-def _check_same(
-    name: str, whole: Float[Any, " rows"], part: Float[Any, " rows"], rows: np.ndarray
-) -> None:
+def _check_same(name, whole, part, rows):
     """Raises unless the answers for the same examples agree; a coupling leaves a larger gap."""
     tolerance = float(jnp.finfo(whole.dtype).eps) ** 0.5
-    whole, part = (np.asarray(a).astype(np.float64) for a in (whole, part))
-    size = np.abs(whole[np.isfinite(whole)]).max(initial=0)
+    whole = np.asarray(whole).astype(np.float64)
+    part = np.asarray(part).astype(np.float64)
+    finite = whole[np.isfinite(whole)]
+    size = np.abs(finite).max(initial=0)
     same = np.isclose(whole, part, rtol=0, atol=tolerance * size, equal_nan=True)
     if same.all():
         return
-    i = int(np.argmin(same))
+    i = same.argmin()
     raise ValueError(
         f"`source` couples the examples: the {name} of example {rows[i]} is {whole[i]:.6g} in the "
         f"batch but {part[i]:.6g} in part of it. Per-example statistics mean nothing there. Batch "

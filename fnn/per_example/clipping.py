@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float
 
 from fnn import _validate
 from fnn.factors import exact_totals, is_factor, keep, shares, widen
-from fnn.factors.base import scaled_totals, squares_by_layer, whole_squares
+from fnn.factors.base import scaled_total, squares_by_layer, whole_squares
 from fnn.per_example.norms import CANCEL, ask, check_is_source
 from fnn.types import Array, ArrayLike, Params, Source, storable
 
@@ -50,11 +50,12 @@ class Reduction:
 
     def __str__(self) -> str:
         """The reduction as a sentence."""
-        batch, counted = self.weights.shape[0], int(self.examples)
-        weight, broken = float(self.weights.sum()), int(self.non_finite.sum())
-        text = f"{self.kind} over {counted} of {batch} examples, weights sum to {weight:g}"
+        batch = self.weights.shape[0]
+        weight = float(self.weights.sum())
+        text = f"{self.kind} over {self.examples} of {batch} examples, weights sum to {weight:g}"
+        broken = int(self.non_finite.sum())
         if broken:
-            first = int(np.argmax(np.asarray(self.non_finite)))
+            first = self.non_finite.argmax()
             text += f"; {broken} left out because the gradient is not finite, "
             text += f"the first in row {first}"
         return text
@@ -136,7 +137,8 @@ def clipped_gradient(
         check_max_norm("max_norm", max_norm)
 
     def limit(norms):
-        return _limit(norms, jnp.asarray(max_norm).astype(norms.dtype))
+        bound = jnp.asarray(max_norm).astype(norms.dtype)
+        return _limit(norms, bound)
 
     return _weighted(source, scale or limit, per_layer, reduction)
 
@@ -161,9 +163,7 @@ def weighted_gradient(source: Source, *, reduction: Kind = "sum") -> Callable[..
     return _weighted(source, None, False, reduction)
 
 
-def _weighted(
-    source: Source, scale: Callable[[Array], Array] | None, per_layer: bool, kind: Kind
-) -> Callable[..., Gradient]:
+def _weighted(source: Source, scale, per_layer, kind: Kind) -> Callable[..., Gradient]:
     check_is_source(source)
     _validate.one_of("reduction", kind, ("mean", "sum"))
 
@@ -171,82 +171,89 @@ def _weighted(
         values, tree = ask(source, keep, params, *batch)
         factors, structure = jax.tree.flatten(tree, is_leaf=is_factor)
         layers = _layers(tree) if per_layer else [()] * len(factors)
+        risky = [i for i, f in enumerate(factors) if not f.sums_exactly]
+        risky_factors = [factors[i] for i in risky]
 
         def weigh(squares):
             norms = jnp.sqrt(whole_squares(squares))
             counted = count(kind, norms, weights)
             share = shares(counted.weights) if kind == "mean" else counted.weights
-            scales = {layer: _times(share, scale, square) for layer, square in squares.items()}
-            return norms, counted, [scales[layer] for layer in layers]
+            times = {}
+            for layer, square in squares.items():
+                times[layer] = _times(share, scale, square)
+            scales = [times[layer] for layer in layers]
+            return norms, counted, scales, [scales[i] for i in risky]
 
         squares, sizes = squares_by_layer(factors, layers, fast=True)
-        weighed = weigh(squares)
-        sure = [i for i, f in enumerate(factors) if f.sums_exactly]
-        risky = [i for i, f in enumerate(factors) if not f.sums_exactly]
+        norms, counted, scales, risky_scales = weigh(squares)
 
         def once():
-            return *weighed, scaled_totals(*_pick(risky, factors, weighed[2]))
+            return norms, counted, scales, list(map(scaled_total, risky_factors, risky_scales))
 
         def exactly():
-            found = weigh(squares_by_layer(factors, layers, fast=False)[0])
-            return *found, exact_totals(*_pick(risky, factors, found[2]))
+            exact, _ = squares_by_layer(factors, layers, fast=False)
+            *weighed, risky_scales = weigh(exact)
+            return *weighed, exact_totals(risky_factors, risky_scales)
 
-        norms, counted, scales = weighed
         safe = [jnp.isfinite(norms).all()]
-        safe += [(size <= CANCEL * squares[layer]).all() for layer, size in sizes.items()]
+        for layer, size in sizes.items():
+            safe.append((size <= CANCEL * squares[layer]).all())
         if sizes:
-            norms, counted, scales, found = lax.cond(jnp.stack(safe).all(), once, exactly)
+            norms, counted, scales, totals = lax.cond(jnp.stack(safe).all(), once, exactly)
         else:
-            found = _totals(*_pick(risky, factors, scales), safe[0], counted.weights)
-        totals = dict(zip(risky, found, strict=True))
-        totals |= zip(sure, scaled_totals(*_pick(sure, factors, scales)), strict=True)
-        grads = [totals[i].astype(p.dtype) for i, p in enumerate(jax.tree.leaves(params))]
-        return Gradient(values, jax.tree.unflatten(structure, grads), norms, counted)
+            totals = _totals(risky_factors, risky_scales, safe[0], counted.weights)
+        found = iter(totals)
+        gradients = []
+        for f, share, p in zip(factors, scales, jax.tree.leaves(params), strict=True):
+            total = scaled_total(f, share) if f.sums_exactly else next(found)
+            gradients.append(total.astype(p.dtype))
+        return Gradient(values, structure.unflatten(gradients), norms, counted)
 
     return reduced
 
 
-def _totals(factors: list[Any], scales: list[Array], finite: Array, weights: Array) -> list[Array]:
+def _totals(factors, scales, finite, weights):
     """The totals of factors without positions; example by example where not all is finite.
 
     They are scaled before the `cond`, so that its branches hold no copies.
     """
     scaled = [f.scaled(s) for f, s in zip(factors, scales, strict=True)]
-    present = [(weights != 0).astype(weights.dtype)] * len(scaled)
-    return lax.cond(
-        finite,
-        lambda: [widen(f.total()) for f in scaled],
-        lambda: exact_totals(scaled, present),
-    )
+    present = (weights != 0).astype(weights.dtype)
 
+    def once():
+        return [widen(f.total()) for f in scaled]
 
-def _pick(indices: list[int], factors: list[Any], scales: list[Any]) -> tuple[list, list]:
-    """Some of the factors and scales."""
-    return [factors[i] for i in indices], [scales[i] for i in indices]
+    def one_by_one():
+        return exact_totals(scaled, [present] * len(scaled))
+
+    return lax.cond(finite, once, one_by_one)
 
 
 @jax.jit
-def _limit(norms: Array, bound: Array) -> Array:
+def _limit(norms, bound):
     """`min(1, bound / norm)`."""
     bound = jnp.maximum(bound, 0)  # a traced bound is not looked at
     over = norms > bound
-    return jnp.where(over, bound / jnp.where(over, norms, 1), 1)
+    ratio = bound / jnp.where(over, norms, 1)
+    return jnp.where(over, ratio, 1)
 
 
-def _times(share: Array, scale: Callable[[Array], Array] | None, squares: Array) -> Array:
+def _times(share, scale, squares):
     """What every example, or every layer of it, is multiplied by: `[*layers, batch]`."""
     share = jnp.broadcast_to(share, squares.shape)
     if scale is None:
         return share
-    return share * scale(jnp.sqrt(jnp.where(share != 0, squares, 1)))
+    squares = jnp.where(share != 0, squares, 1)
+    return share * scale(jnp.sqrt(squares))
 
 
 def layer_count(tree: Any) -> int:
     """How many layers `per_layer` clips, from a tree of factors or of their shapes."""
-    return sum(math.prod(depth) for _, depth in set(_layers(tree)))
+    layers = set(_layers(tree))
+    return sum(math.prod(depth) for _, depth in layers)
 
 
-def _layers(tree: Any) -> list[Any]:
+def _layers(tree):
     """For every factor what tells its layer: the path of its container, and the axes of layers."""
     paths = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_factor)
     return [(path[:-1], factor.layers) for path, factor in paths]
@@ -254,12 +261,14 @@ def _layers(tree: Any) -> list[Any]:
 
 def count(kind: Kind, norms: Float[Array, " batch"], weights: ArrayLike | None) -> Reduction:
     """What every example counts for."""
-    w = jnp.ones_like(norms)
-    if weights is not None:
+    if weights is None:
+        w = jnp.ones_like(norms)
+    else:
         _validate.per_example("weights", weights, norms.shape[0])
         w = jnp.asarray(weights).astype(norms.dtype)
     finite = jnp.isfinite(norms)
-    return Reduction(kind, jnp.where(finite, w, 0), ~finite & (w != 0))
+    counted = jnp.where(finite, w, 0)
+    return Reduction(kind, counted, ~finite & (w != 0))
 
 
 def check_max_norm(name: str, value: Any) -> None:
@@ -267,7 +276,8 @@ def check_max_norm(name: str, value: Any) -> None:
     if isinstance(value, Tracer):
         return
     kinds = (int, float, np.number, np.ndarray, jax.Array)
-    if isinstance(value, bool) or not isinstance(value, kinds) or np.shape(value) != ():
+    is_number = isinstance(value, kinds) and not isinstance(value, bool)
+    if not is_number or np.shape(value) != ():
         came = f"{value!r:.80} ({type(value).__name__})"
         raise TypeError(f"`{name}` must be a number above 0, got {came}.")
     if not value > 0:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from fnn.factors import is_factor, keep
 from fnn.factors.base import sum_leaves
 from fnn.nets.combinators import check_net
 from fnn.per_example.norms import ask, check_is_source
-from fnn.types import Array, ArrayLike, Layer, Params, Source
+from fnn.types import Array, Layer, Source
 
 Outputs = Literal["full", "trace", "diagonal"]
 
@@ -59,9 +59,9 @@ def inner_products(
             if not isinstance(batch, tuple):
                 came = type(batch).__name__
                 raise TypeError(f"`{name}` must be a tuple such as (x, targets), got {came}.")
-        return _inner(
-            ask(source, keep, params, *batch_a)[1], ask(second, keep, params, *batch_b)[1]
-        )
+        _, factors = ask(source, keep, params, *batch_a)
+        _, others = ask(second, keep, params, *batch_b)
+        return _inner(factors, others)
 
     return products
 
@@ -90,7 +90,7 @@ def gram(source: Source) -> Callable[..., Float[Array, "batch batch"]]:
     check_is_source(source)
 
     def products(params, *batch):
-        factors = ask(source, keep, params, *batch)[1]
+        _, factors = ask(source, keep, params, *batch)
         return _inner(factors, factors)
 
     return products
@@ -128,17 +128,21 @@ def ntk(net: Layer, outputs: Outputs = "full") -> Callable[..., Float[Array, "a 
     _validate.one_of("outputs", outputs, ("full", "trace", "diagonal"))
 
     def kernel(params, x_a, x_b):
-        first, second = (_jacobian(net, params, x) for x in (x_a, x_b))
+        first = _jacobian(net, params, x_a)
+        second = _jacobian(net, params, x_b)
         if outputs == "full":
-            rows = jax.vmap(lambda f: jax.vmap(lambda g: _inner(f, g))(second))(first)
-            return jnp.transpose(rows, (2, 3, 0, 1))
+            with_all = jax.vmap(_inner, in_axes=(None, 0))
+            products = jax.vmap(with_all, in_axes=(0, None))(first, second)
+            return jnp.transpose(products, (2, 3, 0, 1))
         diagonal = jax.vmap(_inner)(first, second)  # [outputs, a, b]
-        return diagonal.sum(0) if outputs == "trace" else jnp.moveaxis(diagonal, 0, 2)
+        if outputs == "trace":
+            return diagonal.sum(0)
+        return jnp.moveaxis(diagonal, 0, 2)
 
     return kernel
 
 
-def _jacobian(net: Layer, params: Params, x: ArrayLike) -> Any:
+def _jacobian(net: Layer, params, x):
     """The factors of the gradient of every output, arrays `[outputs, batch, ...]`."""
     _validate.is_array("x", x)
     y, residuals = net.forward(params, jnp.asarray(x))
@@ -146,12 +150,15 @@ def _jacobian(net: Layer, params: Params, x: ArrayLike) -> Any:
     one_hot = jnp.eye(size, dtype=bool).reshape(size, 1, *y.shape[1:])
 
     def of_output(which):
-        dy = jnp.where(which, jnp.ones_like(y), 0)
-        return net.backward(params, residuals, dy, keep)[0]
+        ones = jnp.ones_like(y)
+        dy = jnp.where(which, ones, 0)
+        factors, _ = net.backward(params, residuals, dy, keep)
+        return factors
 
     return jax.vmap(of_output)(one_hot)
 
 
-def _inner(factors: Any, others: Any) -> Array:
+def _inner(factors, others):
     """The inner products of whole gradients."""
-    return sum_leaves(jax.tree.map(lambda f, g: f.inner(g), factors, others, is_leaf=is_factor))
+    products = jax.tree.map(lambda f, g: f.inner(g), factors, others, is_leaf=is_factor)
+    return sum_leaves(products)

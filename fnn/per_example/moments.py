@@ -105,40 +105,53 @@ def moments(source: Source) -> Callable[..., Moments]:
 
     def mean_and_variance(params, *batch, weights=None):
         tree = ask(source, keep, params, *batch)[1]
-        norms = jnp.sqrt(sum_squares(fast_squared_norm.tree(tree))[0])
-        counted = count("mean", norms, weights)
+        square, _ = sum_squares(fast_squared_norm.tree(tree))
+        counted = count("mean", jnp.sqrt(square), weights)
         share = shares(counted.weights)
         factors, structure = jax.tree.flatten(tree, is_leaf=is_factor)
         factors = [f.wide() for f in factors]
 
-        raw = [f.raw_moments(share) for f in factors]
-        cheap = [f for f, found in zip(factors, raw, strict=True) if found]
-        rest = iter(_variances(cheap, [found for found in raw if found], share))
-        pairs = [
-            (found[0], next(rest)) if found else f.moments(share)
-            for f, found in zip(factors, raw, strict=True)
-        ]
-        mean, variance = (jax.tree.unflatten(structure, part) for part in zip(*pairs, strict=True))
-        return Moments(mean, variance, counted)
+        raw = {}
+        for i, f in enumerate(factors):
+            found = f.raw_moments(share)
+            if found is not None:
+                raw[i] = found
+        cheap = [factors[i] for i in raw]
+        rest = iter(_variances(cheap, raw.values(), share))
+        means = []
+        spreads = []
+        for i, f in enumerate(factors):
+            if i in raw:
+                mean = raw[i][0]
+                spread = next(rest)
+            else:
+                mean, spread = f.moments(share)
+            means.append(mean)
+            spreads.append(spread)
+        return Moments(structure.unflatten(means), structure.unflatten(spreads), counted)
 
     return mean_and_variance
 
 
-def _variances(factors: list[Any], pairs: list[tuple[Array, Array]], share: Array) -> list[Array]:
+def _variances(factors, pairs, share):
     """E[g^2] - E[g]^2; one example at a time where fewer than five digits are left."""
     if not factors:
         return []
-    precise = jnp.stack([_is_precise(mean, square) for mean, square in pairs]).all()
-    return lax.cond(
-        precise,
-        lambda: [jnp.maximum(square - mean * mean, 0) for mean, square in pairs],
-        lambda: variances(factors, share),
-    )
+
+    def from_squares():
+        return [jnp.maximum(square - mean * mean, 0) for mean, square in pairs]
+
+    def one_by_one():
+        return variances(factors, share)
+
+    precise = [_is_precise(mean, square) for mean, square in pairs]
+    return lax.cond(jnp.stack(precise).all(), from_squares, one_by_one)
 
 
 @jax.jit
-def _is_precise(mean: Array, square: Array) -> Array:
-    return (square - mean * mean >= 1e5 * float(jnp.finfo(mean.dtype).eps) * square).all()
+def _is_precise(mean, square):
+    least = 1e5 * float(jnp.finfo(mean.dtype).eps)
+    return (square - mean * mean >= least * square).all()
 
 
 def signal_to_noise(source: Source) -> Callable[..., SignalToNoise]:
@@ -168,7 +181,8 @@ def signal_to_noise(source: Source) -> Callable[..., SignalToNoise]:
 
     def signal(params, *batch, weights=None):
         found = both(params, *batch, weights=weights)
-        return SignalToNoise(jax.tree.map(ratio, found.mean, found.variance), found.reduction)
+        ratios = jax.tree.map(ratio, found.mean, found.variance)
+        return SignalToNoise(ratios, found.reduction)
 
     return signal
 
@@ -204,20 +218,23 @@ def noise_scale(source: Source) -> Callable[..., NoiseScale]:
 
     def estimate(params, *batch, weights=None):
         found = mean_of(params, *batch, weights=weights)
-        norms, counted = found.norms, found.reduction
-        if norms.shape[0] == 1:
+        counted = found.reduction
+        if counted.weights.shape[0] == 1:
             raise ValueError(
                 "The noise scale needs at least 2 examples, got a batch of 1: one gradient does "
                 "not scatter."
             )
         p = shares(counted.weights)
-        small = (p * jnp.where(p != 0, norms, 0) ** 2).sum()
-        big = sum((g.astype(p.dtype) ** 2).sum() for g in jax.tree.leaves(found.gradient))
+        norms = jnp.where(p != 0, found.norms, 0)
+        small = (p * norms**2).sum()
+        big = 0
+        for g in jax.tree.leaves(found.gradient):
+            big += (g.astype(p.dtype) ** 2).sum()
         s = (p * p).sum()
         several = (counted.examples > 1).astype(p.dtype)  # else 0 / 0
-        trace, squared = (
-            several * part / (several * (1 - s)) for part in (small - big, big - s * small)
-        )
+        divisor = several * (1 - s)
+        trace = several * (small - big) / divisor
+        squared = several * (big - s * small) / divisor
         return NoiseScale(trace / squared, trace, squared, counted)
 
     return estimate

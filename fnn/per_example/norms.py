@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Float, Int
 
 from fnn import _validate
-from fnn.factors import Reducer, is_factor, keep, materialise, square_rows, squared_norm
+from fnn.factors import Reducer, materialise, square_rows, squared_norm
 from fnn.factors.base import SquaredNorm, fast_squared_norm, sum_leaves
 from fnn.types import Array, ArrayLike, Params, Source, storable
 
@@ -36,7 +36,12 @@ def gradients(source: Source) -> Callable[..., Params]:
     (5, 3, 2)
     """
     check_is_source(source)
-    return lambda params, *batch: ask(source, materialise, params, *batch)[1]
+
+    def per_example_gradients(params, *batch):
+        _, found = ask(source, materialise, params, *batch)
+        return found
+
+    return per_example_gradients
 
 
 def norms(source: Source) -> Callable[..., Float[Array, " batch"]]:
@@ -64,11 +69,14 @@ def norms(source: Source) -> Callable[..., Float[Array, " batch"]]:
 
     def per_example_norms(params, *batch):
         def exact():
-            return sum_leaves(ask(source, squared_norm, params, *batch)[1])
+            _, squares = ask(source, squared_norm, params, *batch)
+            return sum_leaves(squares)
 
-        square, size = sum_squares(ask(source, fast_squared_norm, params, *batch)[1])
+        _, squares = ask(source, fast_squared_norm, params, *batch)
+        square, size = sum_squares(squares)
         if size is not None:
-            square = lax.cond((size <= CANCEL * square).all(), lambda: square, exact)
+            safe = (size <= CANCEL * square).all()
+            square = lax.cond(safe, lambda: square, exact)
         return jnp.sqrt(square)
 
     return per_example_norms
@@ -109,13 +117,14 @@ def top_examples(source: Source, k: int) -> Callable[..., TopExamples]:
         most = n.shape[0]
         if isinstance(most, int) and k > most:  # the batch of `jax.export` may be a symbol
             raise ValueError(f"`k` is {k} but the batch has {most} examples. Pass at most {most}.")
-        _, examples = lax.top_k(jnp.where(jnp.isfinite(n), n, jnp.inf), k)
+        sizes = jnp.where(jnp.isfinite(n), n, jnp.inf)
+        _, examples = lax.top_k(sizes, k)
         return TopExamples(n[examples], examples)
 
     return largest
 
 
-def by_vmap(value_and_grad: Callable[..., tuple[Array, Params]]) -> Callable[..., Any]:
+def by_vmap(value_and_grad: Callable[..., tuple[Array, Params]]) -> Callable:
     """The loss and gradient of every example, by `jax.vmap` over batches of one.
 
     Args:
@@ -136,7 +145,8 @@ def by_vmap(value_and_grad: Callable[..., tuple[Array, Params]]) -> Callable[...
 
     def for_every_example(params, *batch):
         def for_one(*example):
-            return value_and_grad(params, *jax.tree.map(lambda leaf: leaf[None], example))
+            rows = jax.tree.map(lambda leaf: leaf[None], example)
+            return value_and_grad(params, *rows)
 
         return jax.vmap(for_one)(*batch)
 
@@ -149,10 +159,11 @@ def norms_of(tree: Params) -> Float[Array, " batch"]:
     >>> norms_of((jnp.array([[3.0, 4.0], [0.0, 0.0]]),))
     Array([5., 0.], dtype=float32)
     """
-    return jnp.sqrt(sum_leaves(jax.tree.map(square_rows, tree)))
+    squares = jax.tree.map(square_rows, tree)
+    return jnp.sqrt(sum_leaves(squares))
 
 
-def check_is_source(source: Any) -> None:
+def check_is_source(source: Source | Any) -> None:
     """Raises a TypeError unless `source` can be called."""
     form = "(params, *batch) -> (values, factors), such as `fnn.source(net, loss)`"
     _validate.is_function("source", source, form)
@@ -179,13 +190,9 @@ def ask(source: Source, reducer: Reducer, params: Params, *batch: ArrayLike) -> 
     return values, found
 
 
-def factors_of(source: Source, params: Params, *batch: ArrayLike) -> tuple[Array, list[Any], Any]:
-    """The losses, the factors as a list, and the structure of the params."""
-    values, tree = ask(source, keep, params, *batch)
-    return values, *jax.tree.flatten(tree, is_leaf=is_factor)
-
-
-def sum_squares(tree: Any) -> tuple[Array, Array | None]:
+def sum_squares(
+    tree: Any,
+) -> tuple[Float[Array, " batch"], Float[Array, " batch"] | None]:
     """The squared norms of whole gradients, and the sum of the sizes of their terms if some cancel.
 
     Args:
@@ -193,7 +200,7 @@ def sum_squares(tree: Any) -> tuple[Array, Array | None]:
     """
     parts = jax.tree.leaves(tree, is_leaf=lambda part: isinstance(part, SquaredNorm))
     square = sum_leaves([part.value for part in parts])
-    sizes = [part.value if part.size is None else part.size for part in parts]
     if all(part.size is None for part in parts):
         return square, None
+    sizes = [part.value if part.size is None else part.size for part in parts]
     return square, sum_leaves(sizes)

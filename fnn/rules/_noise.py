@@ -3,32 +3,33 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Float
+from jaxtyping import Float, PyTree
 from optax import tree
 
 from fnn.factors import widen
 from fnn.types import Array, Key
 
 
-def keep_key(key: Key, params):
+def keep_key(key: Key, params: PyTree[Float[Array, " ..."]]) -> Key:
     """The `init` of a rule whose state is a key."""
     return key
 
 
-def normal_like(key: Key, like):
+def normal_like(key: Key, like: PyTree[Float[Array, " ..."]]) -> PyTree[Float[Array, " ..."]]:
     """Numbers of N(0, 1) like a tree of arrays, drawn as one vector: one draw compiles fastest."""
     flat, unravel = ravel_pytree(jax.tree.map(widen, like))
     noise = jax.random.normal(key, flat.shape, flat.dtype)
     return tree.cast_like(unravel(noise), like)
 
 
-def normal_rows(key: Key, arrays):
+def normal_rows(key: Key, arrays: list[Float[Array, "batch ..."]]):
     """Numbers of N(0, 1) like some arrays `[batch, ...]`.
 
     Row i has the key `fold_in(key, i)`, so that its numbers do not depend on the batch size.
@@ -81,6 +82,8 @@ def weighted_sum(f, shares: Float[Array, " rows"], xs, size=1):
     return tree.cast_like(total, jax.eval_shape(terms, xs))
 
 
-def mean_of_draws(draw, key: Key, draws):
+def mean_of_draws(
+    draw: Callable[[Key], PyTree[Float[Array, " ..."]]], key: Key, draws: int
+) -> PyTree[Float[Array, " ..."]]:
     """The mean of `draw(key_k)` over the keys `jax.random.split(key, draws)`."""
     return weighted_sum(draw, jnp.full(draws, 1 / draws), jax.random.split(key, draws))

@@ -138,9 +138,10 @@ def evolution_strategies(
         noise = partial(normal_like, like=params)
 
         def pair(key):
-            return jax.tree.map(
-                lambda p, e: jnp.stack([p + step * e, p - step * e]), params, noise(key)
-            )
+            shift = tree.scale(step, noise(key))
+            above = tree.add(params, shift)
+            below = tree.sub(params, shift)
+            return jax.tree.map(lambda *both: jnp.stack(both), above, below)
 
         def update(f, losses, size):
             if fitness == "centred_ranks":
@@ -148,7 +149,8 @@ def evolution_strategies(
             gaps = losses[:, 0] - losses[:, 1]
             gaps = jnp.where(jnp.isfinite(gaps), gaps, 0)
             shares = gaps / (population * step)
-            return f(params), weighted_sum(noise, shares, keys, size), state
+            grads = weighted_sum(noise, shares, keys, size)
+            return f(params), grads, state
 
         return keys, pair, update
 
@@ -194,14 +196,17 @@ def snes(
     ((3, 2), (10, 3, 2))
     """
     _validate.positive("std", std)
-    _validate.positive("population", 2 if population is None else population, whole=True)
+    if population is not None:
+        _validate.positive("population", population, whole=True)
 
     def init(key, params):
-        return SnesState(key, jax.tree.map(lambda p: jnp.full_like(widen(p), std), params))
+        first = jax.tree.map(lambda p: jnp.full_like(widen(p), std), params)
+        return SnesState(key, first)
 
     def generation(params, state):
         d = tree.size(params)
-        key, keys = _split(state.key, population or 4 + math.floor(3 * math.log(d)))
+        count = population or 4 + math.floor(3 * math.log(d))
+        key, keys = _split(state.key, count)
         noise = partial(normal_like, like=state.std)
 
         def member(key):
@@ -210,14 +215,17 @@ def snes(
 
         def terms(key):
             e = noise(key)
-            return e, jax.tree.map(lambda a: a * a - 1, e)
+            excess = jax.tree.map(lambda a: a * a - 1, e)
+            return e, excess
 
         def update(f, losses, size):
-            for_mean, for_std = weighted_sum(terms, _utilities(losses), keys, size)
+            utilities = _utilities(losses)
+            for_mean, for_std = weighted_sum(terms, utilities, keys, size)
             eta = (3 + math.log(d)) / (5 * math.sqrt(d))
             grads = jax.tree.map(lambda s, a: -(s * a), state.std, for_mean)
+            grads = tree.cast_like(grads, params)
             after = jax.tree.map(lambda s, a: s * jnp.exp(eta / 2 * a), state.std, for_std)
-            return f(params), tree.cast_like(grads, params), SnesState(key, after)
+            return f(params), grads, SnesState(key, after)
 
         return keys, member, update
 
@@ -273,24 +281,30 @@ def genetic_algorithm(
     step = float(std)  # a NumPy number would widen the arrays
 
     def init(key, params):
-        return GeneticState(key, jax.tree.map(lambda p: jnp.stack([p] * parents), params))
+        copies = jax.tree.map(lambda p: jnp.stack([p] * parents), params)
+        return GeneticState(key, copies)
 
     def generation(params, state):
         key, keys = _split(state.key, children + 1)
         # for every child a key and the index of its parent
-        seeds = keys[1:], jax.random.randint(keys[0], (children,), 0, parents)
+        origins = jax.random.randint(keys[0], (children,), 0, parents)
+        seeds = keys[1:], origins
 
         def child(seed):
             key, i = seed
             parent = jax.tree.map(lambda p: p[i], state.parents)
-            return tree.add_scale(parent, step, normal_like(key, parent))
+            noise = normal_like(key, parent)
+            return tree.add_scale(parent, step, noise)
 
         def update(f, losses, size):
-            first = jnp.argsort(_ranks(losses))[:parents]  # stable: the first among equals
+            order = jnp.argsort(_ranks(losses))  # stable: the first among equals
+            first = order[:parents]
             best = jax.tree.map(lambda a: a[first], seeds)
             new = jax.vmap(child)(best)
-            grads = jax.tree.map(lambda p, chosen: p - chosen[0], params, new)
-            return losses[first[0]], grads, GeneticState(key, new)
+            winner = jax.tree.map(lambda a: a[0], new)
+            grads = tree.sub(params, winner)
+            value = losses[first[0]]
+            return value, grads, GeneticState(key, new)
 
         return seeds, child, update
 
@@ -316,8 +330,10 @@ def _rule(name, net, loss, init, generation, chunk, over=lambda f: f):
 
     def value_and_grad(params, state, x, targets, weights=None):
         def f(member):
-            values = forward_pass(forward_with(net, member), loss, x, targets, weights)[2]
-            return weighted_mean(widen(values), weights)
+            forward = forward_with(net, member)
+            _, _, values = forward_pass(forward, loss, x, targets, weights)
+            wide = widen(values)
+            return weighted_mean(wide, weights)
 
         seeds, member, update = generation(params, state)
         size = chunk or len(jax.tree.leaves(seeds)[0])
@@ -340,18 +356,21 @@ def _split(key, count):
     row is drawn more than once, beside other rows.
     """
     state, key = jax.random.split(key)
-    threefry = jax.random.key(jax.random.bits(key), impl="threefry2x32")
+    seed = jax.random.bits(key)
+    threefry = jax.random.key(seed, impl="threefry2x32")
     return state, jax.random.split(threefry, count)
 
 
 def _utilities(losses):
     """U of every member; they add up to 0."""
     n = len(losses)
-    u = jnp.maximum(0, math.log(n / 2 + 1) - jnp.log(_ranks(losses)))
+    logs = jnp.log(_ranks(losses))
+    u = jnp.maximum(0, math.log(n / 2 + 1) - logs)
     return u / u.sum() - 1 / n
 
 
 def _ranks(losses):
     """1 for the best ... n; equals share the mean of theirs, and a loss not finite is the worst."""
     finite = jnp.where(jnp.isfinite(losses), losses, jnp.inf)
-    return rankdata(finite).reshape(losses.shape).astype(losses.dtype)
+    ranks = rankdata(finite).reshape(losses.shape)
+    return ranks.astype(losses.dtype)

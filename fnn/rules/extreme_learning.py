@@ -26,7 +26,7 @@ from optax import tree
 
 from fnn import _validate
 from fnn.backprop import check_net_and_loss
-from fnn.nets.blocks import Blocks, begins_with_dense, hidden_blocks
+from fnn.nets.blocks import begins_with_dense, hidden_blocks
 from fnn.reservoir import NormalEquations
 from fnn.rules._blockwise import block_rule, targets_like
 from fnn.types import Layer, Loss, Rule, by_recipe
@@ -72,7 +72,9 @@ def extreme_learning(net: Layer, loss: Loss, *, penalty: float = 1e-2) -> Rule:
 
     def init(key, params):
         (last,) = chain.split(params)[-1]
-        return NormalEquations.start(*last.w.shape, dtype=_validate.canonical_dtype(last.w))
+        inputs, outputs = last.w.shape
+        dtype = _validate.canonical_dtype(last.w)
+        return NormalEquations.start(inputs, outputs, dtype)
 
     def gradients(batch, state):
         h, outputs = batch.hs[-2:]
@@ -81,12 +83,16 @@ def extreme_learning(net: Layer, loss: Loss, *, penalty: float = 1e-2) -> Rule:
             t = 2 * t - 1
         weights = batch.weights
         if weights is not None:  # positions are examples
-            weights = jnp.repeat(jnp.asarray(weights), math.prod(h.shape[1:-1]))
-        rows, targets = (a.reshape(-1, a.shape[-1]) for a in (h, t))
-        state = state.add(rows, targets, weights)
+            positions = math.prod(h.shape[1:-1])
+            weights = jnp.repeat(jnp.asarray(weights), positions)
+        features = h.reshape(-1, h.shape[-1])
+        targets = t.reshape(-1, t.shape[-1])
+        state = state.add(features, targets, weights)
         (last,) = batch.params[-1]
-        solution = state.solve(float(penalty), intercept=last.b is not None)
-        step = tree.sub(last, tree.cast_like(solution, last))
+        intercept = last.b is not None
+        solution = state.solve(float(penalty), intercept=intercept)
+        solution = tree.cast_like(solution, last)
+        step = tree.sub(last, solution)
         still = tree.zeros_like(batch.params)
         step = tree.where(state.weight > 0, step, still[-1][0])  # else there are no examples yet
         return [*still[:-1], (step,)], state
@@ -94,7 +100,7 @@ def extreme_learning(net: Layer, loss: Loss, *, penalty: float = 1e-2) -> Rule:
     return block_rule("extreme_learning", net, loss, chain, init, gradients)
 
 
-def _check_last(chain: Blocks) -> None:
+def _check_last(chain):
     """Raises unless the last block is one dense layer."""
     last = chain.layers[-1]
     if len(last.layers) > 1 or not begins_with_dense(last):

@@ -88,7 +88,8 @@ def feedback_alignment(net: Layer, loss: Loss, *, feedback: str | Feedback = "fi
     if not isinstance(feedback, Feedback):
         _validate.one_of("feedback", feedback, FEEDBACKS)
         feedback = FEEDBACKS[feedback]
-    step, chain = feedback.step, blocks(net)
+    step = feedback.step
+    chain = blocks(net)
 
     def value_and_grad(params, state, x, targets, weights=None):
         b, state = step(net, state, params, x)
@@ -97,17 +98,22 @@ def feedback_alignment(net: Layer, loss: Loss, *, feedback: str | Feedback = "fi
             return net.backward(b, residuals, dy)
 
         carried = backpropagate(replace(net, backward=backward), loss)
-        return *carried(params, x, targets, weights), state
+        value, grads = carried(params, x, targets, weights)
+        return value, grads, state
 
     def matrices(params, state, x):
-        return step(net, state, params, x)[0]
+        b, _ = step(net, state, params, x)
+        return b
 
     def signals(params, state, x, targets):
         batch = block_pass(chain, loss, params, x, targets)
-        batch = batch._replace(params=chain.split(matrices(params, state, x)))
-        dys = [batch.error]
-        for i in reversed(range(1, len(chain.layers))):
-            dys.insert(0, batch.backward(i, dys[0])[1])
+        b = chain.split(matrices(params, state, x))
+        batch = batch._replace(params=b)
+        dy = batch.error
+        dys = [dy]
+        for i in reversed(range(1, len(b))):
+            _, dy = batch.backward(i, dy)
+            dys.insert(0, dy)
         return dys
 
     name = f"feedback_alignment({feedback.name})".replace("(fixed)", "")
@@ -126,7 +132,11 @@ def random_feedback(draw: Draw | None = None) -> Feedback:
     >>> random_feedback().name
     'fixed'
     """
-    return Feedback("fixed", partial(_draw, draw), lambda net, state, params, x: (state, state))
+
+    def step(net, state, params, x):
+        return state, state
+
+    return Feedback("fixed", partial(_draw, draw), step)
 
 
 @by_recipe
@@ -159,9 +169,11 @@ def sign_symmetric(magnitude: Magnitude = "uniform", draw: Draw | None = None) -
         if magnitude == "redrawn":
             state, key = jax.random.split(state)
             sizes = _draw(draw, net, key, params)
-        return jax.tree.map(lambda w, b: jnp.sign(w) * jnp.abs(b), params, sizes), state
+        b = jax.tree.map(lambda w, size: jnp.sign(w) * jnp.abs(size), params, sizes)
+        return b, state
 
-    return Feedback(f"sign_symmetric {magnitude}".removesuffix(" uniform"), init, step)
+    name = f"sign_symmetric {magnitude}".removesuffix(" uniform")
+    return Feedback(name, init, step)
 
 
 @by_recipe
@@ -221,7 +233,9 @@ def weight_mirror(decay: float = 1e-2, noise: float = 1.0, draw: Draw | None = N
     """
     _validate.positive("decay", decay)
     _validate.positive("noise", noise)
-    rate, std = float(decay), float(noise)  # NumPy numbers would widen the arrays
+    # NumPy numbers would widen the arrays
+    rate = float(decay)
+    std = float(noise)
 
     def init(net, key, params):
         first, key = jax.random.split(key)
@@ -238,12 +252,14 @@ def weight_mirror(decay: float = 1e-2, noise: float = 1.0, draw: Draw | None = N
             if not begins_with_dense(block):
                 continue
             b, *rest = mirrors[i]
-            rows, units = x.shape[0], len(b.w)
-            noise_of_block = jax.random.fold_in(noise_key, i)
-            a = std * jax.random.normal(noise_of_block, (rows, units), b.w.dtype)
+            w = b.w
+            rows = x.shape[0]
+            key_of_block = jax.random.fold_in(noise_key, i)
+            a = std * jax.random.normal(key_of_block, (rows, len(w)), w.dtype)
             z = block.layers[0].apply(parts[i][0], a)
             estimate = a.T @ z / (std**2 * rows)
-            mirrors[i] = b._replace(w=b.w + rate * (estimate - b.w)), *rest
+            w += rate * (estimate - w)
+            mirrors[i] = b._replace(w=w), *rest
         matrices = chain.join(mirrors)
         return matrices, (matrices, key)
 
@@ -252,7 +268,8 @@ def weight_mirror(decay: float = 1e-2, noise: float = 1.0, draw: Draw | None = N
 
 def _draw(draw, net, key, params):
     """Feedback matrices in the dtypes of the params, as the net draws where `draw` is None."""
-    return tree.cast_like((draw or net.init)(key), params)
+    draw = draw or net.init
+    return tree.cast_like(draw(key), params)
 
 
 _KINDS = (

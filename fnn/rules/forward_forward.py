@@ -96,54 +96,70 @@ def forward_forward(
     _validate.positive("amplitude", amplitude)
     _validate.one_of("predict", predict, get_args(Prediction))
     theta = float(threshold)  # a NumPy number would widen the arrays
-    classes = width(param_shapes(chain.layers[-1]))
+    softmax = chain.layers[-1]
+    classes = width(param_shapes(softmax))
     codes = float(amplitude) * np.eye(classes)  # what each label is written as
-    by_softmax = backpropagate(chain.layers[-1], loss)
+    neutral = codes.mean(0)
+    by_softmax = backpropagate(softmax, loss)
 
     def features(params, x):
         """The inputs of the last block, for a neutral label."""
-        hs, _ = _hidden(chain, params, write_label(x, codes.mean(0)))
+        inputs = write_label(x, neutral)
+        hs, _ = _hidden(chain, params, inputs)
         return normalise(hs[-1])
 
     def value_and_grad(params, state, x, targets, weights=None):
         state, key = jax.random.split(state)
-        x, parts = clear_rows(x, weights), chain.split(params)
-        value, last = by_softmax(parts[-1], features(params, x), targets, weights)
+        x = clear_rows(x, weights)
+        *parts, last = chain.split(params)
+        h = features(params, x)
+        value, last_grads = by_softmax(last, h, targets, weights)
         inputs = _right_and_wrong(loss, codes, x, targets, key)
         hs, residuals = _hidden(chain, params, inputs)
-        dys = [_goodness_gradient(h, theta, weights) for h in hs]
-        grads = [
-            chain.layers[i].backward(parts[i], residuals[i], dy)[0] for i, dy in enumerate(dys)
-        ]
-        return value, chain.join([*grads, last]), state
+        grads = []
+        for i, p in enumerate(parts):
+            layer = chain.layers[i]
+            dy = _goodness_gradient(hs[i], theta, weights)
+            block_grads, _ = layer.backward(p, residuals[i], dy)
+            grads.append(block_grads)
+        grads = chain.join([*grads, last_grads])
+        return value, grads, state
 
     def outputs(params, x):
-        if predict == "softmax":
-            return chain.layers[-1].apply(chain.split(params)[-1], features(params, x))
-        return _scores(chain, params, x, codes)
+        if predict == "goodness":
+            return _scores(chain, params, x, codes)
+        *_, last = chain.split(params)
+        return softmax.apply(last, features(params, x))
 
     def goodness(params, state, x, targets):
-        inputs = _right_and_wrong(loss, codes, x, targets, jax.random.split(state)[1])
+        _, key = jax.random.split(state)
+        inputs = _right_and_wrong(loss, codes, x, targets, key)
         hs, _ = _hidden(chain, params, inputs)
         both = jnp.stack([_goodness(h) for h in hs])
         right, wrong = jnp.split(both, 2, axis=1)
-        return right, wrong, jnp.array([theta * h.shape[-1] for h in hs], both.dtype)
+        thresholds = [theta * h.shape[-1] for h in hs]
+        return right, wrong, jnp.array(thresholds, both.dtype)
 
     return ForwardForward("forward_forward", keep_key, value_and_grad, outputs, loss, goodness)
 
 
 def _right_and_wrong(loss, codes, x, targets, key):
     """Inputs with right labels and, below them, with wrong ones."""
-    labels = targets if loss.targets == "labels" else targets.argmax(-1)
-    labels = jnp.asarray(labels, jnp.int32)
-    both = jnp.concatenate([labels, wrong_labels(key, labels, len(codes))])
-    return write_label(jnp.concatenate([x, x]), jnp.asarray(codes)[both])
+    if loss.targets == "one_hot":
+        targets = targets.argmax(-1)
+    right = jnp.asarray(targets, jnp.int32)
+    wrong = wrong_labels(key, right, len(codes))
+    labels = jnp.concatenate([right, wrong])
+    both = jnp.concatenate([x, x])
+    written = jnp.asarray(codes)[labels]
+    return write_label(both, written)
 
 
 def _hidden(chain, params, x):
     """The activities and residuals of every hidden block."""
     hs, kept = [], []
-    for layer, p in zip(chain.layers[:-1], chain.split(params), strict=False):
+    *parts, _ = chain.split(params)
+    for layer, p in zip(chain.layers, parts, strict=False):
         h, residuals = layer.forward(p, x)
         hs.append(h)
         kept.append(residuals)
@@ -155,24 +171,31 @@ def _scores(chain, params, x, codes):
     """The goodness of every label, `[batch, classes]`."""
 
     def score(code):
-        hs, _ = _hidden(chain, params, write_label(x, code))
-        return sum(_goodness(h) for h in hs[1:] or hs)
+        inputs = write_label(x, code)
+        hs, _ = _hidden(chain, params, inputs)
+        counted = hs[1:] or hs
+        return sum(map(_goodness, counted))
 
-    return jax.vmap(score, out_axes=1)(jnp.asarray(codes))
+    score_labels = jax.vmap(score, out_axes=1)
+    return score_labels(jnp.asarray(codes))
 
 
 def _goodness_gradient(h, theta, weights):
     """dE_l/dh of positive examples and, below them, negative ones, as shares in their means."""
-    over = (_goodness(h) - theta * h.shape[-1]).reshape(2, -1)
+    limit = theta * h.shape[-1]
+    over = _goodness(h) - limit
+    over = over.reshape(2, -1)
     sign = jnp.array([[-1], [1]], over.dtype)
-    share = share_rows(jnp.ones_like(over[0]), weights)[None]
-    slope = 2 * sign * lax.logistic(sign * over) * share  # -2 s(theta - G+) and 2 s(G- - theta)
+    share = share_rows(jnp.ones_like(over[0]), weights)
+    chance = lax.logistic(sign * over)
+    slope = 2 * sign * chance * share[None]  # -2 s(theta - G+) and 2 s(G- - theta)
     return scale_rows(h, slope.ravel()).astype(h.dtype)
 
 
 def _goodness(h):
     """`[batch]`, the sum of squared activities."""
-    return jnp.square(widen(h)).sum(-1)
+    squares = jnp.square(widen(h))
+    return squares.sum(-1)
 
 
 def write_label(
@@ -193,7 +216,9 @@ def write_label(
             f"least {classes} features, over which the label is written. Put zeros before the "
             "features: `jnp.pad(x, ((0, 0), (classes, 0)))`."
         )
-    return jnp.asarray(x).at[:, :classes].set(label.astype(x.dtype))
+    rows = jnp.asarray(x)
+    label = label.astype(x.dtype)
+    return rows.at[:, :classes].set(label)
 
 
 def wrong_labels(key: Key, labels: Int[Array, " batch"], classes: int) -> Int[Array, " batch"]:
@@ -214,7 +239,8 @@ def normalise(h: Float[Array, "batch units"]) -> Float[Array, "batch units"]:
     >>> normalise(jnp.array([[3.0, -3.0]])).round(4)
     Array([[ 1., -1.]], dtype=float32)
     """
-    scale = lax.rsqrt(_goodness(h) / h.shape[-1] + EPSILON)
+    mean_square = _goodness(h) / h.shape[-1]
+    scale = lax.rsqrt(mean_square + EPSILON)
     return scale_rows(h, scale).astype(h.dtype)
 
 

@@ -79,11 +79,15 @@ def hebbian(net: Layer, loss: Loss, *, competition: Competition = "subspace") ->
     def gradients(batch, state):
         grads = list(tree.zeros_like(batch.params[:-1]))
         for i, (still, *rest) in enumerate(grads):
-            x, y = batch.hs[i : i + 2]
+            dense = batch.params[i][0]
+            x = batch.hs[i]
+            y = batch.hs[i + 1]
             share = share_rows(y, batch.weights)
-            dw = _oja(competition, batch.params[i][0].w, x, y, share)
-            grads[i] = still._replace(w=-dw), *rest
-        return [*grads, batch.gradient(-1, batch.error)], state
+            dw = _oja(competition, dense.w, x, y, share)
+            learnt = still._replace(w=-dw)
+            grads[i] = learnt, *rest
+        last = batch.gradient(-1, batch.error)
+        return [*grads, last], state
 
     return block_rule("hebbian", net, loss, chain, lambda key, params: (), gradients)
 
@@ -93,10 +97,18 @@ def _oja(competition, w, x, y, share):
 
     `share` is y times what its example counts for in the mean.
     """
-    x, y, share = (a.reshape(-1, a.shape[-1]) for a in (x, y, share))  # positions are examples
+    # positions are examples
+    x = x.reshape(-1, x.shape[-1])
+    y = y.reshape(-1, y.shape[-1])
+    share = share.reshape(y.shape)
     if competition == "subspace":
-        missing = x - y @ w.T
+        rebuilt = y @ w.T
+        missing = x - rebuilt
         return missing.T @ share  # the same without a matrix [out, out]
+    growth = x.T @ share
     if competition == "sanger":
-        return x.T @ share - w @ jnp.triu(y.T @ share)
-    return x.T @ share - w * (y * share).sum(0, keepdims=True)
+        products = y.T @ share
+        return growth - w @ jnp.triu(products)
+    squares = y * share
+    decay = squares.sum(0, keepdims=True)
+    return growth - w * decay

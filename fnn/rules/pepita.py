@@ -63,25 +63,35 @@ def pepita(net: Layer, loss: Loss, *, projection_scale: float = 0.05) -> Rule:
     """
     check_net_and_loss(net, loss)
     _validate.positive("projection_scale", projection_scale)
+    scale = float(projection_scale)  # a NumPy number would widen the arrays
+    draw = he_uniform(in_axis=1, out_axis=0)
     chain = dense_blocks("pepita", net)
 
     def init(key, params):
         first, *_, last = chain.split(params)
         w = first[0].w
-        draw = he_uniform(in_axis=1, out_axis=0)
-        return float(projection_scale) * draw(key, (width(last), len(w)), w.dtype)
+        shape = width(last), len(w)
+        projection = draw(key, shape, w.dtype)
+        return scale * projection
 
     def gradients(batch, state):
-        inputs = batch.hs[0] + batch.error @ state
+        shift = batch.error @ state
+        inputs = batch.hs[0] + shift
         hs, residuals = chain.forward(batch.params, inputs)
         grads = list(tree.zeros_like(batch.params[:-1]))
         for i, (_, *rest) in enumerate(grads):
-            dense, params = chain.layers[i].layers[0], batch.params[i][0]
-            dz = share_rows(batch.hs[i + 1] - hs[i + 1], batch.weights)
-            grads[i] = dense.backward(params, residuals[i][0], dz)[0], *rest
+            block = chain.layers[i]
+            dense = block.layers[0]
+            params = batch.params[i][0]
+            change = batch.hs[i + 1] - hs[i + 1]
+            dz = share_rows(change, batch.weights)
+            dense_grads, _ = dense.backward(params, residuals[i][0], dz)
+            grads[i] = dense_grads, *rest
         # only the first layer of the last block gets the inputs of the second pass
-        mixed = residuals[-1][0], *batch.residuals[-1][1:]
-        last = batch._replace(residuals=[mixed]).gradient(-1, batch.error)
+        first = residuals[-1][0]
+        rest = batch.residuals[-1][1:]
+        second = batch._replace(residuals=[(first, *rest)])
+        last = second.gradient(-1, batch.error)
         return [*grads, last], state
 
     return block_rule("pepita", net, loss, chain, init, gradients)

@@ -31,6 +31,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 from optax import tree
 
 from fnn import _validate
@@ -152,7 +153,7 @@ def weight_perturbation(
     return Rule("weight_perturbation", keep_key, value_and_grad, net.apply, loss)
 
 
-def difference(std: float, antithetic: bool = False) -> Callable[..., Array]:
+def difference(std: float, antithetic: bool = False) -> Callable[..., Float[Array, " batch"]]:
     """How a function changes by a finite step along a direction.
 
     Returns:

@@ -100,30 +100,43 @@ def target_propagation(
     _validate.positive("target_rate", target_rate)
     _validate.not_negative("inverse_rate", inverse_rate)
     _validate.not_negative("noise_std", noise_std)
-    step, std, rate = float(inverse_rate), float(noise_std), float(target_rate)
+    # NumPy numbers would widen the arrays
+    step = float(inverse_rate)
+    std = float(noise_std)
+    rate = float(target_rate)
     widths = [width(param_shapes(layer)) for layer in chain.layers[:-1]]
-    denses = [dense(n, m, kernel_init=orthogonal()) for m, n in itertools.pairwise(widths)]
-    inverses = [serial(layer, activation) for layer in denses]  # g_2, ...
+    inverses = []  # g_2, ...
+    for below, above in itertools.pairwise(widths):
+        inverse = dense(above, below, kernel_init=orthogonal())
+        inverses.append(serial(inverse, activation))
 
     def init(key, params):
         key, *keys = jax.random.split(key, len(widths))
         dtype = jax.tree.leaves(params)[0].dtype
-        start = [tree.cast(g.init(k), dtype) for g, k in zip(inverses, keys, strict=True)]
+        start = []
+        for g, k in zip(inverses, keys, strict=True):
+            drawn = g.init(k)
+            start.append(tree.cast(drawn, dtype))
         return Inverses(key, tuple(start))
 
     def errors(batch, state):
         key, *keys = jax.random.split(state.key, len(widths))
-        shifts = [-rate * batch.backward(-1, batch.error)[1]]  # t - h, of the last block first
+        _, dh = batch.backward(-1, batch.error)
+        shift = -rate * dh  # t - h, of the last hidden block first
+        dys = [shift / -rate, batch.error]
         learnt = []
         for i in reversed(range(len(inverses))):
-            g, p, h = inverses[i], state.params[i], batch.hs[i + 2]
-            shifts.insert(0, g.apply(p, h + shifts[0]) - g.apply(p, h))
+            g = inverses[i]
+            p = state.params[i]
+            h = batch.hs[i + 2]
+            shift = g.apply(p, h + shift) - g.apply(p, h)
+            dys.insert(0, shift / -rate)
             h = batch.hs[i + 1]
             h += std * normal_like(keys[i], h)
             y = chain.layers[i + 1].apply(batch.params[i + 1], h)
-            learnt.insert(0, _learn(g, p, y, h, batch.weights, step))
-        dys = [shift / -rate for shift in shifts]
-        return [*dys, batch.error], Inverses(key, tuple(learnt))
+            after = _learn(g, p, y, h, batch.weights, step)
+            learnt.insert(0, after)
+        return dys, Inverses(key, tuple(learnt))
 
     return local_rule("target_propagation", net, loss, chain, init, errors)
 
@@ -132,6 +145,7 @@ def _learn(g, params, x, t, weights, rate):
     """The params of an inverse after a step of normalised least mean squares to g(x) = t."""
     _, grads = value_and_grad(g, squared_error)(params, x, t, weights)
     inputs = jnp.square(widen(x)).sum(-1) + 1  # 1 is the input of the bias
-    size = weighted_mean(inputs.reshape(x.shape[0], -1).sum(1), weights)
+    sizes = inputs.reshape(x.shape[0], -1).sum(1)
+    size = weighted_mean(sizes, weights)
     step = rate / jnp.maximum(size, 1)  # all weights 0 make a size of 0, and gradients of 0
     return tree.add_scale(params, -step.astype(x.dtype), grads)
