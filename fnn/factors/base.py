@@ -230,7 +230,8 @@ def scale_rows(a: Float[Array, "batch *rest"], weights: Array) -> Float[Array, "
     The result has the dtype of `a`, but float16 becomes float32: a small weight leaves its range.
     """
     wide = widen(a)
-    w = per_row(weights.astype(wide.dtype), wide)
+    weights = weights.astype(wide.dtype)
+    w = per_row(weights, wide)
     scaled = jnp.where(w != 0, wide * w, 0)
     if a.dtype == jnp.float16:
         return scaled
@@ -252,7 +253,7 @@ def square_rows(a: Float[Array, "batch *rest"]) -> Float[Array, " batch"]:
 @jax.jit
 def centred_moments(
     g: Float[Array, "batch *rest"], shares: Float[Array, " batch"]
-) -> tuple[Float[Array, "*rest"], Float[Array, "*rest"]]:
+) -> tuple[Array, Array]:
     """Mean and variance of the rows; share 0 counts nothing, even for NaN."""
     mean = scale_rows(g, shares).sum(0)
     gap = g - jnp.broadcast_to(mean, g.shape)
@@ -348,7 +349,8 @@ def exact_totals(factors: list[Factor], weights: Array | list[Array]) -> list[Ar
 
     @jax.jit
     def add(total, one, weight):
-        return total + jnp.where(weight != 0, weight * one.total(), 0)
+        gradient = weight * one.total()
+        return total + jnp.where(weight != 0, gradient, 0)
 
     if not isinstance(weights, list):
         weights = [weights] * len(factors)

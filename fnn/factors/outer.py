@@ -47,7 +47,8 @@ class Outer(Factor):
 
     def scaled(self, weights) -> Outer:
         dz = scale_rows(self.dz, weights)
-        return Outer(self.a.astype(dz.dtype), dz)
+        a = self.a.astype(dz.dtype)
+        return Outer(a, dz)
 
     def materialise(self) -> Array:  # [batch, in, out]
         a, dz = self.positions()
@@ -164,7 +165,8 @@ def _columns(a, dz):
     """So many columns that their gradients take half of the memory of `a` or `dz`."""
     positions, inputs = a.shape[1:]
     outputs = dz.shape[2]
-    return max(1, positions * max(inputs, outputs) // (2 * outputs))
+    columns = positions * max(inputs, outputs) // (2 * outputs)
+    return max(1, columns)
 
 
 @jax.jit

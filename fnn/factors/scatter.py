@@ -53,7 +53,7 @@ class Scatter(Factor):
         def block(dy):  # [columns, batch]
             some = Scatter(self.index, dy, self.size)
             rows, part = some._rows()
-            return jnp.einsum("btc,bt->cb", rows * rows, part)
+            return jnp.einsum("btc,bt->cb", rows * rows, part, precision="highest")
 
         squares = by_columns(block, self.dy, 16, like=self.index)
         return squares.sum(0)
@@ -66,7 +66,7 @@ class Scatter(Factor):
         meet = i[:, None, :, None] == j[None, :, None, :]
         dy = widen(self.dy).reshape(*i.shape, -1)
         db = widen(other.dy).reshape(*j.shape, -1)
-        products = jnp.einsum("xtf,ysf->xyts", dy, db)
+        products = jnp.einsum("xtf,ysf->xyts", dy, db, precision="highest")
         return jnp.where(meet, products, 0).sum((2, 3))
 
     def fast_squared_norm(self) -> SquaredNorm:
@@ -112,7 +112,8 @@ class Scatter(Factor):
         equal = index[:, :, None] == index[:, None, :]
         equal = equal.astype(dy.dtype)
         rows = jnp.einsum("bts,bsf->btf", equal, dy, precision="highest")
-        return rows, 1 / equal.sum(2)
+        part = 1 / equal.sum(2)
+        return rows, part
 
     def _added(self, rows):
         """Rows `[batch, ..., n]` added at their index, `[size, n]`."""

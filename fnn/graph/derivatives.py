@@ -17,7 +17,7 @@ from fnn.graph.gates import FORMULAS, evaluate
 from fnn.graph.trace import trace
 from fnn.types import Array
 
-Vector = Float[np.ndarray, " n"]
+Vector = Float[np.ndarray, " _"]
 LARGEST = 2000  # operations in a formula: sympy takes seconds for more
 SYMBOLIC = ("input", *FORMULAS, "integer_pow", "pow", "abs", "max", "min")
 WAYS = ("symbolic", "numeric", "forward", "reverse")
@@ -100,10 +100,11 @@ def derivatives(f: Callable[..., Shaped[Array, ""]], *args: PyTree[Any]) -> Deri
             names.append(f"{node.name}{list(index)}".removesuffix("[]"))
     point, unravel = ravel_pytree(args)
     reverse = np.asarray(ravel_pytree(graph.gradients())[0])
-    forward = [graph.jvp(*unravel(unit)) for unit in jnp.eye(point.size, dtype=point.dtype)]
+    units = jnp.eye(point.size, dtype=point.dtype)
+    forward = [float(graph.jvp(*unravel(unit))) for unit in units]
     values = jax.jit(partial(jax.lax.map, lambda x: f(*unravel(x))))
     numeric = [_central(values, np.asarray(point), step) for step in STEPS]
-    errors = np.max(np.abs(numeric - reverse), axis=1)
+    errors = np.abs(numeric - reverse).max(1)
     errors[np.isnan(errors)] = np.inf  # steps that are lost to rounding
     best = numeric[np.argmin(errors)]
     formulas, symbolic = _differentiate_symbols(graph)

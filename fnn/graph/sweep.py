@@ -55,7 +55,7 @@ class Node:
     @property
     def is_variable(self) -> bool:
         """Whether a gradient flows into it: it changes with an argument, and is no whole number."""
-        changes = self.primitive == "input" or len(self.places) > 0
+        changes = bool(self.places) or self.primitive == "input"
         return changes and is_differentiable(self.value)
 
     @property
@@ -206,15 +206,15 @@ def pull(node: Node, gradient: Inexact[Array, " ..."]) -> list[Flow]:
     gate = node.gate
     if not node.places or (gate and not gate.back):
         return []
-    if not gate or not gate.by_hand:
+    if gate and gate.by_hand:
+        values = [source.value for source in node.inputs]
+        found = [
+            _sum_to(values[place], evaluate(gate.back[place], values, gradient))
+            for place in node.places
+        ]
+    else:
         found = _pull_by_jax(node, gradient)
-        return [Flow(node, place, g) for place, g in zip(node.places, found, strict=True)]
-    values = [source.value for source in node.inputs]
-    flows = []
-    for place in node.places:
-        g = evaluate(gate.back[place], values, gradient)
-        flows.append(Flow(node, place, _sum_to(values[place], g)))
-    return flows
+    return [Flow(node, place, g) for place, g in zip(node.places, found, strict=True)]
 
 
 def _pull_by_jax(node, gradient):
@@ -236,7 +236,7 @@ def _sum_to(value, gradient):
 
 def _make_tree(structure, nodes, found):
     """A tree of what was found for some nodes, 0 where nothing was."""
-    leaves = [found[node] if node in found else zero_from_primal(node.value) for node in nodes]
+    leaves = [found.get(node, zero_from_primal(node.value)) for node in nodes]
     return jax.tree.unflatten(structure, leaves)
 
 

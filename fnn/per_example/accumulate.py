@@ -169,7 +169,8 @@ def _merge(a, b):
     share = b.weight / jnp.where(weight != 0, weight, 1)
 
     def mean(m, n):
-        return m + (n - m) * share.astype(m.dtype)
+        step = (n - m) * share.astype(m.dtype)
+        return m + step
 
     def variance(v, w, m, n):
         between = (share * (1 - share)).astype(v.dtype)

@@ -178,10 +178,7 @@ def _weighted(source: Source, scale, per_layer, kind: Kind) -> Callable[..., Gra
             norms = jnp.sqrt(whole_squares(squares))
             counted = count(kind, norms, weights)
             share = shares(counted.weights) if kind == "mean" else counted.weights
-            times = {}
-            for layer, square in squares.items():
-                times[layer] = _times(share, scale, square)
-            scales = [times[layer] for layer in layers]
+            scales = _scales(squares, layers, share, scale)
             return norms, counted, scales, [scales[i] for i in risky]
 
         squares, sizes = squares_by_layer(factors, layers, fast=True)
@@ -202,14 +199,28 @@ def _weighted(source: Source, scale, per_layer, kind: Kind) -> Callable[..., Gra
             norms, counted, scales, totals = lax.cond(jnp.stack(safe).all(), once, exactly)
         else:
             totals = _totals(risky_factors, risky_scales, safe[0], counted.weights)
-        found = iter(totals)
-        gradients = []
-        for f, share, p in zip(factors, scales, jax.tree.leaves(params), strict=True):
-            total = scaled_total(f, share) if f.sums_exactly else next(found)
-            gradients.append(total.astype(p.dtype))
+        gradients = _gradients(factors, scales, totals, jax.tree.leaves(params))
         return Gradient(values, structure.unflatten(gradients), norms, counted)
 
     return reduced
+
+
+def _gradients(factors, scales, totals, params):
+    """All totals in the dtypes of the params; `totals` has those that do not sum exactly."""
+    found = iter(totals)
+    gradients = []
+    for f, weights, p in zip(factors, scales, params, strict=True):
+        total = scaled_total(f, weights) if f.sums_exactly else next(found)
+        gradients.append(total.astype(p.dtype))
+    return gradients
+
+
+def _scales(squares, layers, share, scale):
+    """What the examples are multiplied by, for every factor."""
+    scales = {}
+    for layer, square in squares.items():
+        scales[layer] = _times(share, scale, square)
+    return [scales[layer] for layer in layers]
 
 
 def _totals(factors, scales, finite, weights):
@@ -268,7 +279,8 @@ def count(kind: Kind, norms: Float[Array, " batch"], weights: ArrayLike | None) 
         w = jnp.asarray(weights).astype(norms.dtype)
     finite = jnp.isfinite(norms)
     counted = jnp.where(finite, w, 0)
-    return Reduction(kind, counted, ~finite & (w != 0))
+    non_finite = ~finite & (w != 0)
+    return Reduction(kind, counted, non_finite)
 
 
 def check_max_norm(name: str, value: Any) -> None:

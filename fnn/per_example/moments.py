@@ -151,7 +151,8 @@ def _variances(factors, pairs, share):
 @jax.jit
 def _is_precise(mean, square):
     least = 1e5 * float(jnp.finfo(mean.dtype).eps)
-    return (square - mean * mean >= least * square).all()
+    variance = square - mean * mean
+    return (variance >= least * square).all()
 
 
 def signal_to_noise(source: Source) -> Callable[..., SignalToNoise]:
