@@ -39,6 +39,17 @@ def is_array(name: str, value: Shaped[Abstract, "..."]) -> None:
     mend = _numpy_mend(name, value.dtype)
     if mend:
         raise TypeError(f"`{name}` must hold numbers of JAX's kinds, got {value.dtype}. {mend}")
+    if value.dtype.kind in "iu" and value.size:
+        _fits(name, value)
+
+
+def _fits(name, value):
+    """Raises unless JAX's dtype, of 32 bits unless x64 is on, holds these whole numbers."""
+    dtype = canonical_dtype(value)
+    bounds = np.iinfo(dtype)
+    for number in (value.min(), value.max()):
+        if not bounds.min <= int(number) <= bounds.max:
+            raise ValueError(f"`{name}` holds {number}, which {dtype} inside JAX does not hold.")
 
 
 def _conversion(name, value):

@@ -258,6 +258,8 @@ def _check(layer, params, key, x, *targets) -> CheckReport:
         _, residuals = layer.forward(params, *inputs)
         with _validate.inside("`backward(params, residuals, dy, reduce)`"):
             grads, dx = layer.backward(params, residuals, dy, reduce)
+            if floating and dx is None:
+                raise TypeError("returned None for `dx`, the gradient of `x`.")
         return Gradient(grads, dx if floating else ())
 
     rng = np.random.default_rng(int(jax.random.bits(key)))

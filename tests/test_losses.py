@@ -461,3 +461,13 @@ def test_a_loss_from_a_function_trains_and_has_one_program():
 def test_a_setting_of_numpy_promotes_nothing():
     y = jnp.ones((2, 1), jnp.bfloat16)
     assert losses.huber_loss(delta=np.float64(2)).value(y, y).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("label", [2**32 + 1, -(2**40), 2**63 - 1])
+def test_a_label_that_32_bits_do_not_hold_is_an_error(label):
+    loss = losses.softmax_cross_entropy_with_integer_labels
+    with pytest.raises(ValueError, match=f"`targets` holds {label}, which int32"):
+        loss.value(jnp.ones((2, 3)), np.array([0, label]))
+    net = fnn.embedding(3, 2)
+    with pytest.raises(ValueError, match=f"`x` holds {label}, which int32"):
+        net.apply(net.init(jax.random.key(0)), np.array([0, label]))

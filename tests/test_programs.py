@@ -153,6 +153,23 @@ def test_reverse_mode_is_forward_mode(name, net):
     assert abs(forwards) > 1e-9
 
 
+def test_reverse_mode_where_the_gradient_of_an_example_is_0():
+    net = fnn.mlp((4, 3))
+    params = net.init(jax.random.key(0))
+    x = jax.random.normal(jax.random.key(1), (5, 4))
+    t = net.apply(params, x).at[1:].add(1.0)  # the first example is fitted exactly
+    source = fnn.source(net, SQUARES)
+    for name in ("norms", "clipped", "per_layer", "moments", "noise_scale"):
+        f = STATISTICS[name](source)
+
+        def scalar(params, f=f):
+            leaves = jax.tree.leaves(f(params, x, t))
+            return sum((a**2).sum() for a in leaves if jnp.issubdtype(a.dtype, jnp.floating))
+
+        slopes = jax.jit(jax.grad(scalar))(params)
+        assert all(jnp.isfinite(slope).all() for slope in jax.tree.leaves(slopes)), name
+
+
 @each
 def test_debug_nans_finds_none(name, net):
     net, params, x, targets = batch_of(net)

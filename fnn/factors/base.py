@@ -333,6 +333,14 @@ def whole_squares(squares: dict) -> Float[Array, " batch"]:
     return sum_leaves(list(map(over_layers, squares.values())))
 
 
+@jax.jit
+def root(squares: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The square root. Its derivative at 0 is 0, that of a squared norm."""
+    positive = squares > 0
+    safe = jnp.where(positive, squares, 1)
+    return jnp.where(positive, jnp.sqrt(safe), squares)
+
+
 def sum_leaves(tree: Any) -> Float[Array, "..."]:
     """The sum of the leaves of a tree of arrays of one shape."""
     return jax.tree.reduce(operator.add, tree)
@@ -344,7 +352,17 @@ def scaled_total(factor: Factor, weights: Array) -> Array:
     return widen(scaled.total())
 
 
-def exact_totals(factors: list[Factor], weights: Array | list[Array]) -> list[Array]:
+def all_totals(factors: list[Factor], weights: list, totals: list, params: list) -> list:
+    """All totals in the dtypes of the params; `totals` has those that do not sum exactly."""
+    found = iter(totals)
+    gradients = []
+    for f, own, p in zip(factors, weights, params, strict=True):
+        gradient = scaled_total(f, own) if f.sums_exactly else next(found)
+        gradients.append(gradient.astype(p.dtype))
+    return gradients
+
+
+def exact_totals(factors: list[Factor], weights: Array | list) -> list:
     """`Factor.exact_total` of every factor, by weights for all or by its own."""
 
     @jax.jit
@@ -367,7 +385,7 @@ def exact_totals(factors: list[Factor], weights: Array | list[Array]) -> list[Ar
     return [totals[i] for i in range(len(factors))]
 
 
-def variances(factors: list[Factor], shares: Float[Array, " batch"]) -> list[Array]:
+def variances(factors: list[Factor], shares: Float[Array, " batch"]) -> list:
     """The centred variance for every factor; share 0 counts nothing.
 
     It is E[d^2] - E[d]^2 of the differences d to one example that counts: they are small where the
@@ -401,7 +419,7 @@ def fold_examples(
     add: Callable,
     starts: list,
     factors: list[Factor],
-    rows: Array | list[Array],
+    rows: Array | list,
     *likes: list,
 ) -> list:
     """Goes through the examples one at a time; compiled, it needs no memory but the sums.

@@ -179,7 +179,8 @@ def _raw_moments(a, dz, shares):
     def block(part):
         part = mask_rows(part, present)
         mean = product(part, weighted)
-        return mean, product(part * part, dz * weighted)
+        square = product(part * part, dz * weighted)
+        return mean, square
 
     return by_columns(block, a, max(128, dz.shape[1]))
 

@@ -109,7 +109,8 @@ def _check_same(name, whole, part, rows):
     part = np.asarray(part).astype(np.float64)
     finite = whole[np.isfinite(whole)]
     size = np.abs(finite).max(initial=0)
-    same = np.isclose(whole, part, rtol=0, atol=tolerance * size, equal_nan=True)
+    gap = tolerance * size
+    same = np.isclose(whole, part, rtol=0, atol=gap, equal_nan=True)
     if same.all():
         return
     i = same.argmin()

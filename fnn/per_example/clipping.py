@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float
 
 from fnn import _validate
 from fnn.factors import exact_totals, is_factor, keep, shares, widen
-from fnn.factors.base import scaled_total, squares_by_layer, whole_squares
+from fnn.factors.base import all_totals, root, scaled_total, squares_by_layer, whole_squares
 from fnn.per_example.norms import CANCEL, ask, check_is_source
 from fnn.types import Array, ArrayLike, Params, Source, storable
 
@@ -175,7 +175,7 @@ def _weighted(source: Source, scale, per_layer, kind: Kind) -> Callable[..., Gra
         risky_factors = [factors[i] for i in risky]
 
         def weigh(squares):
-            norms = jnp.sqrt(whole_squares(squares))
+            norms = root(whole_squares(squares))
             counted = count(kind, norms, weights)
             share = shares(counted.weights) if kind == "mean" else counted.weights
             scales = _scales(squares, layers, share, scale)
@@ -185,7 +185,8 @@ def _weighted(source: Source, scale, per_layer, kind: Kind) -> Callable[..., Gra
         norms, counted, scales, risky_scales = weigh(squares)
 
         def once():
-            return norms, counted, scales, list(map(scaled_total, risky_factors, risky_scales))
+            totals = list(map(scaled_total, risky_factors, risky_scales))
+            return norms, counted, scales, totals
 
         def exactly():
             exact, _ = squares_by_layer(factors, layers, fast=False)
@@ -199,20 +200,10 @@ def _weighted(source: Source, scale, per_layer, kind: Kind) -> Callable[..., Gra
             norms, counted, scales, totals = lax.cond(jnp.stack(safe).all(), once, exactly)
         else:
             totals = _totals(risky_factors, risky_scales, safe[0], counted.weights)
-        gradients = _gradients(factors, scales, totals, jax.tree.leaves(params))
+        gradients = all_totals(factors, scales, totals, jax.tree.leaves(params))
         return Gradient(values, structure.unflatten(gradients), norms, counted)
 
     return reduced
-
-
-def _gradients(factors, scales, totals, params):
-    """All totals in the dtypes of the params; `totals` has those that do not sum exactly."""
-    found = iter(totals)
-    gradients = []
-    for f, weights, p in zip(factors, scales, params, strict=True):
-        total = scaled_total(f, weights) if f.sums_exactly else next(found)
-        gradients.append(total.astype(p.dtype))
-    return gradients
 
 
 def _scales(squares, layers, share, scale):
@@ -255,7 +246,7 @@ def _times(share, scale, squares):
     if scale is None:
         return share
     squares = jnp.where(share != 0, squares, 1)
-    return share * scale(jnp.sqrt(squares))
+    return share * scale(root(squares))
 
 
 def layer_count(tree: Any) -> int:

@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Float
 
 from fnn.factors import is_factor, keep, shares
-from fnn.factors.base import fast_squared_norm, variances
+from fnn.factors.base import fast_squared_norm, root, variances
 from fnn.per_example.clipping import Reduction, count, weighted_gradient
 from fnn.per_example.norms import ask, check_is_source, sum_squares
 from fnn.types import Array, Params, Source, storable
@@ -106,7 +106,8 @@ def moments(source: Source) -> Callable[..., Moments]:
     def mean_and_variance(params, *batch, weights=None):
         tree = ask(source, keep, params, *batch)[1]
         square, _ = sum_squares(fast_squared_norm.tree(tree))
-        counted = count("mean", jnp.sqrt(square), weights)
+        norms = root(square)
+        counted = count("mean", norms, weights)
         share = shares(counted.weights)
         factors, structure = jax.tree.flatten(tree, is_leaf=is_factor)
         factors = [f.wide() for f in factors]
@@ -230,7 +231,8 @@ def noise_scale(source: Source) -> Callable[..., NoiseScale]:
         small = (p * norms**2).sum()
         big = 0
         for g in jax.tree.leaves(found.gradient):
-            big += (g.astype(p.dtype) ** 2).sum()
+            wide = g.astype(p.dtype)
+            big += (wide**2).sum()
         s = (p * p).sum()
         several = (counted.examples > 1).astype(p.dtype)  # else 0 / 0
         divisor = several * (1 - s)

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 
 from fnn import _validate
 from fnn.factors import Reducer, materialise, square_rows, squared_norm
-from fnn.factors.base import SquaredNorm, fast_squared_norm, sum_leaves
+from fnn.factors.base import SquaredNorm, fast_squared_norm, root, sum_leaves
 from fnn.types import Array, ArrayLike, Params, Source, storable
 
 CANCEL = 8.0  # terms of a sum of squares that cancel more than so often are added otherwise
@@ -77,7 +77,7 @@ def norms(source: Source) -> Callable[..., Float[Array, " batch"]]:
         if size is not None:
             safe = (size <= CANCEL * square).all()
             square = lax.cond(safe, lambda: square, exact)
-        return jnp.sqrt(square)
+        return root(square)
 
     return per_example_norms
 
@@ -160,7 +160,7 @@ def norms_of(tree: Params) -> Float[Array, " batch"]:
     Array([5., 0.], dtype=float32)
     """
     squares = jax.tree.map(square_rows, tree)
-    return jnp.sqrt(sum_leaves(squares))
+    return root(sum_leaves(squares))
 
 
 def check_is_source(source: Source | Any) -> None:
