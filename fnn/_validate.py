@@ -39,12 +39,12 @@ def is_array(name: str, value: Shaped[Abstract, "..."]) -> None:
     mend = _numpy_mend(name, value.dtype)
     if mend:
         raise TypeError(f"`{name}` must hold numbers of JAX's kinds, got {value.dtype}. {mend}")
-    if value.dtype.kind in "iu" and value.size:
-        _fits(name, value)
 
 
-def _fits(name, value):
-    """Raises unless JAX's dtype, of 32 bits unless x64 is on, holds these whole numbers."""
+def fits(name: str, value: Shaped[ArrayLike, "..."]) -> None:
+    """Raises a ValueError unless JAX holds all whole numbers: in 32 bits, unless x64 is on."""
+    if not isinstance(value, np.ndarray) or value.dtype.kind not in "iu" or not value.size:
+        return
     dtype = canonical_dtype(value)
     bounds = np.iinfo(dtype)
     for number in (value.min(), value.max()):

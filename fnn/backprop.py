@@ -217,6 +217,8 @@ def _enter(x, targets, weights):
     """`x` as an array without what rows of weight 0 hold."""
     _validate.is_array("x", x)
     _validate.is_array("targets", targets)
+    _validate.fits("x", x)
+    _validate.fits("targets", targets)
     shapes = f"`x` {tuple(x.shape)} and `targets` {tuple(targets.shape)}"
     mend = "One example? Pass `x[None]`, `targets[None]`."
     if x.ndim < 1 or targets.ndim < 1:

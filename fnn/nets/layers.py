@@ -192,6 +192,7 @@ def embedding(
         if not jnp.issubdtype(x.dtype, jnp.integer):
             mend = "Convert it: `x.astype(jnp.int32)`."
             raise TypeError(f"{name}: `x` must hold whole numbers, got {x.dtype}. {mend}")
+        _validate.fits("x", x)
         _check_params(name, shapes, params)
         index = _valid_index(jnp.asarray(x), size)
         rows = jnp.take(params.w, index, axis=0, mode="clip")
