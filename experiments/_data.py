@@ -143,7 +143,8 @@ def mnist1d(seed: int, data_dir: Path | None) -> Dataset:
     published seed and split."""
     from mnist1d.data import get_dataset_args, make_dataset  # here, since it brings pyplot along
 
-    states = random.getstate(), np.random.get_state()  # noqa: NPY002 (the package seeds both global generators)
+    # the package seeds both global generators
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002
     try:
         made = make_dataset(get_dataset_args())
     finally:

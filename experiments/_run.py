@@ -7,7 +7,7 @@ An experiment is one module with
     Config           a frozen dataclass, a docstring under every field (the command line's help);
     has `out: Path | None = None`
     TINY             a `Config` that runs in a second or two, for the tests
-    check(config)    raises an error that names the first flag that cannot be meant; called before
+    check(config)    raises an error that names the first flag that is invalid; called before
     `folder` and by `run`
     run(config)      pure: returns the numbers, and prints and writes nothing
     main(config)     makes `folder(name, config.out)`, runs, prints a table, saves a picture and
@@ -43,7 +43,7 @@ from rich.text import Text
 import fnn
 from fnn import _validate
 
-# Okabe and Ito (2008), told apart by every kind of colour vision; yellow, too pale for a line on
+# Okabe and Ito (2008), distinct for every kind of colour vision; yellow, too pale for a line on
 # white, is left out.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLE: dict[Any, Any] = {

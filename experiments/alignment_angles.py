@@ -98,7 +98,7 @@ class Curve(NamedTuple):
 
 
 def check(config: Config) -> None:
-    """Raises unless the numbers can be meant."""
+    """Raises unless the numbers are valid."""
     for name in ("epochs", "batch_size", "every", "linear_steps"):
         _validate.positive(name, getattr(config, name), whole=True)
     for name in ("std", "learning_rate", "decay", "linear_rate"):

@@ -76,7 +76,7 @@ class Result(NamedTuple):
 
 
 def check(config: Config) -> None:
-    """Raises a TypeError or ValueError that names the first flag that cannot be meant."""
+    """Raises a TypeError or ValueError that names the first flag that is invalid."""
     check_positive(config, "sizes", "epochs", "batch_size", whole=True)
     activations.get(config.activation)
     check_positive(config, "learning_rate")

@@ -109,7 +109,7 @@ class Result(NamedTuple):
 
 
 def check(config: Config) -> None:
-    """Raises a TypeError or ValueError that names the first flag that cannot be meant."""
+    """Raises a TypeError or ValueError that names the first flag that is invalid."""
     if len(config.sizes) < 2:
         raise ValueError(
             f"`sizes` must be those of inputs and outputs at least, got {config.sizes}."

@@ -183,7 +183,7 @@ class Outcome(NamedTuple):
 
 
 def check(config: Config) -> None:
-    """Raises unless the config can be meant."""
+    """Raises unless the config is valid."""
     for name in ("epochs", "batch_size", "every"):
         _validate.positive(name, getattr(config, name), whole=True)
     for name in config.methods:

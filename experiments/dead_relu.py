@@ -124,7 +124,7 @@ def run(config: Config, advance: Callable[[str], Any] = lambda text: None) -> tu
 
 
 def check(config: Config) -> None:
-    """Raises a TypeError or ValueError that names the first flag that cannot be meant."""
+    """Raises a TypeError or ValueError that names the first flag that is invalid."""
     for name in config.activations:
         activations.get(name)
     if not 1 <= len(config.activations) <= len(COLOURS):

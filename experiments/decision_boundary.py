@@ -94,7 +94,7 @@ def run(
 
 
 def check(config: Config) -> None:
-    """Raises a TypeError or ValueError that names the first flag that cannot be meant."""
+    """Raises a TypeError or ValueError that names the first flag that is invalid."""
     _validate.one_of("dataset", config.dataset, ("spirals", "moons", "flower"))
     check_positive(config, "epochs", "batch_size", "starts", "pixels", "widths", whole=True)
     if not 1 <= len(config.widths) <= 6:

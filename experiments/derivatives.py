@@ -70,7 +70,7 @@ class Result(NamedTuple):
 
 
 def check(config: Config) -> None:
-    """Raises a ValueError that names the first flag that cannot be meant."""
+    """Raises a ValueError that names the first flag that is invalid."""
     if not abs(config.x) <= 1e6:
         raise ValueError(f"`x` must be a number from -1e6 to 1e6, got {config.x}.")
 

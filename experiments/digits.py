@@ -82,7 +82,7 @@ class Result(NamedTuple):
 
 
 def check(config: Config) -> None:
-    """Raises a TypeError or ValueError that names the first flag that cannot be meant.
+    """Raises a TypeError or ValueError that names the first flag that is invalid.
 
     Before any data are read.
     """

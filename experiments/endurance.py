@@ -115,7 +115,7 @@ class Result(NamedTuple):
 
 
 def check(config: Config) -> None:
-    """Raises a TypeError or ValueError that names the first flag that cannot be meant."""
+    """Raises a TypeError or ValueError that names the first flag that is invalid."""
     check_positive(config, "kills", "epochs", "hidden", "examples", "wide", whole=True)
     _validate.one_of("rule", config.rule, RULES)
     _validate.not_negative("repetitions", config.repetitions)

@@ -156,7 +156,7 @@ def run(config: Config, advance: Callable[[str], Any] = lambda text: None) -> li
 
 
 def check(config: Config) -> None:
-    """Raises a TypeError or ValueError that names the first flag that cannot be meant."""
+    """Raises a TypeError or ValueError that names the first flag that is invalid."""
     if not config.hidden:
         raise ValueError("`hidden` is empty: give one layer at least, `--hidden 128`.")
     for name in ("batch_size", "tangents", "draws", "epochs"):

@@ -108,7 +108,7 @@ def run(config: Config, advance: Callable[[str], Any] = lambda text: None) -> Re
 
 
 def check(config: Config) -> None:
-    """Raises a TypeError or ValueError that names the first flag that cannot be meant."""
+    """Raises a TypeError or ValueError that names the first flag that is invalid."""
     check_positive(config, "widths", "samples", "epochs", "batch_size", "starts", whole=True)
     if not config.widths:
         raise ValueError("`widths` is empty: give one at least, `--widths 8`.")

@@ -87,7 +87,7 @@ def run(config: Config) -> dict[str, str]:
 
 
 def check(config: Config) -> None:
-    """Raises a TypeError or ValueError that names the first flag that cannot be meant."""
+    """Raises a TypeError or ValueError that names the first flag that is invalid."""
     _validate.positive("jobs", config.jobs, whole=True)
     for name in config.names:
         _validate.one_of("experiment", name, [known for known in discover() if known != "gallery"])

@@ -110,7 +110,7 @@ def run(config: Config, advance: Callable[[str], Any] = lambda text: None) -> Re
 
 
 def check(config: Config) -> None:
-    """Raises a TypeError or ValueError that names the first flag that cannot be meant."""
+    """Raises a TypeError or ValueError that names the first flag that is invalid."""
     for name in ("curvatures", "fractions", "batch_sizes"):
         if not getattr(config, name):
             raise ValueError(f"`{name}` is empty: give one number at least.")

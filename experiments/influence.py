@@ -88,7 +88,7 @@ class Result(NamedTuple):
 
 
 def check(config: Config) -> None:
-    """Raises a TypeError or ValueError that names the first flag that cannot be meant."""
+    """Raises a TypeError or ValueError that names the first flag that is invalid."""
     _validate.one_of("dataset", config.dataset, ("digits", "mnist", "fashion-mnist"))
     check_positive(config, "learning_rate")
     check_positive(

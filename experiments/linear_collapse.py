@@ -120,7 +120,7 @@ def run(
 
 
 def check(config: Config) -> None:
-    """Raises a TypeError or ValueError that names the first flag that cannot be meant."""
+    """Raises a TypeError or ValueError that names the first flag that is invalid."""
     _validate.one_of("dataset", config.dataset, PLANAR)
     activations.get(config.activation)
     check_positive(config, "depth", "width", "epochs", "batch_size", "depths", whole=True)

@@ -117,7 +117,7 @@ def tumours() -> tuple[np.ndarray, np.ndarray, list[str]]:
 
 
 def check(config: Config) -> None:
-    """Raises a TypeError or ValueError that names the first flag that cannot be meant."""
+    """Raises a TypeError or ValueError that names the first flag that is invalid."""
     data, _, names = tumours()
     if not config.features or len(set(config.features)) < len(config.features):
         raise ValueError(

@@ -318,7 +318,7 @@ def rms(a: Any, axis: int) -> Any:
 
 
 def check(config: Config) -> None:
-    """Raises a TypeError or ValueError that names the first flag that cannot be meant."""
+    """Raises a TypeError or ValueError that names the first flag that is invalid."""
     for name in (
         "units",
         "tried",

@@ -142,7 +142,7 @@ def run(config: Config, advance: Callable[[str], Any] = lambda text: None) -> Re
 
 
 def check(config: Config) -> None:
-    """Raises a TypeError or ValueError that names the first flag that cannot be meant."""
+    """Raises a TypeError or ValueError that names the first flag that is invalid."""
     fnn.key(config.seed)
     _validate.one_of("census", config.census, CENSUS)
     check_positive(config, "embedding", "hidden", "epochs", "batch_size", "samples", whole=True)

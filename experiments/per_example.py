@@ -79,7 +79,7 @@ class SeedResult(NamedTuple):
 
 
 def check(config: Config) -> None:
-    """Raises a TypeError or ValueError that names the first flag that cannot be meant."""
+    """Raises a TypeError or ValueError that names the first flag that is invalid."""
     if not 0 < config.flipped < 1:
         raise ValueError(f"`flipped` must be a share between 0 and 1, got {config.flipped}.")
     check_positive(config, "learning_rate")

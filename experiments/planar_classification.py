@@ -107,7 +107,7 @@ def run(
 
 
 def check(config: Config) -> None:
-    """Raises a TypeError or ValueError that names the first flag that cannot be meant."""
+    """Raises a TypeError or ValueError that names the first flag that is invalid."""
     check_positive(config, "hidden", "steps", "starts", "pixels", whole=True)
     check_positive(config, "learning_rate")
     if config.pixels < 2:

@@ -132,7 +132,7 @@ def run(config: Config) -> Result:
 
 
 def check(config: Config) -> None:
-    """Raises a TypeError or ValueError that names the first flag that cannot be meant."""
+    """Raises a TypeError or ValueError that names the first flag that is invalid."""
     activations.get(config.activation)
     _run.check_positive(config, "sizes", "epochs", "batch_size", "draws", "batches", whole=True)
     _run.check_positive(config, "max_norm", "noise_multiplier")

@@ -95,7 +95,7 @@ def run(config: Config, advance: Callable[[str], Any] = lambda text: None) -> Re
     """Trains all nets. `advance(text)` is called after each.
 
     Raises:
-        TypeError, ValueError: a flag cannot be meant, or no data set is to be had.
+        TypeError, ValueError: a flag is invalid, or no data set is to be had.
     """
     check(config)
     curves, left_out = [], {}
@@ -114,7 +114,7 @@ def run(config: Config, advance: Callable[[str], Any] = lambda text: None) -> Re
 
 
 def check(config: Config) -> None:
-    """Raises a TypeError or ValueError that names the first flag that cannot be meant.
+    """Raises a TypeError or ValueError that names the first flag that is invalid.
 
     Before any data are read.
     """

@@ -102,7 +102,7 @@ def run(config: Config) -> Result:
 
 
 def check(config: Config) -> None:
-    """Raises a TypeError or ValueError that names the first flag that cannot be meant."""
+    """Raises a TypeError or ValueError that names the first flag that is invalid."""
     check_positive(config, "priors")
     if len(config.priors) != 3 or abs(sum(config.priors) - 1) > 1e-9:
         raise ValueError(

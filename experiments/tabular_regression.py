@@ -101,7 +101,7 @@ def run(config: Config, advance: Callable[[str], Any] = lambda text: None) -> tu
 
 
 def check(config: Config) -> None:
-    """Raises a TypeError or ValueError that names the first flag that cannot be meant."""
+    """Raises a TypeError or ValueError that names the first flag that is invalid."""
     check_positive(config, "sizes", "epochs", "batch_size", "splits", whole=True)
     if not config.sizes:
         raise ValueError("`sizes` is empty: scikit-learn's net needs a hidden layer, `--sizes 32`.")

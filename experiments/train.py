@@ -146,7 +146,7 @@ class Result(NamedTuple):
 
 
 def check(config: Config) -> None:
-    """Raises a TypeError or ValueError that names the first flag that cannot be meant.
+    """Raises a TypeError or ValueError that names the first flag that is invalid.
 
     Before any data are read.
     """
@@ -191,7 +191,7 @@ def run(config: Config, on_epoch: OnEpoch | None = None, path: Path | None = Non
         The numbers of every seed.
 
     Raises:
-        TypeError, ValueError: a flag or the data cannot be meant.
+        TypeError, ValueError: a flag or the data are invalid.
         NonFiniteError: training diverged.
     """
     check(config)

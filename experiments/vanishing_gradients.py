@@ -110,7 +110,7 @@ def run(config: Config, advance: Callable[[str], Any] = lambda text: None) -> li
 
 
 def check(config: Config) -> None:
-    """Raises a TypeError or ValueError that names the first flag that cannot be meant."""
+    """Raises a TypeError or ValueError that names the first flag that is invalid."""
     check_positive(config, "examples", "depths", whole=True)
     if (
         not config.depths

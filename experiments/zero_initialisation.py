@@ -101,7 +101,7 @@ def run(config: Config, advance: Callable[[str], Any] = lambda text: None) -> Re
 
 
 def check(config: Config) -> None:
-    """Raises a TypeError or ValueError that names the first flag that cannot be meant."""
+    """Raises a TypeError or ValueError that names the first flag that is invalid."""
     check_positive(config, "width", "steps", "keep", whole=True)
     check_positive(config, "learning_rate")
     if config.width < 2:

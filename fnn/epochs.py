@@ -32,7 +32,7 @@ Segments = Callable[[int, int], Iterator[tuple[int, int]]]
 
 
 class Recorder(NamedTuple):
-    """What is recorded on the way, before the steps 0, every, 2 every, ... of each epoch."""
+    """What is recorded during training, before the steps 0, every, 2 every, ... of each epoch."""
 
     record: Record | None = None
     every: int = 1

@@ -31,19 +31,19 @@ class Log:
 
     loss: list[np.ndarray] = field(default_factory=list)  # one number for each finished epoch
     validation: list[dict[str, float]] = field(default_factory=list)  # of each finished epoch
-    # [steps] each; those of the epoch at hand are the last `len(counts)`
+    # [steps] each; those of the current epoch are the last `len(counts)`
     step_loss: list[np.ndarray] = field(default_factory=list)
-    # [steps] each, of the epoch at hand: what each batch weighs in its mean
+    # [steps] each, of the current epoch: what each batch weighs in its mean
     counts: list[np.ndarray] = field(default_factory=list)
     # the leaves of trees of [records, ...]
     records: list[list[np.ndarray]] = field(default_factory=list)
     structure: Any = None  # of these trees, once there was one
     steps: int = 0  # in all
-    at_hand: int = 0  # steps of the epoch at hand
+    at_hand: int = 0  # steps of the current epoch
 
 
 def add(log: Log, losses: np.ndarray, counts: np.ndarray, records: Any) -> None:
-    """Some more steps of the epoch at hand; `records` is None where nothing was recorded."""
+    """Some more steps of the current epoch; `records` is None where nothing was recorded."""
     log.step_loss.append(losses)
     log.counts.append(counts)
     log.steps += len(losses)
@@ -54,7 +54,7 @@ def add(log: Log, losses: np.ndarray, counts: np.ndarray, records: Any) -> None:
 
 
 def end_epoch(log: Log) -> None:
-    """Closes the epoch at hand: its loss is the mean over examples."""
+    """Closes the current epoch: its loss is the mean over examples."""
     losses, counts = (
         np.concatenate(pieces) for pieces in (log.step_loss[-len(log.counts) :], log.counts)
     )

@@ -51,7 +51,7 @@ def fit_many(
         and stops no other.
 
     Raises:
-        TypeError, ValueError: an argument or the data cannot be meant; before any training.
+        TypeError, ValueError: an argument or the data are invalid; before any training.
 
     >>> import fnn
     >>> net = fnn.mlp((3, 2))

@@ -138,7 +138,7 @@ def fit(
         `(params, history)`.
 
     Raises:
-        TypeError, ValueError: an argument or the data cannot be meant; before any training, but for
+        TypeError, ValueError: an argument or the data are invalid; before any training, but for
             the batches of an iterable, which are checked as they come.
         NonFiniteError: a loss or an update became NaN or infinite; carries the last finite
             parameters.
@@ -215,7 +215,7 @@ def evaluate(
         `{"loss": ...}`, and `"accuracy"` in 0 ... 1 (an example counts by its weight).
 
     Raises:
-        TypeError, ValueError: the data cannot be meant.
+        TypeError, ValueError: the data are invalid.
 
     >>> import fnn
     >>> net = fnn.mlp((3, 2))
@@ -344,7 +344,7 @@ def _recorder(record: Any, every: Any) -> Recorder:
 def check_settings(
     rule: Any, optimizer: Any, epochs: Any, batch_size: Any, callback: Any = None
 ) -> None:
-    """Raises unless rule, optimiser and the numbers of a training can be meant."""
+    """Raises unless rule, optimiser and the numbers of a training are valid."""
     check_rule(rule)
     if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
         raise TypeError(

@@ -270,17 +270,30 @@ def _check(layer, params, key, x, *targets) -> CheckReport:
     kinks = _find_kinks(gradient, right, point, rng)
     ours = pull(total, dy, x, *targets)
     hand, _ = ravel_pytree(ours)
-    floor = 1e-4 * float(np.linalg.norm(right))
-    compare = partial(_compare, tolerance=1e-10, batch=len(x), floor=floor, zero=NOTHING)
+    floor = float(np.linalg.norm(right))
+    compare = partial(_compare, tolerance=1e-12, batch=len(x), floor=floor, zero=NOTHING)
     if hand.size != right.size:
         return CheckReport(layer.name, compare("jax.vjp", ours, unravel(right)))
     right = jnp.where(kinks, hand, right)
     leaves = compare("jax.vjp", ours, unravel(right))
-    directions = rng.normal(size=(4, point.size)) * np.where(kinks, 0, point)
+    directions = rng.normal(size=(4, point.size)) * np.where(kinks, 0, _sizes(unravel(point)))
     size = np.vdot(abs(y), abs(dy))
     leaves.append(_check_slopes(product, size, point, directions, directions @ hand))
     leaves += _check_examples(compare, pull, dy, x, *targets)
     return CheckReport(layer.name, leaves, int(kinks.sum()))
+
+
+def _sizes(tree):
+    """The size of every coordinate, in one vector; the largest of its array where it is 0.
+
+    An array of zeros, such as a new bias, says nothing about the size of a step: it does not move.
+    """
+
+    def fill(a):
+        sizes = np.abs(a)
+        return np.where(sizes > 0, sizes, sizes.max(initial=0))
+
+    return ravel_pytree(jax.tree.map(fill, tree))[0]
 
 
 def _find_kinks(gradient, right, point, rng):

@@ -67,17 +67,20 @@ def test_programs_are_a_few_times_as_large_as_that_of_jax_grad(depth):
         assert ratio <= limit, f"{name}: {ratio:.2f}"
 
 
-SMALL = fnn.serial(
+STACKED = fnn.serial(
     fnn.dense(5, 6),
     fnn.activations.tanh,
     fnn.repeat(fnn.residual(fnn.serial(fnn.layer_norm(6), fnn.dense(6, 6))), 2),
-    fnn.iterate(fnn.residual(fnn.serial(fnn.dense(6, 6), fnn.activations.softplus)), 3),
     fnn.dense(6, 4),
+)
+TIED = fnn.serial(
+    fnn.iterate(fnn.residual(fnn.serial(fnn.dense(5, 5), fnn.activations.softplus)), 3),
+    fnn.dense(5, 4),
 )
 TABLE = fnn.serial(fnn.embedding(7, 5), fnn.dense(5, 4))
 NETS = {
-    "one position": (SMALL, (8, 5), jnp.float32, (8, 4)),
-    "positions": (SMALL, (8, 3, 5), jnp.float32, (8, 3, 4)),
+    "one position": (STACKED, (8, 5), jnp.float32, (8, 4)),
+    "positions": (TIED, (8, 3, 5), jnp.float32, (8, 3, 4)),
     "embedding": (TABLE, (8, 3), jnp.int32, (8, 3, 4)),
 }
 
@@ -186,9 +189,8 @@ def test_export_with_a_symbolic_batch(name, net):
     args = [jax.ShapeDtypeStruct((batch, *a.shape[1:]), a.dtype) for a in (x, targets)]
     exported = jax.export.export(jax.jit(f))(shapes_of(net), *args)
     stored = jax.export.deserialize(exported.serialize())
-    for rows in (8, 3):
-        ours = stored.call(params, x[:rows], targets[:rows])
-        assert_close(ours, f(params, x[:rows], targets[:rows]))
+    ours = stored.call(params, x[:3], targets[:3])
+    assert_close(ours, jax.jit(f)(params, x[:3], targets[:3]))
 
 
 def tokens(size, features, batch, positions):

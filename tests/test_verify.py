@@ -250,7 +250,7 @@ def test_each_means_finds_a_small_error(error, against):
 
 
 def test_an_error_beyond_rounding_is_found_by_jax_vjp():
-    report = check(fnn.elementwise("cube", lambda x: x**3, lambda x, y: (3 + 1e-9) * x**2))
+    report = check(fnn.elementwise("cube", lambda x: x**3, lambda x, y: (3 + 1e-10) * x**2))
     assert "1 x automatic" in rows_of(report)["dx"]
 
 
@@ -639,3 +639,19 @@ def test_a_gradient_of_0_agrees_with_one_of_0():
     params = jax.tree.map(np.zeros_like, params_of(net))
     report = fnn.compare_gradients(net, L2, params, X, T)
     assert report.passed, report
+
+
+def test_a_wrong_derivative_at_a_coordinate_that_is_0_is_found():
+    def slope(x):
+        return jnp.where(x == 0, 2.0, 1.0).astype(x.dtype)
+
+    @jax.custom_jvp
+    def same(x):
+        return x
+
+    same.defjvp(lambda x, t: (x[0], slope(x[0]) * t[0]))
+    layer = fnn.elementwise("same", same, lambda x, y: slope(x))
+    assert check(layer, X).passed
+    x = X.copy()
+    x[0, 0] = 0
+    assert not check(layer, x).passed

@@ -52,7 +52,7 @@ class Checkpointer:
         metadata: whatever JSON can hold, such as the configuration; every manifest has it.
 
     Raises:
-        TypeError, ValueError: a setting cannot be meant.
+        TypeError, ValueError: a setting is invalid.
 
     >>> Checkpointer("runs/one", best="validation_accuracy").keep
     3
@@ -68,7 +68,7 @@ class Checkpointer:
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Raises a TypeError or a ValueError where a setting cannot be meant."""
+        """Raises a TypeError or a ValueError where a setting is invalid."""
         if not isinstance(self.folder, (str, os.PathLike)):
             raise TypeError(f"`folder` must be a path, got {self.folder!r}.")
         _validate.positive("every", self.every, whole=True)

@@ -52,7 +52,7 @@ def save(
         The checkpoint's own folder.
 
     Raises:
-        TypeError, ValueError: an argument cannot be meant; the error names the leaf.
+        TypeError, ValueError: an argument is invalid; the error names the leaf.
         OSError: the disk.
 
     >>> import tempfile

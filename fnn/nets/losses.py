@@ -249,11 +249,15 @@ def _probability_grad(p, t):
     return where(certain, 1 - 2 * t, (p - t) / where(certain, 1, size))
 
 
+def _shift(z):
+    """`z - max`: the softmax is the same, and its exponentials are at most 1."""
+    top = stop_gradient(z.max(-1, keepdims=True))
+    return z - where(jnp.isfinite(top), top, 0)
+
+
 def _softmax_parts(z):
     """`z - max`, its exponentials, and their sums: of the ones, and of those below 1."""
-    top = stop_gradient(z.max(-1, keepdims=True))
-    top = where(jnp.isfinite(top), top, 0)
-    shifted = z - top
+    shifted = _shift(z)
     e = exp(shifted)
     below = where(e < 1, e, 0)
     ones = (e - below).sum(-1, keepdims=True)
@@ -279,9 +283,10 @@ def _cross_entropy_grad(z, t):
 
 def _label_parts(z, labels):
     """Where the label is, the exponentials of the others, and `z - max` at the label."""
-    shifted = _softmax_parts(z)[0]
+    shifted = _shift(z)
     at_label = nn.one_hot(labels, z.shape[-1], dtype=bool)
-    others = exp(where(at_label, -jnp.inf, shifted))  # and not 0 for their exp: one array less
+    # -inf before the exp and not 0 after it: XLA then holds one array less
+    others = exp(where(at_label, -jnp.inf, shifted))
     own = jnp.take_along_axis(shifted, labels[..., None], axis=-1)
     return at_label, others, own
 

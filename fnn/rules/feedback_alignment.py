@@ -22,9 +22,9 @@ Lecture 003 shows a fixed random Jacobian in the place of w: this rule.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -53,10 +53,8 @@ class Feedback(ByRecipe):
             state for the next step.
     """
 
-    name: str
     init: Callable[..., State]
     step: Callable[..., tuple[Params, State]]
-    recipe: tuple[Any, ...] = field(default=(), init=False)
 
 
 @by_recipe
