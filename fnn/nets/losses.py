@@ -282,26 +282,27 @@ def _cross_entropy_grad(z, t):
 
 
 def _label_parts(z, labels):
-    """Where the label is, the exponentials of the others, and `z - max` at the label."""
+    """The exponentials of all but the label, and `z - max` at the label."""
     shifted = _shift(z)
     at_label = nn.one_hot(labels, z.shape[-1], dtype=bool)
     # -inf before the exp and not 0 after it: XLA then holds one array less
     others = exp(where(at_label, -jnp.inf, shifted))
     own = jnp.take_along_axis(shifted, labels[..., None], axis=-1)
-    return at_label, others, own
+    return others, own
 
 
 def _label_value(z, labels):
-    _, others, own = _label_parts(z, labels)
+    others, own = _label_parts(z, labels)
     rest = others.sum(-1, keepdims=True)
     surprise = log1p(rest + expm1(own)) - own
     return surprise[..., 0]
 
 
 def _label_grad(z, labels):
-    at_label, others, own = _label_parts(z, labels)
+    others, own = _label_parts(z, labels)
     rest = others.sum(-1, keepdims=True)
-    return where(at_label, -rest, others) / (rest + exp(own))
+    wrong = jnp.put_along_axis(others, labels[..., None], -rest, axis=-1, inplace=False)
+    return wrong / (rest + exp(own))
 
 
 # Lecture 000 (its printed sqrt(Y^2 - T^2) is wrong): 1/2 sum (y - t)^2, dE/dy = y - t.
