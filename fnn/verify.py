@@ -26,7 +26,7 @@ from fnn.types import ArrayLike, Key, Layer, Loss, Params
 TOLERANCES = {"float64": 1e-12, "float32": 1e-6, "bfloat16": 2e-2, "float16": 5e-3}
 """Relative error up to which a gradient by hand agrees with `jax.grad`, by dtype."""
 STEPS = (1e-6, 3e-5, 1e-3)
-"""Steps of central differences, relative to each number; a 0, as in a new bias, stays."""
+"""Steps of central differences, relative to each number; of a 0, to the largest of its array."""
 NOTHING = "nothing was tested: the gradient is 0 here (`x` is 0, or at a kink?), or there is none"
 
 
