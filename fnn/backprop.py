@@ -165,7 +165,7 @@ def check_net_and_loss(net: Layer, loss: Loss) -> None:
         mend = (
             "A function? Wrap it: `fnn.Loss(name, value, grad)`, with `value(outputs, targets)` of "
             "shape [batch] and `grad` like the outputs; or `fnn.losses.from_function(value)`, "
-            "whose gradient is by `jax.grad`."
+            "whose gradient is by JAX."
         )
     raise TypeError(f"`loss` must be a Loss, got {loss!r:.80}. {mend}")
 

@@ -20,7 +20,7 @@ from jaxtyping import Float, Shaped
 
 from fnn import _validate
 from fnn.backprop import forward_pass, mean_loss, output_error, value_and_grad
-from fnn.factors import materialise, scale_rows, total
+from fnn.factors import is_factor, keep, materialise, scale_rows, total
 from fnn.types import ArrayLike, Key, Layer, Loss, Params
 
 TOLERANCES = {"float64": 1e-12, "float32": 1e-6, "bfloat16": 2e-2, "float16": 5e-3}
@@ -159,13 +159,14 @@ def check_layer(
 ) -> CheckReport:
     """Tests the `backward` of a layer, with respect to its params and its input, in float64.
 
-    It tests the gradient of every array by two means, and that `backward` hands its factors to
-    `reduce`: each example has the gradient that it has alone.
+    It tests the gradient of every array by two means, and that `backward` returns what `reduce`
+    makes of its factors: each example has the gradient that it has alone. It does not see whether
+    local gradients come from residuals and not from `params`, as rules need.
 
     Args:
         layer: any layer, yours for instance.
-        x: an input, `[batch, ...]`, with several rows. A coordinate at a kink, where the gradient
-            jumps, is not counted.
+        x: an input, `[batch, ...]`, better of several rows. A coordinate at a kink, where the
+            gradient jumps, is not counted.
         key: for the random directions, and for `params` if they are None.
         params: where to test; None draws them by `layer.init`.
 
@@ -205,7 +206,7 @@ def check_loss(
 
     Args:
         loss: any loss, yours for instance.
-        outputs: `[batch, ...]`, with several rows.
+        outputs: `[batch, ...]`, better of several rows.
         targets: what the loss takes.
         key: for the random directions.
 
@@ -320,7 +321,7 @@ def _check_slopes(product, size, point, directions, slopes) -> LeafComparison:
         error = _relative_error(found, slopes, 1e-6 * size)
         errors.append(error)
     least = min(errors)
-    slip = "see jax.vjp; does that agree, and `forward` have a wrong derivative of its own?"
+    slip = "see jax.vjp above; where that agrees, a derivative within `forward` is wrong"
     hint = "" if least <= 1e-6 else slip
     return LeafComparison("all", hint, (), "adjoint identity", least)
 
@@ -334,8 +335,21 @@ def _check_examples(compare, pull, *batch) -> list[LeafComparison]:
     alone = jax.tree.map(lambda *arrays: jnp.stack(arrays), *ones)
     dx = jax.tree.map(lambda a: a[:, 0], alone.dx)
     alone = alone._replace(dx=dx)
-    found = pull(materialise, *few)
-    return compare("examples alone", found, alone, slip="is the example coupled with others?")
+    try:
+        factors = pull(keep, *few)  # what statistics ask for
+    except (AttributeError, TypeError) as error:
+        raise TypeError(
+            f"`backward` must return what `reduce` returns, unchanged ({error}). Scale, transpose "
+            "or add arrays before: `reduce(Outer(x, 0.5 * dz))`."
+        ) from error
+
+    def written_out(f):
+        return materialise(f) if is_factor(f) else f  # an array did not go through `reduce`
+
+    gradients = jax.tree.map(written_out, factors.params, is_leaf=is_factor)
+    found = factors._replace(params=gradients)
+    slip = "is the example coupled with others, or what `reduce` returns changed afterwards?"
+    return compare("examples alone", found, alone, slip=slip)
 
 
 @np.errstate(all="ignore")
@@ -347,7 +361,7 @@ def _compare(
     batch=1,
     floor=0.0,
     zero="",
-    slip="no multiple of the right one: a missing transpose, or two arrays swapped?",
+    slip="no multiple of the right one: a missing factor or term, or two arrays swapped?",
 ) -> list[LeafComparison]:
     """Holds every array of a gradient against the right one.
 
@@ -392,16 +406,30 @@ def _relative_error(ours, right, floor=0.0) -> float:
 def _likely_slip(ours, right, batch) -> str:
     """How a wrong array differs from the right one; "" where no usual slip fits."""
     if ours.shape != right.shape:
-        mend = "sum over the batch (axis 0) by `reduce`: `reduce(PerExample(dy))`"
-        return f"shape {ours.shape}, expected {right.shape}: {mend}"
+        return f"shape {ours.shape}, expected {right.shape}: {_shape_slip(ours, right, batch)}"
     if not np.isfinite(ours).all():
         return "NaN or infinity"
-    factor = np.vdot(right, ours) / np.vdot(right, right)
-    if _relative_error(ours, factor * right) < 1e-6:
-        return f"{factor:.6g} x automatic: a wrong sign, or divided by the batch of {batch}?"
     if _relative_error(ours, right.T) < 1e-6:
         return "the transpose of the right one"
-    return ""
+    factor = np.vdot(right, ours) / np.vdot(right, right)
+    if not _relative_error(ours, factor * right) < 1e-6:  # NaN where the right one is 0
+        return ""
+    slip = "a wrong constant?"
+    if abs(factor - 1) < 1e-3:
+        slip = "computed in a narrower dtype?"
+    elif factor < 0:
+        slip = "a wrong sign?"
+    elif abs(factor * batch - 1) < 1e-6:
+        slip = f"divided by the batch of {batch}?"
+    return f"{factor:.6g} x the right one: {slip}"
+
+
+def _shape_slip(ours, right, batch) -> str:
+    if ours.shape == right.shape[::-1]:
+        return "two arrays swapped?"
+    if ours.shape[1:] == right.shape and len(ours) != batch:
+        return "sum over the positions first: `reduce(PerExample(dy.sum(1)))`"
+    return "sum over the batch (axis 0) by `reduce`: `reduce(PerExample(dy))`"
 
 
 def _decide(leaf, manual, automatic) -> LeafComparison:

@@ -429,6 +429,16 @@ def test_the_names_for_completion_are_those_of_the_losses():
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=repr)
+def test_a_loss_is_exported_with_a_symbolic_batch(loss):
+    y, t = map(jnp.asarray, batches(loss)[1])
+    (batch,) = jax.export.symbolic_shape("batch")
+    shapes = [jax.ShapeDtypeStruct((batch, *a.shape[1:]), a.dtype) for a in (y, t)]
+    f = jax.jit(lambda y, t: (loss.value(y, t), loss.grad(y, t)))
+    stored = jax.export.deserialize(jax.export.export(f)(*shapes).serialize())
+    assert error(stored.call(y, t), f(y, t)) <= 1e-5
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=repr)
 def test_a_loss_from_optaxs_function_has_the_same_gradient(x64, loss):
     if loss.name == "binary_cross_entropy":
         return  # optax has none

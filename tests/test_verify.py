@@ -195,17 +195,27 @@ def swapped_norm():
     return dataclasses.replace(layer, backward=backward)
 
 
-BATCH = ("0.2 x automatic", "divided by the batch of 5?")
+BATCH = ("0.2 x the right one", "divided by the batch of 5?")
 WRONG = {  # layer, the array, what the report says of it
-    "no transpose in dx": (with_backward(no_transpose), "dx", ("a missing transpose",)),
+    "no transpose in dx": (with_backward(no_transpose), "dx", ("a missing factor or term",)),
     "outer product the other way": (with_backward(swapped), "params.w", ("the transpose of",)),
     "mean for a sum in b": (with_factors(b=lambda dz: PerExample(dz / 5)), "params.b", BATCH),
     "1/batch in w": (with_factors(w=lambda x, dz: Outer(x, dz / 5)), "params.w", BATCH),
     "1/batch in dx": (with_factors(dx=lambda dz, w: dz @ w.T / 5), "dx", BATCH),
-    "factor 2": (with_backward(twice), "params.w", ("2 x automatic",)),
+    "factor 2": (with_backward(twice), "params.w", ("2 x the right one",)),
     "sign of b": (with_factors(b=lambda dz: PerExample(-dz)), "params.b", ("-1 x", "sign")),
-    "sign of dx": (with_factors(dx=lambda dz, w: -dz @ w.T), "dx", ("-1 x automatic", "sign")),
-    "b forgotten": (with_factors(b=lambda dz: PerExample(0 * dz)), "params.b", ("0 x automatic",)),
+    "sign of dx": (with_factors(dx=lambda dz, w: -dz @ w.T), "dx", ("-1 x the right one", "sign")),
+    "constant in w": (with_factors(w=lambda x, dz: Outer(x, 3 * dz)), "params.w", ("constant",)),
+    "narrow dtype in w": (
+        with_factors(w=lambda x, dz: Outer(x, (1 + 1e-7) * dz)),
+        "params.w",
+        ("narrower dtype",),
+    ),
+    "b forgotten": (
+        with_factors(b=lambda dz: PerExample(0 * dz)),
+        "params.b",
+        ("0 x the right one",),
+    ),
     "NaN": (with_backward(not_a_number), "params.w", ("NaN",)),
     "scale and bias swapped": (swapped_norm(), "params.scale", ("two arrays swapped?",)),
     "wrong formula": (
@@ -230,9 +240,66 @@ def test_a_wrong_array_is_named_with_the_likely_slip(name):
     assert words[0] in line
 
 
+def tied(params, residuals, dy, reduce=total):
+    x, h = residuals
+    dh = dy @ params
+    uses = reduce(Outer(x, dh)), reduce(Outer(dy, h))
+    return jax.tree.map(jnp.add, *uses), dh @ params.T
+
+
+def tied_by_position(params, residuals, dy, reduce=total):
+    x, h = residuals
+    dh = dy @ params
+    a = jnp.stack([x, dy], axis=1)
+    dz = jnp.stack([dh, h], axis=1)
+    return reduce(Outer(a, dz)), dh @ params.T
+
+
+def tied_layer(backward):
+    def forward(w, x):
+        h = x @ w
+        return h @ w.T, (x, h)
+
+    return fnn.Layer("tied", lambda key: jax.random.normal(key, (3, 2)), forward, backward)
+
+
+def test_what_reduce_returns_is_not_to_be_added():
+    x = jax.random.normal(jax.random.key(0), (5, 3))
+    assert check(tied_layer(tied_by_position), x).passed
+    report = check(tied_layer(tied), x)
+    assert "what `reduce` returns changed afterwards?" in str(report)
+    assert not report.passed
+
+
+@pytest.mark.parametrize(
+    "change", [lambda g: 0.5 * g, lambda g: g.T, lambda g: jnp.swapaxes(g, -1, -2)]
+)
+def test_what_reduce_returns_is_not_to_be_changed(change):
+    def backward(w, x, dy, reduce=total):
+        return change(reduce(Outer(x, dy))), dy @ w.T
+
+    square = fnn.Layer("square", lambda key: jnp.ones((3, 3)), lambda w, x: (x @ w, x), backward)
+    with pytest.raises(TypeError, match="must return what `reduce` returns, unchanged"):
+        check(square, jnp.ones((5, 3)))
+
+
+def test_a_bias_that_is_not_summed_over_positions():
+    def backward(b, residuals, dy, reduce=total):
+        return reduce(PerExample(dy)), dy
+
+    def forward(b, x):
+        return x + b[None, None], ()
+
+    bias = fnn.Layer("bias", lambda key: jnp.ones(3), forward, backward)
+    report = check(bias, jnp.ones((5, 4, 3)))
+    assert "sum over the positions first" in str(report)
+
+
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("against", MEANS)
-@pytest.mark.parametrize("name", [name for name in WRONG if name != "wrong formula"])
+@pytest.mark.parametrize(
+    "name", [name for name in WRONG if name not in ("wrong formula", "narrow dtype in w")]
+)
 def test_each_means_finds_a_wrong_layer(name, against, scale):
     assert any(rows_of(wrong_report(name, scale), against).values())
 
@@ -251,7 +318,7 @@ def test_each_means_finds_a_small_error(error, against):
 
 def test_an_error_beyond_rounding_is_found_by_jax_vjp():
     report = check(fnn.elementwise("cube", lambda x: x**3, lambda x, y: (3 + 1e-10) * x**2))
-    assert "1 x automatic" in rows_of(report)["dx"]
+    assert "1 x the right one" in rows_of(report)["dx"]
 
 
 def test_a_wrong_derivative_of_the_forward_itself_is_found_by_differences_alone():
@@ -290,7 +357,7 @@ def test_another_tree_than_the_params_is_an_error():
 
 L2 = losses.l2_loss
 WRONG_LOSSES = {
-    "twice": (dataclasses.replace(L2, grad=lambda y, t: 2 * (y - t)), "2 x automatic"),
+    "twice": (dataclasses.replace(L2, grad=lambda y, t: 2 * (y - t)), "2 x the right one"),
     "sign": (dataclasses.replace(L2, grad=lambda y, t: t - y), "sign"),
     "mean": (dataclasses.replace(L2, grad=lambda y, t: (y - t) / len(y)), "the batch of 5?"),
     "NaN": (dataclasses.replace(L2, grad=lambda y, t: (y - t) * jnp.nan), "NaN"),
@@ -444,7 +511,7 @@ CONTRACT = {  # backward, where the report says it, what it says
     "ignores reduce": (ignores, "params.w", ("by `reduce`", "reduce(PerExample(dy))")),
     "ignores it once": (ignores_once, "params.b", ("by `reduce`",)),
     "no batch axis": (no_batch, "params.b", ("shape (1, 4), expected (4, 4)",)),
-    "another factor": (other_factor, "params.w", ("3 x automatic",)),
+    "another factor": (other_factor, "params.w", ("3 x the right one",)),
     "spread over the batch": (mean_in_batch, "params.b", ("coupled",)),
 }
 
@@ -527,7 +594,7 @@ def test_a_report_of_a_net_names_the_slip():
     net, _ = BROKEN["factor 2"]
     report = fnn.compare_gradients(net, L2, params_of(net), X, T)
     (leaf,) = (leaf for leaf in report.leaves if leaf.hint)
-    assert leaf.hint.startswith("2 x automatic")
+    assert leaf.hint.startswith("2 x the right one")
     assert leaf.relative_error == pytest.approx(1, rel=1e-6)
     assert not leaf.exact
 

@@ -41,8 +41,7 @@ def trace(f: Callable[..., PyTree[Shaped[Array, " ..."]]], *args: PyTree[Any]) -
             `g.draw(path)`.
 
     Raises:
-        TypeError: `f` is no function or JAX cannot trace it; an argument does not hold numbers, or
-            holds whole numbers where `f` takes real ones.
+        TypeError: `f` is no function or JAX cannot trace it; an argument does not hold numbers.
 
     Source: lectures 000, 002, 003 (computational graphs, reverse-mode differentiation).
 

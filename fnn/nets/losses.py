@@ -12,6 +12,7 @@ by optax where it has them to rounding error.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Literal, get_args
 
@@ -301,8 +302,13 @@ def _label_value(z, labels):
 def _label_grad(z, labels):
     others, own = _label_parts(z, labels)
     rest = others.sum(-1, keepdims=True)
-    wrong = jnp.put_along_axis(others, labels[..., None], -rest, axis=-1, inplace=False)
-    return wrong / (rest + exp(own))
+    errors = _put(others, labels, -rest[..., 0])
+    return errors / (rest + exp(own))
+
+
+@functools.partial(jnp.vectorize, signature="(classes),(),()->(classes)")
+def _put(row, label, number):
+    return row.at[label].set(number)
 
 
 # Lecture 000 (its printed sqrt(Y^2 - T^2) is wrong): 1/2 sum (y - t)^2, dE/dy = y - t.

@@ -100,8 +100,8 @@ def top_examples(source: Source, k: int) -> Callable[..., TopExamples]:
         k: how many, at least 1 and at most the batch.
 
     Returns:
-        A function `(params, *batch) -> TopExamples`. A gradient that is not finite counts as
-        infinitely large.
+        A function `(params, *batch) -> TopExamples`. A gradient that is not finite comes
+        first; its norm stays as it is.
 
     >>> import fnn
     >>> net = fnn.mlp((3, 2))
@@ -175,16 +175,16 @@ def ask(source: Source, reducer: Reducer, params: Params, *batch: ArrayLike) -> 
     A source can where it takes the keyword `reduce` itself; a jitted function takes no functions.
     """
     jitted = isinstance(source, jax.stages.Wrapped)
-    if not jitted and "reduce" in inspect.signature(source).parameters:
-        values, found = cast(Any, source)(params, *batch, reduce=reducer)
-    else:
-        values, factors = source(params, *batch)
-        found = reducer.tree(factors)
+    reduces = not jitted and "reduce" in inspect.signature(source).parameters
+    keywords = {"reduce": reducer} if reduces else {}
+    values, found = cast(Any, source)(params, *batch, **keywords)
     if jnp.ndim(values) != 1:
         came = jnp.shape(values)
         raise ValueError(f"`source` must return values [batch], one per example; got shape {came}.")
     if values.shape[0] == 0:
         raise ValueError("`source` got an empty batch: a statistic of no example is undefined.")
+    if not reduces:
+        found = reducer.tree(found)
     if not jax.tree.leaves(found):
         raise ValueError("`params` hold no parameter: there is no gradient to take a statistic of.")
     return values, found

@@ -29,7 +29,7 @@ class LocalRule(Rule):
     Attributes:
         signals: `(params, state, x, targets) -> [dy_1, ..., dy_L]`: what the rule takes for
             dE_i/dh_l, of each example's own loss, at the output `[batch, ...]` of each of the net's
-            `fnn.blocks`.
+            `fnn.nets.blocks`.
         matrices: `(params, state, x) -> B`, a tree like the params that the error is carried back
             through; None where there is none.
     """
