@@ -16,7 +16,7 @@ from jaxtyping import Float, Shaped
 
 from fnn import _validate
 from fnn.factors import keep, scale_rows, shares, widen
-from fnn.factors.base import mask_rows
+from fnn.factors.base import mask_rows, per_row
 from fnn.nets.combinators import check_net
 from fnn.types import Array, ArrayLike, Layer, Loss, P, ValueAndGrad
 
@@ -158,6 +158,11 @@ def mean_loss(net: Layer[P], loss: Loss) -> Callable[..., Float[Array, ""]]:
 def check_net_and_loss(net: Layer, loss: Loss) -> None:
     """Raises a TypeError unless the two are a `Layer` and a `Loss`."""
     check_net(net)
+    check_is_loss(loss)
+
+
+def check_is_loss(loss: Any) -> None:
+    """Raises a TypeError unless it is a `Loss`."""
     if isinstance(loss, Loss):
         return
     mend = "Use one of `fnn.losses`; by name: `fnn.losses.get(name)`."
@@ -189,7 +194,8 @@ def forward_pass(
         loss: takes the outputs.
         x: `[batch, ...]`.
         targets: `[batch, ...]`.
-        weights: `[batch]`; rows of weight 0 become zeros, so that no NaN in them spreads.
+        weights: `[batch]`; rows of weight 0 become copies of one that counts, so that no NaN in
+            them spreads.
 
     Returns:
         Outputs and residuals, and the loss of every example.
@@ -214,7 +220,7 @@ def forward_pass(
 
 
 def _enter(x, targets, weights):
-    """`x` as an array without what rows of weight 0 hold."""
+    """`x` as an array; rows of weight 0 are copies of one that counts."""
     _validate.is_array("x", x)
     _validate.is_array("targets", targets)
     _validate.fits("x", x)
@@ -229,7 +235,7 @@ def _enter(x, targets, weights):
         raise ValueError(f"{shapes} are an empty batch: a mean over no example is undefined.")
     if weights is not None:
         _validate.per_example("weights", weights, x.shape[0])
-    return clear_rows(x, weights)
+    return fill_rows(x, weights)
 
 
 def output_error(loss: Loss, outputs: Array, targets: ArrayLike) -> Array:
@@ -286,6 +292,25 @@ def share_rows(
     wide = jnp.asarray(weights).astype(widen(a).dtype)
     scaled = scale_rows(a, shares(wide))
     return scaled.astype(a.dtype)
+
+
+def fill_rows(a: Any, weights: Any) -> Shaped[Array, "batch ..."]:
+    """The array with a row that counts in the place of those of weight 0; zeros where none counts.
+
+    Zeros would not do: a layer may divide by them.
+
+    >>> fill_rows(jnp.array([[1.0], [jnp.nan]]), jnp.array([1.0, 0.0]))
+    Array([[1.],
+           [1.]], dtype=float32)
+    """
+    a = jnp.asarray(a)
+    if weights is None:
+        return a
+    present = jnp.asarray(weights) != 0
+    row = a[jnp.argmax(present)]
+    row = jnp.where(present.any(), row, jnp.zeros_like(row))
+    rows = jnp.broadcast_to(row, a.shape)
+    return jnp.where(per_row(present, a), a, rows)
 
 
 def clear_rows(a: Any, weights: Any) -> Shaped[Array, "batch ..."]:

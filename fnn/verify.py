@@ -19,7 +19,7 @@ from jax.tree_util import keystr, tree_leaves_with_path
 from jaxtyping import Float, Shaped
 
 from fnn import _validate
-from fnn.backprop import forward_pass, mean_loss, output_error, value_and_grad
+from fnn.backprop import check_is_loss, forward_pass, mean_loss, output_error, value_and_grad
 from fnn.factors import is_factor, keep, materialise, scale_rows, total
 from fnn.types import ArrayLike, Key, Layer, Loss, Params
 
@@ -222,8 +222,7 @@ def check_loss(
     >>> check_loss(fnn.losses.l2_loss, outputs, targets, key=jax.random.key(0)).passed
     True
     """
-    if not isinstance(loss, Loss):
-        raise TypeError(f"`loss` must be a Loss, got {loss!r}.")
+    check_is_loss(loss)
     _validate.is_float("outputs", outputs)
     _validate.is_array("targets", targets)
     _validate.is_key("key", key)
@@ -268,7 +267,10 @@ def _check(layer, params, key, x, *targets) -> CheckReport:
     dy = rng.normal(size=y.shape)
     gradient = jax.jit(jax.grad(product))
     right = gradient(point)
-    kinks = _find_kinks(gradient, right, point, rng)
+    sizes = _sizes(unravel(point))
+    kinks = _find_kinks(gradient, right, point, sizes, rng)
+    if kinks.all():
+        return CheckReport(layer.name, [LeafComparison("all", NOTHING)], int(kinks.sum()))
     ours = pull(total, dy, x, *targets)
     hand, _ = ravel_pytree(ours)
     floor = float(np.linalg.norm(right))
@@ -277,7 +279,7 @@ def _check(layer, params, key, x, *targets) -> CheckReport:
         return CheckReport(layer.name, compare("jax.vjp", ours, unravel(right)))
     right = jnp.where(kinks, hand, right)
     leaves = compare("jax.vjp", ours, unravel(right))
-    directions = rng.normal(size=(4, point.size)) * np.where(kinks, 0, _sizes(unravel(point)))
+    directions = rng.normal(size=(4, point.size)) * np.where(kinks, 0, sizes)
     size = np.vdot(abs(y), abs(dy))
     leaves.append(_check_slopes(product, size, point, directions, directions @ hand))
     leaves += _check_examples(compare, pull, dy, x, *targets)
@@ -297,9 +299,9 @@ def _sizes(tree):
     return ravel_pytree(jax.tree.map(fill, tree))[0]
 
 
-def _find_kinks(gradient, right, point, rng):
+def _find_kinks(gradient, right, point, sizes, rng):
     """Which coordinates of the gradient jump at a point."""
-    scale = 1e-12 * point + 1e-30
+    scale = np.where(sizes > 0, 1e-12 * sizes, 1e-30)
     shift = scale * rng.normal(size=point.size)
     jumps = abs(_difference(gradient, point, shift))
     return jumps > 1e-8 * abs(right).max()
@@ -361,7 +363,7 @@ def _compare(
     batch=1,
     floor=0.0,
     zero="",
-    slip="no multiple of the right one: a missing factor or term, or two arrays swapped?",
+    slip="no multiple of the right one: a missing transpose or term, or two arrays swapped?",
 ) -> list[LeafComparison]:
     """Holds every array of a gradient against the right one.
 

@@ -186,6 +186,21 @@ def test_one_compilation_for_a_hundred_calls():
     chex.clear_trace_counter()
 
 
+def test_padding_does_no_harm_in_a_layer_with_a_pole_at_0():
+    log = fnn.elementwise("log", jnp.log, lambda x, y: 1 / x)
+    net = fnn.serial(log, fnn.dense(2, 1))
+    params = net.init(jax.random.key(0))
+    x = jnp.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+    t = jnp.ones((3, 1))
+    both = fnn.value_and_grad(net, losses.l2_loss)
+    automatic = jax.value_and_grad(fnn.mean_loss(net, losses.l2_loss))
+    alone = both(params, x[:2], t[:2])
+    for f in (both, automatic):
+        padded = f(params, x, t, jnp.array([1.0, 1.0, 0.0]))
+        for a, b in zip(jax.tree.leaves(padded), jax.tree.leaves(alone), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
 def test_weights_are_a_weighted_mean_and_zero_is_padding(x64):
     c = case(2)
     weights = jnp.asarray(np.random.default_rng(0).uniform(0, 2, len(c.x)))

@@ -15,6 +15,7 @@ from fnn.nets.activations import elementwise
 from fnn.nets.blocks import blocks
 from fnn.nets.layers import Dense
 from fnn.rules import hebbian, pepita, target_propagation
+from fnn.rules._blockwise import targets_like
 from fnn.rules._noise import normal_like
 
 LOSS = losses.softmax_cross_entropy_with_integer_labels
@@ -446,6 +447,13 @@ def test_a_row_of_weight_0_contributes_nothing_whatever_it_holds(x64, name, loss
     if name != "mirror":  # it draws noise for as many rows as there are
         alone = step(params, state, X[:2], t[:2])
         assert error(wide(harmless[:2]), wide(alone[:2])) <= 1e-12
+
+
+def test_labels_of_int8_may_have_300_classes():
+    outputs = jnp.zeros((2, 300))
+    for dtype in (jnp.int8, jnp.uint8, jnp.int32):
+        found = targets_like(outputs, LOSS, jnp.array([5, 127], dtype))
+        assert found.sum() == 2
 
 
 @every_rule

@@ -179,6 +179,7 @@ def test_debug_nans_finds_none(name, net):
     f = STATISTICS[name](fnn.source(net, SQUARES))
     with jax.debug_nans(True):
         jax.block_until_ready(jax.jit(f)(params, x, targets))
+        jax.block_until_ready(f(params, x, targets))  # it looks at every operation, jit at results
 
 
 @each

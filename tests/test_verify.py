@@ -197,7 +197,7 @@ def swapped_norm():
 
 BATCH = ("0.2 x the right one", "divided by the batch of 5?")
 WRONG = {  # layer, the array, what the report says of it
-    "no transpose in dx": (with_backward(no_transpose), "dx", ("a missing factor or term",)),
+    "no transpose in dx": (with_backward(no_transpose), "dx", ("a missing transpose or term",)),
     "outer product the other way": (with_backward(swapped), "params.w", ("the transpose of",)),
     "mean for a sum in b": (with_factors(b=lambda dz: PerExample(dz / 5)), "params.b", BATCH),
     "1/batch in w": (with_factors(w=lambda x, dz: Outer(x, dz / 5)), "params.w", BATCH),
@@ -404,6 +404,22 @@ def test_a_layer_does_not_pass_where_nothing_was_tested(layer, x):
     report = check(layer, x)
     assert not report.passed
     assert NOTHING in str(report)
+
+
+def test_a_layer_does_not_pass_where_all_is_at_a_kink():
+    wrong = fnn.elementwise("relu", jax.nn.relu, lambda x, y: 7.0)
+    report = check(wrong, 0 * X)
+    assert not report.passed
+    assert NOTHING in str(report)
+
+
+def test_a_wrong_layer_fails_at_the_smallest_inputs():
+    assert not check(WRONG_CUBE, 1e-26 * X).passed
+
+
+def test_a_loss_that_is_a_function_is_told_how_to_wrap_it():
+    with pytest.raises(TypeError, match=r"A function\? Wrap it: `fnn\.Loss"):
+        fnn.check_loss(lambda y, t: y, X, T, key=KEY)
 
 
 def test_an_array_whose_gradient_is_0_was_not_tested():

@@ -176,7 +176,7 @@ def _silu_derivative(x, y):
 def _mish_derivative(x, y):
     # y = x tanh(p), p' = s(x), tanh'(p) = 4 s(2p) s(-2p)
     p = nn.softplus(x)
-    return jnp.tanh(p) + 4 * x * _sigmoid_slope(2 * p) * logistic(x)
+    return jnp.tanh(p) + x * logistic(x) * (4 * _sigmoid_slope(2 * p))
 
 
 def _squareplus_derivative(x, y, b):

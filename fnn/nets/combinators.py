@@ -174,7 +174,7 @@ def iterate(layer: Layer[P], n: int) -> Layer[P]:
             return dx, factors
 
         def merge(factor):
-            return reduce(factor.merged())
+            return reduce(keep(factor).merged())  # `keep` raises where it is no factor
 
         dx, uses = lax.scan(body, dy, residuals, length=n, reverse=True)
         grads = jax.tree.map(merge, uses, is_leaf=is_factor)

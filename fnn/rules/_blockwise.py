@@ -125,5 +125,6 @@ def hidden_chain(rule: str, net: Layer, loss: Loss) -> Blocks:
 def targets_like(outputs: Array, loss: Loss, targets: Array) -> Array:
     """Targets shaped and typed like the outputs: labels as one-hot rows."""
     if loss.targets == "labels":
-        return jax.nn.one_hot(targets, outputs.shape[-1], dtype=outputs.dtype)
+        labels = targets.astype(int)  # int8 does not hold the number of 300 classes
+        return jax.nn.one_hot(labels, outputs.shape[-1], dtype=outputs.dtype)
     return targets.astype(outputs.dtype)

@@ -30,7 +30,7 @@ from jax import lax
 from jaxtyping import Float, Int
 
 from fnn import _validate
-from fnn.backprop import clear_rows, share_rows
+from fnn.backprop import fill_rows, share_rows
 from fnn.backprop import value_and_grad as backpropagate
 from fnn.factors import scale_rows, widen
 from fnn.nets.blocks import param_shapes, width
@@ -110,7 +110,7 @@ def forward_forward(
 
     def value_and_grad(params, state, x, targets, weights=None):
         state, key = jax.random.split(state)
-        x = clear_rows(x, weights)
+        x = fill_rows(x, weights)
         *parts, last = chain.split(params)
         h = features(params, x)
         value, last_grads = by_softmax(last, h, targets, weights)
