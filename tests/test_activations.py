@@ -114,6 +114,14 @@ def test_second_derivatives_are_jax_nns_also_at_kinks(x64, activation):
     np.testing.assert_allclose(manual, automatic, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("activation", ELEMENTWISE, ids=repr)
+def test_derivatives_near_the_largest_number_are_finite(activation):
+    x = jnp.array([-3e38, -1e38, 1e38, 3e38])
+    _, residuals = activation.forward((), x)
+    _, dx = activation.backward((), residuals, jnp.ones_like(x))
+    assert jnp.isfinite(dx).all()
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=repr)
 def test_the_dtype_is_kept_and_nothing_is_weakly_typed(x64, activation):
     @jax.jit
