@@ -16,7 +16,7 @@ from jaxtyping import Float, Shaped
 
 from fnn import _validate
 from fnn.factors import keep, scale_rows, shares, widen
-from fnn.factors.base import mask_rows, per_row
+from fnn.factors.base import per_row
 from fnn.nets.combinators import check_net
 from fnn.types import Array, ArrayLike, Layer, Loss, P, ValueAndGrad
 
@@ -147,7 +147,6 @@ def mean_loss(net: Layer[P], loss: Loss) -> Callable[..., Float[Array, ""]]:
     check_net_and_loss(net, loss)
 
     def value(params, x, targets, weights=None):
-        targets = clear_rows(targets, weights)  # jax.grad multiplies by 0, and 0 x NaN is NaN
         forward = forward_with(net, params)
         _, _, values = forward_pass(forward, loss, x, targets, weights)
         return weighted_mean(values, weights)
@@ -194,8 +193,7 @@ def forward_pass(
         loss: takes the outputs.
         x: `[batch, ...]`.
         targets: `[batch, ...]`.
-        weights: `[batch]`; rows of weight 0 become copies of one that counts, so that no NaN in
-            them spreads.
+        weights: `[batch]`; rows of weight 0 become copies of one that counts.
 
     Returns:
         Outputs and residuals, and the loss of every example.
@@ -203,14 +201,14 @@ def forward_pass(
     Raises:
         TypeError, ValueError: shapes or dtypes do not fit.
     """
-    x = _enter(x, targets, weights)
+    x, targets = _enter(x, targets, weights)
     outputs, residuals = forward(x)
     if outputs.shape[:1] != x.shape[:1]:
         came = tuple(x.shape)
         raise ValueError(
             f"`x` has shape {came}; expected [batch, features]. One example? Pass `x[None]`."
         )
-    values = loss.value(outputs, jnp.asarray(targets))
+    values = loss.value(outputs, targets)
     if jnp.shape(values) != x.shape[:1]:
         raise ValueError(
             f"{loss.name}: `value` must return one number per example, shape {x.shape[:1]}, got "
@@ -220,7 +218,7 @@ def forward_pass(
 
 
 def _enter(x, targets, weights):
-    """`x` as an array; rows of weight 0 are copies of one that counts."""
+    """`x` and `targets` as arrays; rows of weight 0 are copies of one that counts."""
     _validate.is_array("x", x)
     _validate.is_array("targets", targets)
     _validate.fits("x", x)
@@ -235,7 +233,7 @@ def _enter(x, targets, weights):
         raise ValueError(f"{shapes} are an empty batch: a mean over no example is undefined.")
     if weights is not None:
         _validate.per_example("weights", weights, x.shape[0])
-    return fill_rows(x, weights)
+    return fill_rows(x, weights), fill_rows(targets, weights)
 
 
 def output_error(loss: Loss, outputs: Array, targets: ArrayLike) -> Array:
@@ -297,7 +295,7 @@ def share_rows(
 def fill_rows(a: Any, weights: Any) -> Shaped[Array, "batch ..."]:
     """The array with a row that counts in the place of those of weight 0; zeros where none counts.
 
-    Zeros would not do: a layer may divide by them.
+    So no NaN in them spreads. Zeros would not do: a layer may divide by them.
 
     >>> fill_rows(jnp.array([[1.0], [jnp.nan]]), jnp.array([1.0, 0.0]))
     Array([[1.],
@@ -311,17 +309,3 @@ def fill_rows(a: Any, weights: Any) -> Shaped[Array, "batch ..."]:
     row = jnp.where(present.any(), row, jnp.zeros_like(row))
     rows = jnp.broadcast_to(row, a.shape)
     return jnp.where(per_row(present, a), a, rows)
-
-
-def clear_rows(a: Any, weights: Any) -> Shaped[Array, "batch ..."]:
-    """The array with zeros in the rows of weight 0, so that no NaN in them spreads.
-
-    >>> clear_rows(jnp.array([[1.0], [jnp.nan]]), jnp.array([1.0, 0.0]))
-    Array([[1.],
-           [0.]], dtype=float32)
-    """
-    a = jnp.asarray(a)
-    if weights is None:
-        return a
-    present = jnp.asarray(weights) != 0
-    return mask_rows(a, present)

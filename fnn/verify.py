@@ -160,12 +160,13 @@ def check_layer(
     """Tests the `backward` of a layer, with respect to its params and its input, in float64.
 
     It tests the gradient of every array by two means, and that `backward` returns what `reduce`
-    makes of its factors: each example has the gradient that it has alone. It does not see whether
-    local gradients come from residuals and not from `params`, as rules need.
+    makes of its factors: each example has the gradient that it has alone. It cannot see whether
+    `backward` takes local gradients from `params`, which rules replace; they must come from
+    `forward`.
 
     Args:
         layer: any layer, yours for instance.
-        x: an input, `[batch, ...]`, better of several rows. A coordinate at a kink, where the
+        x: an input, `[batch, ...]`, best with several rows. A coordinate at a kink, where the
             gradient jumps, is not counted.
         key: for the random directions, and for `params` if they are None.
         params: where to test; None draws them by `layer.init`.
@@ -206,7 +207,7 @@ def check_loss(
 
     Args:
         loss: any loss, yours for instance.
-        outputs: `[batch, ...]`, better of several rows.
+        outputs: `[batch, ...]`, best with several rows.
         targets: what the loss takes.
         key: for the random directions.
 
@@ -270,7 +271,7 @@ def _check(layer, params, key, x, *targets) -> CheckReport:
     sizes = _sizes(unravel(point))
     kinks = _find_kinks(gradient, right, point, sizes, rng)
     if kinks.all():
-        return CheckReport(layer.name, [LeafComparison("all", NOTHING)], int(kinks.sum()))
+        return CheckReport(layer.name, [LeafComparison("all", NOTHING)], kinks.size)
     ours = pull(total, dy, x, *targets)
     hand, _ = ravel_pytree(ours)
     floor = float(np.linalg.norm(right))
@@ -411,11 +412,10 @@ def _likely_slip(ours, right, batch) -> str:
         return f"shape {ours.shape}, expected {right.shape}: {_shape_slip(ours, right, batch)}"
     if not np.isfinite(ours).all():
         return "NaN or infinity"
-    if _relative_error(ours, right.T) < 1e-6:
-        return "the transpose of the right one"
     factor = np.vdot(right, ours) / np.vdot(right, right)
     if not _relative_error(ours, factor * right) < 1e-6:  # NaN where the right one is 0
-        return ""
+        transposed = _relative_error(ours, right.T) < 1e-6
+        return "the transpose of the right one" if transposed else ""
     slip = "a wrong constant?"
     if abs(factor - 1) < 1e-3:
         slip = "computed in a narrower dtype?"

@@ -676,6 +676,14 @@ def test_a_source_is_any_function_jitted_or_not(x64, wrap):
     )
 
 
+@pytest.mark.parametrize("statistic", [per_example.norms, per_example.moments, per_example.gram])
+def test_a_gradient_is_no_source(statistic):
+    net = fnn.mlp((3, 2))
+    gradient = fnn.value_and_grad(net, losses.l2_loss)
+    with pytest.raises(ValueError, match=r"`source` must return values \[batch\]"):
+        statistic(gradient)(net.init(jax.random.key(0)), jnp.ones((2, 3)), jnp.ones((2, 2)))
+
+
 def test_a_jitted_net_source_gives_what_the_net_gives(x64):
     params, x, t = net_case(6)
     for statistic in (norms, gradients, gram, moments):

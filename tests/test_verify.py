@@ -211,6 +211,11 @@ WRONG = {  # layer, the array, what the report says of it
         "params.w",
         ("narrower dtype",),
     ),
+    "narrow dtype in b": (
+        with_factors(b=lambda dz: PerExample((1 + 1e-7) * dz)),
+        "params.b",
+        ("narrower dtype",),
+    ),
     "b forgotten": (
         with_factors(b=lambda dz: PerExample(0 * dz)),
         "params.b",
@@ -283,6 +288,16 @@ def test_what_reduce_returns_is_not_to_be_changed(change):
         check(square, jnp.ones((5, 3)))
 
 
+def ignore(w, x, dy, reduce=total):
+    return x.T @ dy, dy @ w.T
+
+
+def test_a_layer_within_iterate_is_told_of_reduce():
+    layer = fnn.Layer("ignores", lambda key: jnp.ones((3, 3)), lambda w, x: (x @ w, x), ignore)
+    with pytest.raises(TypeError, match="`reduce` takes a factor"):
+        check(fnn.iterate(layer, 2), jnp.ones((5, 3)))
+
+
 def test_a_bias_that_is_not_summed_over_positions():
     def backward(b, residuals, dy, reduce=total):
         return reduce(PerExample(dy)), dy
@@ -298,7 +313,7 @@ def test_a_bias_that_is_not_summed_over_positions():
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("against", MEANS)
 @pytest.mark.parametrize(
-    "name", [name for name in WRONG if name not in ("wrong formula", "narrow dtype in w")]
+    "name", [name for name in WRONG if name != "wrong formula" and "narrow" not in name]
 )
 def test_each_means_finds_a_wrong_layer(name, against, scale):
     assert any(rows_of(wrong_report(name, scale), against).values())

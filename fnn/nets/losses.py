@@ -133,8 +133,7 @@ def from_function(
 def _enter(name, kind, outputs, t):
     """Checked arrays for the formulas: float32 at least; an invalid label becomes -1."""
     _check_shapes(name, kind, outputs, t)
-    if isinstance(t, np.ndarray):
-        _validate.fits("targets", t)
+    _validate.fits("targets", t)
     outputs = widen(jnp.asarray(outputs))
     t = jnp.asarray(t)
     if kind != "labels":

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from fnn.backprop import (
     check_net_and_loss,
-    clear_rows,
+    fill_rows,
     forward_pass,
     output_error,
     share_rows,
@@ -71,8 +70,8 @@ def block_pass(chain: Blocks, loss: Loss, params, x, targets, weights=None) -> B
         return hs[-1], (hs, residuals)
 
     outputs, (hs, residuals), values = forward_pass(forward, loss, x, targets, weights)
-    error = clear_rows(output_error(loss, outputs, targets), weights)
-    t = jnp.asarray(targets)
+    t = fill_rows(targets, weights)
+    error = output_error(loss, outputs, t)
     return BlockPass(chain, parts, hs, residuals, error, values, t, weights)
 
 

@@ -37,7 +37,7 @@ from optax import tree
 from fnn import _validate
 from fnn.backprop import (
     check_net_and_loss,
-    clear_rows,
+    fill_rows,
     forward_pass,
     forward_with,
     share_rows,
@@ -144,9 +144,9 @@ def weight_perturbation(
 
             return scale(change(loss_at, value, noise), noise)
 
-        clear = [clear_rows(a, weights) for a in (x, targets, values)]
+        rows = fill_rows(x, weights), fill_rows(targets, weights), values
         shares = share_rows(jnp.ones_like(widen(values)), weights)
-        examples = jnp.arange(values.shape[0]), *clear
+        examples = jnp.arange(values.shape[0]), *rows
         grads = weighted_sum(one, shares, examples, microbatch_size)
         return weighted_mean(values, weights), grads, state
 
