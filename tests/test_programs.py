@@ -107,24 +107,31 @@ def each(test):
 
 
 @each
-def test_a_program_has_one_cond_at_most(name, net):
+def test_no_program_has_a_cond(name, net):
+    """Under `vmap` both branches of a `cond` run."""
     net, params, x, targets = batch_of(net)
     text = lowered(STATISTICS[name](fnn.source(net, SQUARES)), params, x, targets)
-    assert len(re.findall(r"stablehlo\.(?:case|if)\b", text)) <= 1
+    assert not re.findall(r"stablehlo\.(?:case|if)\b", text)
 
 
 @each
-def test_shard_map_with_its_default_checks(name, net):
+@pytest.mark.parametrize("varies", ["data", "params", "targets"])
+def test_shard_map_with_its_default_checks(name, net, varies):
+    """Whatever varies over the devices, the loops carry arrays that vary as their results do."""
     net, params, x, targets = batch_of(net)
     f = STATISTICS[name](fnn.source(net, SQUARES))
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    rows = PartitionSpec("data")
+    here, everywhere = PartitionSpec("data"), PartitionSpec()
 
     def with_axis(params, x, targets):
         return jax.tree.map(jnp.atleast_1d, f(params, x, targets))
 
-    specs = (PartitionSpec(), rows, rows)
-    sharded = jax.shard_map(with_axis, mesh=mesh, in_specs=specs, out_specs=rows)
+    specs = {
+        "data": (everywhere, here, here),
+        "params": (here, everywhere, everywhere),
+        "targets": (everywhere, everywhere, here),
+    }
+    sharded = jax.shard_map(with_axis, mesh=mesh, in_specs=specs[varies], out_specs=here)
     ours = jax.jit(sharded)(params, x, targets)
     assert_close(jax.tree.leaves(ours), jax.tree.leaves(with_axis(params, x, targets)))
 
@@ -138,6 +145,37 @@ def test_vmap_over_nets(name, net):
     ours = jax.jit(jax.vmap(f, (0, None, None)))(both, x, targets)
     one_by_one = [f(p, x, targets) for p in (params, other)]
     assert_close(ours, jax.tree.map(lambda *a: jnp.stack(a), *one_by_one))
+
+
+@pytest.mark.parametrize(
+    "case", ["norms squared_norm 2", "clipped exact_total 2", "moments difference 1"]
+)
+def test_under_vmap_the_way_for_what_cancels_is_taken_only_where_something_does(case):
+    name, method, positions = case.split()
+    rng = np.random.default_rng(0)
+    a, dz = rng.normal(size=(2, 3, 32, int(positions), 16))  # 3 nets, 32 examples
+    rounds = []
+
+    def watched(self, *args):
+        jax.debug.callback(lambda: rounds.append(1))
+        return getattr(fnn.factors.Outer, method)(self, *args)
+
+    outer = fnn.factors.factor(type("Watched", (fnn.factors.Outer,), {method: watched}))
+
+    def source(params, a, dz):
+        return jnp.zeros(len(a)), outer(a, dz)
+
+    f = jax.jit(jax.vmap(STATISTICS[name](source), (None, 0, 0)))
+    if positions == "1":
+        a, dz = a[:, :, 0], dz[:, :, 0]
+        alike = np.broadcast_to(a[:, :1], a.shape), np.broadcast_to(dz[:, :1], dz.shape)
+    else:
+        one, other = a[:, :, :1], dz[:, :, :1]
+        alike = np.concatenate([one, one], 2), np.concatenate([other, -other], 2)
+    for batch, runs in [((a, dz), False), (alike, True)]:
+        jax.block_until_ready(f(jnp.zeros((16, 16)), *map(jnp.float32, batch)))
+        jax.effects_barrier()
+        assert bool(rounds) == runs
 
 
 @each

@@ -334,33 +334,24 @@ def whole_squares(squares: dict) -> Float[Array, " batch"]:
     return sum_leaves(list(map(over_layers, squares.values())))
 
 
-@jax.jit
+@jax.custom_jvp
 def root(squares: Float[Array, "..."]) -> Float[Array, "..."]:
     """The square root. Its derivative at 0 is 0, that of a squared norm."""
-    positive = squares > 0
-    safe = jnp.where(positive, squares, 1)
-    return jnp.where(positive, jnp.sqrt(safe), squares)
+    # nothing follows the root: XLA computes what a kernel begins with anew, but for a root
+    return jnp.sqrt(jnp.maximum(squares, 0))
+
+
+@root.defjvp
+def _(values, slopes):
+    norms = root(*values)
+    positive = norms > 0
+    factor = 0.5 / jnp.where(positive, norms, 1)
+    return norms, jnp.where(positive, factor, 0) * slopes[0]
 
 
 def sum_leaves(tree: Any) -> Float[Array, "..."]:
     """The sum of the leaves of a tree of arrays of one shape."""
     return jax.tree.reduce(operator.add, tree)
-
-
-def scaled_total(factor: Factor, weights: Array) -> Array:
-    """The total by weights, float32 at least."""
-    scaled = factor.scaled(weights)
-    return widen(scaled.total())
-
-
-def all_totals(factors: list[Factor], weights: list, totals: list, params: list) -> list:
-    """All totals in the dtypes of the params; `totals` has those that do not sum exactly."""
-    found = iter(totals)
-    gradients = []
-    for f, own, p in zip(factors, weights, params, strict=True):
-        gradient = scaled_total(f, own) if f.sums_exactly else next(found)
-        gradients.append(gradient.astype(p.dtype))
-    return gradients
 
 
 def exact_totals(factors: list[Factor], weights: Array | list) -> list:
@@ -377,7 +368,7 @@ def exact_totals(factors: list[Factor], weights: Array | list) -> list:
     some = [factors[i].wide() for i in plain]
     rows = [weights[i] for i in plain]
     shapes = [jax.eval_shape(f.total) for f in some]
-    starts = [zeros(shape, weights[0]) for shape in shapes]
+    starts = list(map(zeros, shapes))
     sums = fold_examples(add, starts, some, rows)
     totals = dict(zip(plain, sums, strict=True))
     for i, f in enumerate(factors):
@@ -403,7 +394,7 @@ def variances(factors: list[Factor], shares: Float[Array, " batch"]) -> list:
 
     starts = []
     for f in plain:
-        start = zeros(jax.eval_shape(f.total), shares)
+        start = zeros(jax.eval_shape(f.total))
         starts.append((start, start))
     sums = iter(fold_examples(add, starts, plain, shares, origins))
     found = []
@@ -442,7 +433,7 @@ def fold_examples(
             own = [own] * len(ones)
         return list(map(add, sums, ones, own, *likes)), None
 
-    sums, _ = lax.scan(body, starts, (factors, rows))
+    sums, _ = scan(body, starts, (factors, rows))
     return sums
 
 
@@ -486,15 +477,79 @@ def by_columns(
     empty = jax.tree.map(begin_with, shapes)
     starts = np.arange(0, width, columns)
     starts = np.minimum(starts, width - columns)  # the last two may overlap
-    whole, _ = lax.scan(block, empty, jnp.asarray(starts))
+    whole, _ = scan(block, empty, jnp.asarray(starts))
     return whole
 
 
-def zeros(shape: Any, like: Shaped[Array, "..."]) -> Array:
-    """Zeros to begin a loop with; in `shard_map` they vary over the same axes of a mesh as `like`.
+def settle(safe: Array, fast: Any, exact: Callable, operands: Any) -> Any:
+    """`fast` where `safe`, else `exact(operands)`, which runs only then.
+
+    It is a loop of no round or one: under `vmap` a `cond` would run both ways. The derivative is
+    that of `fast`.
 
     Args:
-        shape: a `jax.ShapeDtypeStruct`.
-        like: any array.
+        safe: one bool.
+        fast: a tree of arrays.
+        exact: `(operands) -> tree like fast`.
+        operands: a tree of arrays.
     """
-    return lax.full_like(like, 0, shape.dtype, shape.shape)
+
+    def unsettled(state):
+        return ~state[0]
+
+    def once(state):
+        # the barrier keeps XLA from moving the work out of the loop
+        held, safe = lax.optimization_barrier((operands, state[0]))
+        return safe | True, exact(held)
+
+    operands = lax.stop_gradient(operands)
+    start = lax.stop_gradient((safe, fast))
+    _, settled = lax.while_loop(unsettled, once, start)
+    return jax.tree.map(_with_derivative_of, settled, fast)
+
+
+@jax.custom_jvp
+def _with_derivative_of(value, other):
+    """`value`; its derivative is that of `other`."""
+    del other
+    return value
+
+
+@_with_derivative_of.defjvp
+def _(values, tangents):
+    return values[0], tangents[1]
+
+
+def all_of(conditions: list) -> Array:
+    """Whether all conditions hold."""
+    return jnp.stack(conditions).all()
+
+
+def scan(body: Callable, start: Any, xs: Any, **options: Any) -> tuple[Any, Any]:
+    """`lax.scan`; in `shard_map` the start varies over all axes of the mesh that its result does.
+
+    Args:
+        body: `(carry, x) -> (carry, y)`.
+        start: the first carry.
+        xs: arrays `[rounds, ...]`, or None.
+        **options: of `lax.scan`.
+    """
+
+    def first(start, xs):
+        x = jax.tree.map(lambda a: a[0], xs)
+        return body(start, x)[0]
+
+    def vary(value, shape):
+        if shape.manual_axis_type is None:
+            return value
+        own = jax.typeof(value).manual_axis_type.varying
+        more = shape.manual_axis_type.varying - own
+        return lax.pcast(value, tuple(more), to="varying")
+
+    shapes = jax.eval_shape(first, start, xs)
+    return lax.scan(body, jax.tree.map(vary, start, shapes), xs, **options)
+
+
+def zeros(shape: jax.ShapeDtypeStruct) -> Array:
+    """Zeros to begin a loop with."""
+    return jnp.zeros(shape.shape, shape.dtype)

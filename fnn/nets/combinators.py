@@ -10,6 +10,7 @@ from jax import lax
 
 from fnn import _validate
 from fnn.factors import Stacked, is_factor, keep, total
+from fnn.factors.base import scan
 from fnn.types import Layer, P, by_recipe
 
 
@@ -103,7 +104,7 @@ def repeat(layer: Layer[P], n: int) -> Layer[P]:
             _check_same_shape(name, x, y)
             return y, residuals
 
-        return lax.scan(body, jnp.asarray(x), params, length=n)
+        return scan(body, jnp.asarray(x), params, length=n)
 
     def backward(params, residuals, dy, reduce=total):
         def body(dy, kept):
@@ -166,7 +167,7 @@ def iterate(layer: Layer[P], n: int) -> Layer[P]:
             _check_same_shape(name, x, y)
             return y, residuals
 
-        return lax.scan(body, jnp.asarray(x), None, length=n)
+        return scan(body, jnp.asarray(x), None, length=n)
 
     def backward(params, residuals, dy, reduce=total):
         def body(dy, r):

@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Float
 
 from fnn import _validate
-from fnn.factors.base import widen, zeros
+from fnn.factors.base import scan, widen, zeros
 from fnn.per_example.clipping import Gradient, Reduction
 from fnn.per_example.moments import Moments
 from fnn.types import Array
@@ -62,9 +62,10 @@ def accumulate(fn: Callable, microbatch_size: int, *, reduction: Merge | None = 
     def accumulated(params, *batch, weights=None):
         rows = _rows((batch, weights))
         missing = -rows % microbatch_size
+        filled = weights
         if weights is None and missing and reduction != "examples":
             _check_takes_weights(fn, rows, microbatch_size)
-            weights = jnp.ones(rows)
+            filled = jnp.ones(rows)
 
         def part(chunk):
             some, w = chunk
@@ -80,15 +81,14 @@ def accumulate(fn: Callable, microbatch_size: int, *, reduction: Merge | None = 
             _, each, new = part(chunk)
             return _merge(state, new), each
 
-        more = _chunks(weights, missing, microbatch_size, zero=True)
+        more = _chunks(filled, missing, microbatch_size, zero=True)
         chunks = _chunks(batch, missing, microbatch_size), more
         one = jax.tree.map(lambda a: a[0], chunks)
         like, _, shapes = jax.eval_shape(part, one)
-        first = jax.tree.leaves(chunks)[0]
-        start = jax.tree.map(lambda shape: zeros(shape, first), shapes)
-        state, each = lax.scan(turn, start, chunks)
+        start = jax.tree.map(zeros, shapes)
+        state, each = scan(turn, start, chunks)
         each = jax.tree.map(lambda a: lax.collapse(a, 0, 2)[:rows], each)
-        return _whole(like, each, state, reduction)
+        return _whole(like, each, state, weights)
 
     return accumulated
 
@@ -136,10 +136,10 @@ def _apart(result, weight, reduction):
     if isinstance(result, Moments):
         counted = result.reduction
         state = _State(counted.weights.sum(), mean=result.mean, variance=result.variance)
-        return (counted.weights, counted.non_finite), state
+        return counted.weights, state
     if isinstance(result, Gradient):
         counted = result.reduction
-        each = (counted.weights, counted.non_finite, result.values, result.norms)
+        each = (counted.weights, result.values, result.norms)
         return each, _state(counted.weights.sum(), result.gradient, counted.kind)
     name = type(result).__name__
     if hasattr(result, "reduction"):
@@ -184,18 +184,23 @@ def _merge(a, b):
     return _State(weight, total, centre, spread)
 
 
-def _whole(like, each, state, reduction):
+def _whole(like, each, state, given):
     """The result for all microbatches, in the dtypes of `like`, that of one."""
     if isinstance(like, Moments):
-        return Moments(state.mean, state.variance, Reduction("mean", *each))
+        return Moments(state.mean, state.variance, _counted("mean", each, given))
     if isinstance(like, Gradient):
-        weights, non_finite, values, norms = each
-        counted = Reduction(like.reduction.kind, weights, non_finite)
-        gradient = _in_dtypes(like.gradient, state)
-        return Gradient(values, gradient, norms, counted)
-    if reduction == "examples":
+        weights, values, norms = each
+        counted = _counted(like.reduction.kind, weights, given)
+        return Gradient(values, _in_dtypes(like.gradient, state), norms, counted)
+    if state.total is None and state.mean is None:
         return each
     return _in_dtypes(like, state)
+
+
+def _counted(kind, weights, given):
+    if given is not None:
+        given = jnp.asarray(given).astype(weights.dtype)
+    return Reduction(kind, weights, given)
 
 
 def _in_dtypes(like, state):

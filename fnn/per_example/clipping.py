@@ -14,13 +14,12 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.core import Tracer
 from jaxtyping import Bool, Float
 
 from fnn import _validate
 from fnn.factors import exact_totals, is_factor, keep, shares, widen
-from fnn.factors.base import all_totals, root, scaled_total, squares_by_layer, whole_squares
+from fnn.factors.base import all_of, root, settle, squares_by_layer, whole_squares
 from fnn.per_example.norms import CANCEL, ask, check_is_source
 from fnn.types import Array, ArrayLike, Params, Source, storable
 
@@ -36,12 +35,18 @@ class Reduction:
     Attributes:
         kind: "mean" or "sum".
         weights: what every example counts for; 0 for padding, and where the gradient is not finite.
-        non_finite: True for an example that is left out because its gradient is not finite.
+        given: the weights that were passed; None where all were 1.
     """
 
     kind: Kind = field(metadata={"static": True})
     weights: Float[Array, " batch"]
-    non_finite: Bool[Array, " batch"]
+    given: Float[Array, " batch"] | None = None
+
+    @property
+    def non_finite(self) -> Bool[Array, " batch"]:
+        """True for an example that is left out because its gradient is not finite."""
+        left_out = self.weights == 0
+        return left_out if self.given is None else left_out & (self.given != 0)
 
     @property
     def examples(self) -> Array:
@@ -171,39 +176,47 @@ def _weighted(source: Source, scale, per_layer, kind: Kind) -> Callable[..., Gra
         values, tree = ask(source, keep, params, *batch)
         factors, structure = jax.tree.flatten(tree, is_leaf=is_factor)
         layers = _layers(tree) if per_layer else [()] * len(factors)
-        risky = [i for i, f in enumerate(factors) if not f.sums_exactly]
-        risky_factors = [factors[i] for i in risky]
 
-        def weigh(squares):
-            norms = root(whole_squares(squares))
-            counted = count(kind, norms, weights)
-            share = shares(counted.weights) if kind == "mean" else counted.weights
-            scales = _scales(squares, layers, share, scale)
-            return norms, counted, scales, [scales[i] for i in risky]
+        def exact_squares(factors):
+            return list(squares_by_layer(factors, layers, fast=False)[0].values())
 
         squares, sizes = squares_by_layer(factors, layers, fast=True)
-        norms, counted, scales, risky_scales = weigh(squares)
-
-        def once():
-            totals = list(map(scaled_total, risky_factors, risky_scales))
-            return norms, counted, scales, totals
-
-        def exactly():
-            exact, _ = squares_by_layer(factors, layers, fast=False)
-            *weighed, risky_scales = weigh(exact)
-            return *weighed, exact_totals(risky_factors, risky_scales)
-
-        safe = [jnp.isfinite(norms).all()]
-        for layer, size in sizes.items():
-            safe.append((size <= CANCEL * squares[layer]).all())
+        safe = [(size <= CANCEL * squares[layer]).all() for layer, size in sizes.items()]
         if sizes:
-            norms, counted, scales, totals = lax.cond(jnp.stack(safe).all(), once, exactly)
-        else:
-            totals = _totals(risky_factors, risky_scales, safe[0], counted.weights)
-        gradients = all_totals(factors, scales, totals, jax.tree.leaves(params))
+            settled = settle(all_of(safe), list(squares.values()), exact_squares, factors)
+            squares = dict(zip(squares, settled, strict=True))
+        norms = root(whole_squares(squares))
+        counted = count(kind, norms, weights)
+        share = shares(counted.weights) if kind == "mean" else counted.weights
+        scales = _scales(squares, layers, share, scale)
+        safe.append(jnp.isfinite(norms).all())
+        totals = _totals(factors, scales, counted.weights, all_of(safe))
+        leaves = jax.tree.leaves(params)
+        gradients = [t.astype(p.dtype) for t, p in zip(totals, leaves, strict=True)]
         return Gradient(values, structure.unflatten(gradients), norms, counted)
 
     return reduced
+
+
+def _totals(factors, scales, weights, safe):
+    """The totals by scales, float32 at least; example by example where they are not safe."""
+    scaled = [f.scaled(s) for f, s in zip(factors, scales, strict=True)]
+    totals = [widen(f.total()) for f in scaled]
+    risky = [i for i, f in enumerate(factors) if not f.sums_exactly]
+    # where an example is one product the scaled factor will do, so that nothing is kept twice
+    kept = [scaled[i] if factors[i].one_by_one else factors[i] for i in risky]
+    operands = kept, [scales[i] for i in risky], weights
+
+    def exactly(operands):
+        factors, scales, weights = operands
+        present = (weights != 0).astype(weights.dtype)
+        by = [present if f.one_by_one else s for f, s in zip(factors, scales, strict=True)]
+        return exact_totals(factors, by)
+
+    settled = settle(safe, [totals[i] for i in risky], exactly, operands)
+    for i, total in zip(risky, settled, strict=True):
+        totals[i] = total
+    return totals
 
 
 def _scales(squares, layers, share, scale):
@@ -212,23 +225,6 @@ def _scales(squares, layers, share, scale):
     for layer, square in squares.items():
         scales[layer] = _times(share, scale, square)
     return [scales[layer] for layer in layers]
-
-
-def _totals(factors, scales, finite, weights):
-    """The totals of factors without positions; example by example where not all is finite.
-
-    They are scaled before the `cond`, so that its branches hold no copies.
-    """
-    scaled = [f.scaled(s) for f, s in zip(factors, scales, strict=True)]
-    present = (weights != 0).astype(weights.dtype)
-
-    def once():
-        return [widen(f.total()) for f in scaled]
-
-    def one_by_one():
-        return exact_totals(scaled, [present] * len(scaled))
-
-    return lax.cond(finite, once, one_by_one)
 
 
 @jax.jit
@@ -245,8 +241,8 @@ def _times(share, scale, squares):
     share = jnp.broadcast_to(share, squares.shape)
     if scale is None:
         return share
-    squares = jnp.where(share != 0, squares, 1)
-    return share * scale(root(squares))
+    norms = jnp.where(share != 0, root(squares), 1)
+    return share * scale(norms)
 
 
 def layer_count(tree: Any) -> int:
@@ -264,14 +260,13 @@ def _layers(tree):
 def count(kind: Kind, norms: Float[Array, " batch"], weights: ArrayLike | None) -> Reduction:
     """What every example counts for."""
     if weights is None:
-        w = jnp.ones_like(norms)
+        given = None
+        counted = jnp.ones_like(norms)
     else:
         _validate.per_example("weights", weights, norms.shape[0])
-        w = jnp.asarray(weights).astype(norms.dtype)
-    finite = jnp.isfinite(norms)
-    counted = jnp.where(finite, w, 0)
-    non_finite = ~finite & (w != 0)
-    return Reduction(kind, counted, non_finite)
+        given = counted = jnp.asarray(weights).astype(norms.dtype)
+    counted = jnp.where(jnp.isfinite(norms), counted, 0)
+    return Reduction(kind, counted, given)
 
 
 def check_max_norm(name: str, value: Any) -> None:

@@ -8,11 +8,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Float
 
 from fnn.factors import is_factor, keep, shares
-from fnn.factors.base import fast_squared_norm, root, variances
+from fnn.factors.base import all_of, fast_squared_norm, root, settle, variances
 from fnn.per_example.clipping import Reduction, count, weighted_gradient
 from fnn.per_example.norms import ask, check_is_source, sum_squares
 from fnn.types import Array, Params, Source, storable
@@ -139,14 +138,12 @@ def _variances(factors, pairs, share):
     if not factors:
         return []
 
-    def from_squares():
-        return [jnp.maximum(square - mean * mean, 0) for mean, square in pairs]
+    def one_by_one(operands):
+        return variances(*operands)
 
-    def one_by_one():
-        return variances(factors, share)
-
+    cheap = [square - mean * mean for mean, square in pairs]
     precise = [_is_precise(mean, square) for mean, square in pairs]
-    return lax.cond(jnp.stack(precise).all(), from_squares, one_by_one)
+    return settle(all_of(precise), cheap, one_by_one, (factors, share))
 
 
 @jax.jit

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 
 from fnn import _validate
 from fnn.factors import Reducer, materialise, square_rows, squared_norm
-from fnn.factors.base import SquaredNorm, fast_squared_norm, root, sum_leaves
+from fnn.factors.base import SquaredNorm, fast_squared_norm, root, settle, sum_leaves
 from fnn.types import Array, ArrayLike, Params, Source, storable
 
 CANCEL = 8.0  # terms of a sum of squares that cancel more than so often are added otherwise
@@ -68,15 +68,15 @@ def norms(source: Source) -> Callable[..., Float[Array, " batch"]]:
     check_is_source(source)
 
     def per_example_norms(params, *batch):
-        def exact():
-            _, squares = ask(source, squared_norm, params, *batch)
+        def exact(args):
+            _, squares = ask(source, squared_norm, *args)
             return sum_leaves(squares)
 
         _, squares = ask(source, fast_squared_norm, params, *batch)
         square, size = sum_squares(squares)
         if size is not None:
             safe = (size <= CANCEL * square).all()
-            square = lax.cond(safe, lambda: square, exact)
+            square = settle(safe, square, exact, (params, *batch))
         return root(square)
 
     return per_example_norms
