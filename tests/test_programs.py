@@ -148,7 +148,7 @@ def test_vmap_over_nets(name, net):
 
 
 @pytest.mark.parametrize(
-    "case", ["norms squared_norm 2", "clipped exact_total 2", "moments difference 1"]
+    "case", ["norms squared_norm 2", "clipped exact_total 2", "moments moments 1"]
 )
 def test_under_vmap_the_way_for_what_cancels_is_taken_only_where_something_does(case):
     name, method, positions = case.split()

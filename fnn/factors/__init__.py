@@ -10,7 +10,6 @@ from fnn.factors.base import REDUCERS as REDUCERS
 from fnn.factors.base import Factor as Factor
 from fnn.factors.base import PerExample as PerExample
 from fnn.factors.base import Reducer as Reducer
-from fnn.factors.base import exact_totals as exact_totals
 from fnn.factors.base import factor as factor
 from fnn.factors.base import is_factor as is_factor
 from fnn.factors.base import keep as keep

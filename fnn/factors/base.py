@@ -42,12 +42,12 @@ class Factor:
     other answers, or gives cheaper ones.
 
     Attributes:
-        one_by_one: whether `exact_total` and `variance` go through the examples one at a time.
+        single: whether an example is one product, in which nothing cancels.
         sums_exactly: whether `scaled(weights).total()` is `exact_total(weights)`.
         layers: the axes of layers that `repeat` puts in front.
     """
 
-    one_by_one: Any = True
+    single: Any = False
     sums_exactly: Any = False
     layers: Any = ()
 
@@ -91,7 +91,7 @@ class Factor:
         So its norm is the weight times `squared_norm`, whatever cancels in it; weight 0 counts
         nothing, even for NaN.
         """
-        return exact_totals([self], [weights])[0]
+        return scale_rows(widen(self.materialise()), weights).sum(0)
 
     def moments(self, shares: Array) -> tuple[Array, Array]:
         """Mean and centred variance, in the parameter's shape; share 0 counts nothing.
@@ -99,25 +99,11 @@ class Factor:
         Args:
             shares: `[batch]`, what each example counts for; their sum is 1.
         """
-        return self.exact_total(shares), self.variance(shares)
+        return centred_moments(self.materialise(), shares)
 
     def raw_moments(self, shares: Array) -> tuple[Array, Array] | None:
         """E[g] and E[g^2] by cheap products; None where `moments` costs no more."""
         return None
-
-    def variance(self, shares: Array) -> Array:
-        """The centred variance alone."""
-        if self.one_by_one:
-            return variances([self], shares)[0]
-        return self.moments(shares)[1]
-
-    def example(self, i: Array) -> Any:
-        """The factor of example i alone."""
-        return jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, i), self)
-
-    def difference(self, other: Any) -> Array:
-        """The total less that of another factor, without cancellation where both are near."""
-        return self.total() - other.total()
 
     def wide(self) -> Any:
         """The factor in float32 at least."""
@@ -145,7 +131,6 @@ class PerExample(Factor):
     """
 
     gradient: Array  # [batch, *parameter shape]
-    one_by_one = False
     sums_exactly = True
 
     def total(self) -> Array:
@@ -159,12 +144,6 @@ class PerExample(Factor):
 
     def merged(self) -> PerExample:
         return PerExample(self.gradient.sum(0))
-
-    def exact_total(self, weights) -> Array:
-        return self.scaled(weights).total()
-
-    def moments(self, shares) -> tuple[Array, Array]:
-        return centred_moments(self.gradient, shares)
 
 
 @dataclass(frozen=True)
@@ -354,89 +333,6 @@ def sum_leaves(tree: Any) -> Float[Array, "..."]:
     return jax.tree.reduce(operator.add, tree)
 
 
-def exact_totals(factors: list[Factor], weights: Array | list) -> list:
-    """`Factor.exact_total` of every factor, by weights for all or by its own."""
-
-    @jax.jit
-    def add(total, one, weight):
-        gradient = weight * one.total()
-        return total + jnp.where(weight != 0, gradient, 0)
-
-    if not isinstance(weights, list):
-        weights = [weights] * len(factors)
-    plain = [i for i, f in enumerate(factors) if f.one_by_one]
-    some = [factors[i].wide() for i in plain]
-    rows = [weights[i] for i in plain]
-    shapes = [jax.eval_shape(f.total) for f in some]
-    starts = list(map(zeros, shapes))
-    sums = fold_examples(add, starts, some, rows)
-    totals = dict(zip(plain, sums, strict=True))
-    for i, f in enumerate(factors):
-        if i not in totals:
-            totals[i] = f.exact_total(weights[i])
-    return [totals[i] for i in range(len(factors))]
-
-
-def variances(factors: list[Factor], shares: Float[Array, " batch"]) -> list:
-    """The centred variance for every factor; share 0 counts nothing.
-
-    It is E[d^2] - E[d]^2 of the differences d to one example that counts: they are small where the
-    variance is, so that nothing cancels.
-    """
-    plain = [f for f in factors if f.one_by_one]
-    origins = [f.example(jnp.argmax(shares)) for f in plain]
-
-    @jax.jit
-    def add(sums, one, share, origin):
-        first, second = sums
-        d = jnp.where(share != 0, one.difference(origin), 0)
-        return first + share * d, second + share * d * d
-
-    starts = []
-    for f in plain:
-        start = zeros(jax.eval_shape(f.total))
-        starts.append((start, start))
-    sums = iter(fold_examples(add, starts, plain, shares, origins))
-    found = []
-    for f in factors:
-        if f.one_by_one:
-            first, second = next(sums)
-            found.append(jnp.maximum(second - first * first, 0))
-        else:
-            found.append(f.variance(shares))
-    return found
-
-
-def fold_examples(
-    add: Callable,
-    starts: list,
-    factors: list[Factor],
-    rows: Array | list,
-    *likes: list,
-) -> list:
-    """Goes through the examples one at a time; compiled, it needs no memory but the sums.
-
-    Args:
-        add: `(sums, factor of one example, its row, *likes of the factor) -> sums`.
-        starts: the sums of every factor before the first example.
-        factors: with arrays `[batch, ...]`.
-        rows: `[batch]`, for all factors or for each.
-        *likes: lists with a tree of arrays for every factor.
-    """
-    if not factors:
-        return []
-
-    def body(sums, example):
-        ones, own = example
-        ones = jax.tree.map(lambda a: a[None], ones)
-        if not isinstance(own, list):
-            own = [own] * len(ones)
-        return list(map(add, sums, ones, own, *likes)), None
-
-    sums, _ = scan(body, starts, (factors, rows))
-    return sums
-
-
 def by_columns(
     f: Callable,
     a: Float[Array, "batch *positions in"],
@@ -548,8 +444,3 @@ def scan(body: Callable, start: Any, xs: Any, **options: Any) -> tuple[Any, Any]
 
     shapes = jax.eval_shape(first, start, xs)
     return lax.scan(body, jax.tree.map(vary, start, shapes), xs, **options)
-
-
-def zeros(shape: jax.ShapeDtypeStruct) -> Array:
-    """Zeros to begin a loop with."""
-    return jnp.zeros(shape.shape, shape.dtype)

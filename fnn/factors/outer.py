@@ -51,20 +51,19 @@ class Outer(Factor):
         return Outer(a, dz)
 
     def materialise(self) -> Array:  # [batch, in, out]
-        a, dz = self.positions()
-        if a.ndim == 2:
-            return a[:, :, None] * dz[:, None, :]
-        return jnp.einsum("bti,bto->bio", a, dz)
+        if self.single:
+            return self.a[:, :, None] * self.dz[:, None, :]
+        return jnp.einsum("bti,bto->bio", *self.positions())
 
     def merged(self) -> Outer:
         return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1), self)
 
     @property
-    def one_by_one(self) -> bool:
+    def single(self) -> bool:
         return self.a.ndim == 2
 
     def squared_norm(self) -> Array:
-        if self.one_by_one:
+        if self.single:
             square = square_rows(self.a)
             return square * square_rows(self.dz)
         a, dz = self.wide().positions()
@@ -77,7 +76,7 @@ class Outer(Factor):
         return squares.sum(0)
 
     def fast_squared_norm(self) -> SquaredNorm:
-        if self.one_by_one:
+        if self.single:
             return SquaredNorm(self.squared_norm())
         a, dz = self.wide().positions()
         parts = (a * a).sum(2) * (dz * dz).sum(2)
@@ -93,10 +92,10 @@ class Outer(Factor):
         return SquaredNorm(terms.sum((1, 2)), size, parts)
 
     def inner(self, other) -> Array:
+        if self.single:
+            return row_products(self.a, other.a) * row_products(self.dz, other.dz)
         a, dz = self.wide().positions()
         b, db = other.wide().positions()
-        if a.ndim == 2:
-            return row_products(a, b) * row_products(dz, db)
         inputs = a.shape[2]
         outputs = dz.shape[2]
         if a.shape[1] * b.shape[1] * (inputs + outputs) > inputs * outputs:
@@ -106,8 +105,8 @@ class Outer(Factor):
         return (near * far).sum((2, 3))
 
     def exact_total(self, weights) -> Array:
-        if self.one_by_one:
-            return super().exact_total(weights)
+        if self.single:
+            return _total(self.a, self.dz, weights)
         a, dz = self.wide().positions()
 
         def block(part):
@@ -117,8 +116,8 @@ class Outer(Factor):
         return by_columns(block, a, _columns(a, dz))
 
     def moments(self, shares) -> tuple[Array, Array]:
-        if self.one_by_one:
-            return super().moments(shares)
+        if self.single:
+            return _moments(self.a, self.dz, shares)
         a, dz = self.positions()
 
         def block(part):
@@ -128,20 +127,14 @@ class Outer(Factor):
         return by_columns(block, a, _columns(a, dz))
 
     def raw_moments(self, shares) -> tuple[Array, Array] | None:
-        if not self.one_by_one:
+        if not self.single:
             return None
-        return _raw_moments(*self.positions(), shares)
-
-    def difference(self, other) -> Array:
-        # a dz^T - b db^T = (a - b) dz^T + b (dz - db)^T
-        by_a = Outer(self.a - other.a, self.dz)
-        by_dz = Outer(other.a, self.dz - other.dz)
-        return by_a.total() + by_dz.total()
+        return _raw_moments(self.a, self.dz, shares)
 
     def positions(self) -> tuple[Array, Array]:
-        """Both arrays as `[batch, features]`, or `[batch, positions, features]`."""
-        if self.one_by_one:
-            return self.a, self.dz
+        """Both arrays as `[batch, positions, features]`."""
+        if self.single:
+            return self.a[:, None], self.dz[:, None]
         return lax.collapse(self.a, 1, -1), lax.collapse(self.dz, 1, -1)
 
 
@@ -183,6 +176,51 @@ def _raw_moments(a, dz, shares):
         return mean, square
 
     return by_columns(block, a, max(128, dz.shape[1]))
+
+
+def _total(a, dz, weights):
+    """The total of products, one at a time: it needs no memory but the sum."""
+
+    def add(total, example):
+        a, dz, weight = example
+        scaled = weight * a.astype(weight.dtype)
+        gradient = jnp.outer(scaled, dz.astype(weight.dtype))
+        return total + jnp.where(weight != 0, gradient, 0), None
+
+    total, _ = lax.scan(add, _zeros(a, dz, weights), (a, dz, weights))
+    return total
+
+
+def _moments(a, dz, shares):
+    """Mean and variance of products, one at a time, from the differences to one that counts.
+
+    They are small where the variance is, so that nothing cancels.
+    """
+    first = jnp.argmax(shares)
+    b = jnp.where(shares[first] != 0, a[first], 0)
+    e = jnp.where(shares[first] != 0, dz[first], 0)
+
+    def add(sums, example):
+        a, dz, share = example
+        difference = jnp.outer(a - b, dz) + jnp.outer(b, dz - e)
+        difference = jnp.where(share != 0, difference, 0)
+        mean, square = sums
+        return (mean + share * difference, square + share * difference**2), None
+
+    start = _zeros(a, dz, shares)
+    (mean, square), _ = lax.scan(add, (start, start), (a, dz, shares))
+    return mean + jnp.outer(b, e), jnp.maximum(square - mean**2, 0)
+
+
+def _zeros(a, dz, weights):
+    """Zeros `[in, out]` to begin a loop with.
+
+    They depend on the arrays: XLA lets loops share a constant, and copies it; and in `shard_map`
+    they vary over the axes of a mesh as what is added.
+    """
+    any_bit = (a[0, 0] > 0) ^ (dz[0, 0] > 0) ^ (weights[0] > 0)
+    zero = jnp.where(any_bit, 0.0, -0.0)
+    return jnp.full((a.shape[1], dz.shape[1]), zero.astype(weights.dtype))
 
 
 def _gram(a):

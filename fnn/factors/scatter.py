@@ -35,7 +35,6 @@ class Scatter(Factor):
     index: Array  # [batch, ...] of whole numbers in 0 ... size - 1; others count nothing
     dy: Array  # [batch, ..., features]
     size: int = field(metadata={"static": True})  # rows of the table
-    one_by_one = False
 
     def total(self) -> Array:  # [size, features]
         return self._added(self.dy)

@@ -24,7 +24,6 @@ class Stacked(Factor):
     """A factor per layer of a `repeat`: every array has a leading axis of layers."""
 
     factor: Factor
-    one_by_one = False
 
     def total(self) -> Array:
         return jax.vmap(total)(self.factor)
@@ -83,6 +82,3 @@ class Stacked(Factor):
 
     def raw_moments(self, shares) -> tuple[Array, Array] | None:
         return jax.vmap(lambda f: f.raw_moments(shares))(self.factor)
-
-    def variance(self, shares) -> Array:
-        return lax.map(lambda f: f.variance(shares), self.factor)

@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Float
 
 from fnn import _validate
-from fnn.factors.base import scan, widen, zeros
+from fnn.factors.base import scan, widen
 from fnn.per_example.clipping import Gradient, Reduction
 from fnn.per_example.moments import Moments
 from fnn.types import Array
@@ -85,7 +85,7 @@ def accumulate(fn: Callable, microbatch_size: int, *, reduction: Merge | None = 
         chunks = _chunks(batch, missing, microbatch_size), more
         one = jax.tree.map(lambda a: a[0], chunks)
         like, _, shapes = jax.eval_shape(part, one)
-        start = jax.tree.map(zeros, shapes)
+        start = jax.tree.map(jnp.zeros_like, shapes)
         state, each = scan(turn, start, chunks)
         each = jax.tree.map(lambda a: lax.collapse(a, 0, 2)[:rows], each)
         return _whole(like, each, state, weights)

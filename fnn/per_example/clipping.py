@@ -18,7 +18,7 @@ from jax.core import Tracer
 from jaxtyping import Bool, Float
 
 from fnn import _validate
-from fnn.factors import exact_totals, is_factor, keep, shares, widen
+from fnn.factors import is_factor, keep, shares, widen
 from fnn.factors.base import all_of, root, settle, squares_by_layer, whole_squares
 from fnn.per_example.norms import CANCEL, ask, check_is_source
 from fnn.types import Array, ArrayLike, Params, Source, storable
@@ -189,7 +189,7 @@ def _weighted(source: Source, scale, per_layer, kind: Kind) -> Callable[..., Gra
         counted = count(kind, norms, weights)
         share = shares(counted.weights) if kind == "mean" else counted.weights
         scales = _scales(squares, layers, share, scale)
-        safe.append(jnp.isfinite(norms).all())
+        safe.append(jnp.isfinite(norms.sum()))  # a norm is below 2e19
         totals = _totals(factors, scales, counted.weights, all_of(safe))
         leaves = jax.tree.leaves(params)
         gradients = [t.astype(p.dtype) for t, p in zip(totals, leaves, strict=True)]
@@ -200,18 +200,25 @@ def _weighted(source: Source, scale, per_layer, kind: Kind) -> Callable[..., Gra
 
 def _totals(factors, scales, weights, safe):
     """The totals by scales, float32 at least; example by example where they are not safe."""
-    scaled = [f.scaled(s) for f, s in zip(factors, scales, strict=True)]
-    totals = [widen(f.total()) for f in scaled]
+    totals = []
+    kept = []
+    for f, own in zip(factors, scales, strict=True):
+        single = f.single
+        scaled = f.scaled(own)
+        totals.append(widen(scaled.total()))
+        # of a single product the scaled factor will do, so that nothing is kept twice
+        kept.append(scaled if single else f)
     risky = [i for i, f in enumerate(factors) if not f.sums_exactly]
-    # where an example is one product the scaled factor will do, so that nothing is kept twice
-    kept = [scaled[i] if factors[i].one_by_one else factors[i] for i in risky]
-    operands = kept, [scales[i] for i in risky], weights
+    operands = [kept[i] for i in risky], [scales[i] for i in risky], weights
+
+    @jax.jit
+    def exact_total(factor, scale, weights):
+        present = (weights != 0).astype(weights.dtype)
+        return factor.exact_total(present if factor.single else scale)
 
     def exactly(operands):
         factors, scales, weights = operands
-        present = (weights != 0).astype(weights.dtype)
-        by = [present if f.one_by_one else s for f, s in zip(factors, scales, strict=True)]
-        return exact_totals(factors, by)
+        return [exact_total(f, s, weights) for f, s in zip(factors, scales, strict=True)]
 
     settled = settle(safe, [totals[i] for i in risky], exactly, operands)
     for i, total in zip(risky, settled, strict=True):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from fnn.factors import is_factor, keep, shares
-from fnn.factors.base import all_of, fast_squared_norm, root, settle, variances
+from fnn.factors.base import all_of, fast_squared_norm, root, settle
 from fnn.per_example.clipping import Reduction, count, weighted_gradient
 from fnn.per_example.norms import ask, check_is_source, sum_squares
 from fnn.types import Array, Params, Source, storable
@@ -87,7 +87,7 @@ def moments(source: Source) -> Callable[..., Moments]:
         A function `(params, *batch, weights=None) -> Moments`. Examples of weight 0, and those
         whose gradient is not finite, count for nothing. No example that counts: both are 0. The
         variance is E[g^2] - E[g]^2 where five digits are left of the difference; else it is that
-        of the differences to one example, one at a time.
+        of the differences to one example.
 
     Source: Dangel, Kunstner, Hennig (2020), arXiv:1912.10985, take E[g^2] - E[g]^2, which is
     negative where it cancels.
@@ -134,16 +134,21 @@ def moments(source: Source) -> Callable[..., Moments]:
 
 
 def _variances(factors, pairs, share):
-    """E[g^2] - E[g]^2; one example at a time where fewer than five digits are left."""
+    """E[g^2] - E[g]^2; of the differences to one example where fewer than five digits are left."""
     if not factors:
         return []
 
-    def one_by_one(operands):
-        return variances(*operands)
+    @jax.jit
+    def variance(factor, share):
+        return factor.moments(share)[1]
+
+    def of_differences(operands):
+        factors, share = operands
+        return [variance(f, share) for f in factors]
 
     cheap = [square - mean * mean for mean, square in pairs]
     precise = [_is_precise(mean, square) for mean, square in pairs]
-    return settle(all_of(precise), cheap, one_by_one, (factors, share))
+    return settle(all_of(precise), cheap, of_differences, (factors, share))
 
 
 @jax.jit
