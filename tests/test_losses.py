@@ -357,6 +357,18 @@ def test_a_row_with_an_invalid_label_is_nan_and_no_other(x64, loss, dtype, label
         loss.check(y, labels)
 
 
+@pytest.mark.parametrize("loss", FLOATING, ids=repr)
+def test_where_the_value_of_a_row_is_nan_so_is_its_gradient(x64, loss):
+    y, t = batches(loss, [(4, 3)])[0]
+    for number in (np.nan, -1.0):
+        wrong = t.at[1, 2].set(number)
+        value, grad = jax.jit(lambda t: ours(loss, y, t))(wrong)
+        assert np.isnan(number) <= np.isnan(value[1])
+        np.testing.assert_array_equal(np.isnan(value), np.isnan(grad).any(1))
+    if loss.name != "kl_divergence":  # its gradient does not depend on the outputs
+        assert np.isnan(loss.grad(y.at[1, 2].set(np.nan), t)[1]).any()
+
+
 def test_an_example_with_an_invalid_label_is_reported_and_left_out():
     net = fnn.mlp((3, 4, 3), "gelu")
     params, x, labels = net.init(jax.random.key(0)), jnp.ones((3, 3)), jnp.array([0, -1, 2])

@@ -67,6 +67,17 @@ def test_programs_are_a_few_times_as_large_as_that_of_jax_grad(depth):
         assert ratio <= limit, f"{name}: {ratio:.2f}"
 
 
+def test_programs_with_positions_are_a_few_times_as_large():
+    limits = {"norms": 4.5, "clipped": 3.5, "per_layer": 4.0, "moments": 2.0, "noise_scale": 4.0}
+    net = fnn.mlp((64,) * 17)
+    args = shapes_of(net), shape(32, 16, 64), shape(32, 16, 64)
+    whole = operations(by_jax(net, SQUARES), *args)
+    source = fnn.source(net, SQUARES)
+    for name, limit in limits.items():
+        ratio = operations(STATISTICS[name](source), *args) / whole
+        assert ratio <= limit, f"{name}: {ratio:.2f}"
+
+
 STACKED = fnn.serial(
     fnn.dense(5, 6),
     fnn.activations.tanh,
@@ -332,6 +343,24 @@ def test_the_clip_bound_holds_where_positions_cancel(kind, sizes):
     long = by_hand > 1.1
     assert long.any()
     assert clipped[long].min() >= 1 - 1e-6
+
+
+@pytest.mark.parametrize("features", [3, 64])
+def test_the_clip_bound_holds_where_the_rows_of_a_table_cancel(features):
+    rng = np.random.default_rng(features)
+    index = rng.integers(0, 4, (1, 1024))
+    dy = rng.normal(size=(1, 1024, features))
+    for row in range(4):
+        own = index == row
+        dy[own] -= 0.999 * dy[own].mean(0)
+
+    def source(table, index, dy):
+        return jnp.zeros(len(dy)), fnn.factors.Scatter(index, dy, 4)
+
+    clip = jax.jit(pe.clipped_gradient(source, 1e-3, reduction="sum"))
+    found = clip(jnp.zeros((4, features)), index, jnp.float32(dy))
+    clipped = np.linalg.norm(np.asarray(found.gradient, np.float64))
+    assert abs(clipped / 1e-3 - 1) <= 1e-6
 
 
 if __name__ == "__main__":

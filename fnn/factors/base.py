@@ -188,7 +188,9 @@ materialise = Reducer("materialise", lambda f: f.materialise(), lambda g: jnp.mo
 squared_norm = Reducer("squared_norm", lambda f: f.squared_norm(), sum_layers)
 """The squared norm of every example's gradient, `[batch]`."""
 
-fast_squared_norm = Reducer("fast_squared_norm", lambda f: f.fast_squared_norm(), sum_layers)
+fast_squared_norm = Reducer(
+    "fast_squared_norm", jax.jit(lambda f: f.fast_squared_norm()), sum_layers
+)
 """A `SquaredNorm`."""
 
 keep = Reducer("keep", lambda f: f)
@@ -278,11 +280,16 @@ def squares_by_layer(factors: list[Factor], layers: list, *, fast: bool) -> tupl
             for what is summed over all.
         fast: by cheaper sums, whose terms may cancel.
     """
+
+    @jax.jit
+    def squares(factor):  # one program for all of a shape
+        return factor.squares(fast)
+
     values = defaultdict(list)
     sizes = defaultdict(list)
     several = False
     for f, layer in zip(factors, layers, strict=True):
-        found = f.squares(fast)
+        found = squares(f)
         if not layer:
             found = jax.tree.map(over_layers, found)
         values[layer].append(found.value)

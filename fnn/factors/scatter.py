@@ -19,6 +19,8 @@ from fnn.factors.base import (
 )
 from fnn.types import Array
 
+BLOCK = 16  # features at a time
+
 
 @factor
 class Scatter(Factor):
@@ -51,10 +53,10 @@ class Scatter(Factor):
     def squared_norm(self) -> Array:
         def block(dy):  # [columns, batch]
             some = Scatter(self.index, dy, self.size)
-            rows, part = some._rows()
-            return jnp.einsum("btc,bt->cb", rows * rows, part, precision="highest")
+            rows, first = some._rows()
+            return jnp.einsum("btc,bt->cb", rows * rows, first, precision="highest")
 
-        squares = by_columns(block, self.dy, 16, like=self.index)
+        squares = by_columns(block, self.dy, BLOCK, like=self.index)
         return squares.sum(0)
 
     def inner(self, other) -> Array:
@@ -74,15 +76,15 @@ class Scatter(Factor):
         return SquaredNorm(self.squared_norm(), parts=square_rows(self.dy))
 
     def exact_total(self, weights) -> Array:
-        rows, part = self._rows()
-        gradients = rows * part[..., None]
+        rows, first = self._rows()
+        gradients = rows * first[..., None]
         return self._added(scale_rows(gradients, weights))
 
     def moments(self, shares) -> tuple[Array, Array]:
         """As of any factor; an example is 0 in the rows that it does not have."""
         mean = self.scaled(shares).total()
-        rows, part = self._rows()
-        part = scale_rows(part, shares)[..., None]  # adds up to the share of an example in a row
+        rows, first = self._rows()
+        part = scale_rows(first, shares)[..., None]  # the share of an example, once in a row
         index = self._indices()
         gap = rows - mean.at[index].get(mode="clip")
         gap = jnp.where(part != 0, gap, 0)
@@ -98,7 +100,7 @@ class Scatter(Factor):
         return lax.collapse(self.index, 1)
 
     def _rows(self):
-        """What an example adds to the row of each position, and 1 / positions of that row.
+        """What an example adds to the row of each position, and 1 for the first of that row, or 0.
 
         Returns:
             `[batch, positions, features]` and `[batch, positions]`.
@@ -106,13 +108,17 @@ class Scatter(Factor):
         index = self._indices()
         dy = widen(self.dy).reshape(*index.shape, -1)
         if index.shape[1] == 1:
-            part = jnp.ones_like(dy[..., 0])
-            return dy, part
+            return dy, jnp.ones_like(dy[..., 0])
         equal = index[:, :, None] == index[:, None, :]
         equal = equal.astype(dy.dtype)
-        rows = jnp.einsum("bts,bsf->btf", equal, dy, precision="highest")
-        part = 1 / equal.sum(2)
-        return rows, part
+
+        def block(dy):  # of one width wherever rows are wanted, so that they round alike
+            return jnp.einsum("bts,bsf->fbt", equal, dy, precision="highest")
+
+        rows = by_columns(block, dy, BLOCK, like=index)
+        rows = jnp.moveaxis(rows, 0, 2)
+        earlier = jnp.tril(equal, -1).sum(2)
+        return rows, (earlier == 0).astype(dy.dtype)
 
     def _added(self, rows):
         """Rows `[batch, ..., n]` added at their index, `[size, n]`."""

@@ -320,7 +320,12 @@ huber_loss = loss(
 # ln cosh(y - t).
 log_cosh = loss("log_cosh", optax.log_cosh, lambda y, t: jnp.tanh(y - t))
 # max(0, 1 - y t) for t = -1 or 1; at the kink the gradient is 0, as for jax.nn.relu.
-hinge_loss = loss("hinge_loss", optax.hinge_loss, lambda y, t: where(y * t < 1, -t, 0), "signs")
+hinge_loss = loss(
+    "hinge_loss",
+    optax.hinge_loss,
+    lambda y, t: -t * jnp.maximum(jnp.sign(1 - y * t), 0),  # unlike a comparison, it passes NaN on
+    "signs",
+)
 # Lecture 004 eq 24 with a = s(z): -(t ln s(z) + (1 - t) ln(1 - s(z))). dE/dz = a - t cancels for a
 # right answer; with 1 - a = s(-z) it is (1 - t) a - t (1 - a).
 sigmoid_binary_cross_entropy = loss(
@@ -345,7 +350,12 @@ softmax_cross_entropy_with_integer_labels = loss(
     "softmax_cross_entropy_with_integer_labels", _label_value, _label_grad, "labels"
 )
 # Lecture 000: KL(t || q) = sum t ln(t/q); the outputs are ln q.
-kl_divergence = loss("kl_divergence", optax.kl_divergence, lambda log_q, t: -t, "one_hot")
+kl_divergence = loss(
+    "kl_divergence",
+    optax.kl_divergence,
+    lambda log_q, t: -where(t >= 0, t, jnp.nan),
+    "one_hot",
+)
 
 # For completion by a type checker.
 Name = Literal[

@@ -125,7 +125,7 @@ def moments(source: Source) -> Callable[..., Moments]:
                 mean = raw[i][0]
                 spread = next(rest)
             else:
-                mean, spread = f.moments(share)
+                mean, spread = _moments(f, share)
             means.append(mean)
             spreads.append(spread)
         return Moments(structure.unflatten(means), structure.unflatten(spreads), counted)
@@ -138,17 +138,19 @@ def _variances(factors, pairs, share):
     if not factors:
         return []
 
-    @jax.jit
-    def variance(factor, share):
-        return factor.moments(share)[1]
-
     def of_differences(operands):
         factors, share = operands
-        return [variance(f, share) for f in factors]
+        return [_moments(f, share)[1] for f in factors]
 
     cheap = [square - mean * mean for mean, square in pairs]
     precise = [_is_precise(mean, square) for mean, square in pairs]
     return settle(all_of(precise), cheap, of_differences, (factors, share))
+
+
+@jax.jit
+def _moments(factor, share):
+    """`Factor.moments`: one program for all factors of a shape."""
+    return factor.moments(share)
 
 
 @jax.jit
@@ -178,17 +180,19 @@ def signal_to_noise(source: Source) -> Callable[..., SignalToNoise]:
     """
     both = moments(source)
 
-    def ratio(mean, variance):
-        quotient = mean * mean / jnp.where(variance > 0, variance, 1)
-        without_noise = jnp.where(mean != 0, jnp.inf, 0).astype(mean.dtype)
-        return jnp.where(variance > 0, quotient, without_noise)
-
     def signal(params, *batch, weights=None):
         found = both(params, *batch, weights=weights)
-        ratios = jax.tree.map(ratio, found.mean, found.variance)
+        ratios = jax.tree.map(_ratio, found.mean, found.variance)
         return SignalToNoise(ratios, found.reduction)
 
     return signal
+
+
+@jax.jit
+def _ratio(mean, variance):
+    quotient = mean * mean / jnp.where(variance > 0, variance, 1)
+    without_noise = jnp.where(mean != 0, jnp.inf, 0).astype(mean.dtype)
+    return jnp.where(variance > 0, quotient, without_noise)
 
 
 def noise_scale(source: Source) -> Callable[..., NoiseScale]:
