@@ -205,6 +205,25 @@ def test_reverse_mode_is_forward_mode(name, net):
     assert abs(forwards) > 1e-9
 
 
+@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize("name", ["clipped", "moments"])
+def test_second_derivatives_are_those_of_the_first(x64, name, net):
+    net, *args = batch_of(net)
+    params, x, targets = jax.tree.map(
+        lambda a: a.astype(float) if jnp.issubdtype(a.dtype, jnp.floating) else a, tuple(args)
+    )
+    f = STATISTICS[name](fnn.source(net, SQUARES))
+
+    def scalar(step):
+        moved = jax.tree.map(lambda p: p + step * jnp.cos(p), params)
+        leaves = jax.tree.leaves(f(moved, x, targets))
+        return sum((a**2).mean() for a in leaves if jnp.issubdtype(a.dtype, jnp.floating))
+
+    slope = jax.jit(jax.grad(scalar))
+    by_difference = (slope(1e-5) - slope(-1e-5)) / 2e-5
+    np.testing.assert_allclose(jax.jit(jax.jacfwd(slope))(0.0), by_difference, rtol=1e-5)
+
+
 def test_reverse_mode_where_the_gradient_of_an_example_is_0():
     net = fnn.mlp((4, 3))
     params = net.init(jax.random.key(0))

@@ -420,7 +420,7 @@ def _with_derivative_of(value, other):
 
 @_with_derivative_of.defjvp
 def _(values, tangents):
-    return values[0], tangents[1]
+    return _with_derivative_of(*values), tangents[1]
 
 
 def all_of(conditions: list) -> Array:
