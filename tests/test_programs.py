@@ -125,8 +125,14 @@ def test_no_program_has_a_cond(name, net):
     assert not re.findall(r"stablehlo\.(?:case|if)\b", text)
 
 
-@each
-@pytest.mark.parametrize("varies", ["data", "params", "targets"])
+VARIES = [(name, "data") for name in STATISTICS]
+VARIES += [
+    (name, other) for name in ("norms", "clipped", "moments") for other in ("params", "targets")
+]
+
+
+@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize(("name", "varies"), VARIES)
 def test_shard_map_with_its_default_checks(name, net, varies):
     """Whatever varies over the devices, the loops carry arrays that vary as their results do."""
     net, params, x, targets = batch_of(net)

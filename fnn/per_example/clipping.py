@@ -189,7 +189,7 @@ def _weighted(source: Source, scale, per_layer, kind: Kind) -> Callable[..., Gra
         counted = count(kind, norms, weights)
         share = shares(counted.weights) if kind == "mean" else counted.weights
         scales = _scales(squares, layers, share, scale)
-        safe.append(jnp.isfinite(norms.sum()))  # a norm is below 2e19
+        safe.append(jnp.isfinite(norms.sum()))  # no norm is above 2e19, so that no sum overflows
         totals = _totals(factors, scales, counted.weights, all_of(safe))
         leaves = jax.tree.leaves(params)
         gradients = [t.astype(p.dtype) for t, p in zip(totals, leaves, strict=True)]
