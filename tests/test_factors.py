@@ -444,3 +444,19 @@ def test_keep_returns_what_it_is_given():
     factor = PerExample(jnp.arange(6.0).reshape(2, 3))
     for given in (factor, Stacked(factor)):
         chex.assert_trees_all_equal(keep(given), given)
+
+
+@pytest.mark.parametrize("index", [5, -1])
+@pytest.mark.parametrize("rest", [[], [0], [0, 2, 0]])
+def test_an_index_out_of_range_counts_nothing(index, rest):
+    rng = np.random.default_rng(0)
+    dy = jnp.float32(rng.normal(size=(2, 1 + len(rest), 20)))
+    f = Scatter(jnp.array([[index, *rest]] * 2), dy, 3)
+    g = np.zeros((2, 3, 20))
+    for position, row in enumerate(rest, 1):
+        g[:, row] += dy[:, position]
+    flat = g.reshape(2, -1)
+    ones = jnp.ones(2)
+    found = f.total(), f.exact_total(ones), f.materialise(), f.squared_norm(), f.inner(f)
+    truth = g.sum(0), g.sum(0), g, (flat**2).sum(1), flat @ flat.T
+    chex.assert_trees_all_close(found, jax.tree.map(jnp.float32, truth), rtol=1e-5, atol=1e-6)

@@ -257,7 +257,7 @@ def row_products(a: Float[Array, "a *rest"], b: Float[Array, "b *rest"]) -> Floa
 
 
 def shares(weights: Float[Array, " batch"]) -> Float[Array, " batch"]:
-    """What every example counts for in a mean: `weights / sum(weights)`; 0 where the sum is 0."""
+    """What every example counts for in a mean: `weights / sum(weights)`; 0 where all are 0."""
     whole = weights.sum()
     return weights / jnp.where(whole != 0, whole, 1)
 

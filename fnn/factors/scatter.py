@@ -64,7 +64,7 @@ class Scatter(Factor):
         j = other._indices()
         if i.shape[1] * j.shape[1] > self.size:
             return super().inner(other)
-        meet = i[:, None, :, None] == j[None, :, None, :]
+        meet = (i[:, None, :, None] == j[None, :, None, :]) & self._inside()[:, None, :, None]
         dy = widen(self.dy).reshape(*i.shape, -1)
         db = widen(other.dy).reshape(*j.shape, -1)
         products = jnp.einsum("xtf,ysf->xyts", dy, db, precision="highest")
@@ -99,6 +99,10 @@ class Scatter(Factor):
     def _indices(self):  # [batch, positions]
         return lax.collapse(self.index, 1)
 
+    def _inside(self):
+        index = self._indices()
+        return (index >= 0) & (index < self.size)
+
     def _rows(self):
         """What an example adds to the row of each position, and 1 for the first of that row, or 0.
 
@@ -108,7 +112,7 @@ class Scatter(Factor):
         index = self._indices()
         dy = widen(self.dy).reshape(*index.shape, -1)
         if index.shape[1] == 1:
-            return dy, jnp.ones_like(dy[..., 0])
+            return dy, self._inside().astype(dy.dtype)
         equal = index[:, :, None] == index[:, None, :]
         equal = equal.astype(dy.dtype)
 
@@ -118,11 +122,12 @@ class Scatter(Factor):
         rows = by_columns(block, dy, BLOCK, like=index)
         rows = jnp.moveaxis(rows, 0, 2)
         earlier = jnp.tril(equal, -1).sum(2)
-        return rows, (earlier == 0).astype(dy.dtype)
+        first = (earlier == 0) & self._inside()
+        return rows, first.astype(dy.dtype)
 
     def _added(self, rows):
         """Rows `[batch, ..., n]` added at their index, `[size, n]`."""
         rows = rows.reshape(-1, rows.shape[-1])
         empty = jnp.zeros((self.size, rows.shape[-1]), rows.dtype)
         index = self.index.reshape(-1)
-        return empty.at[index].add(rows, mode="drop")
+        return empty.at[index].add(rows, mode="drop", wrap_negative_indices=False)
