@@ -3,6 +3,8 @@
 Those that are installed.
 """
 
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 import functools
@@ -45,7 +47,7 @@ def python_loop(x: np.ndarray, t: np.ndarray, epochs: int, seed: int) -> Call:
 
 def torch_loop(x: np.ndarray, t: np.ndarray, epochs: int) -> Call:
     """The same in PyTorch, eager."""
-    import torch  # pyright: ignore[reportMissingImports]
+    import torch
 
     net = torch_net((64, 32, 10))
     optimizer, loss = torch.optim.SGD(net.parameters(), 0.1), torch.nn.CrossEntropyLoss()
@@ -93,7 +95,7 @@ def per_example(
     mean = fnn.mean_loss(net, loss)
     found = {"jax.vmap": _jitted({"vmap(grad), clipped": _clipped_by_vmap(mean)}, params, x, t)}
     if installed("jax_privacy"):
-        from jax_privacy.clipping import clipped_grad  # pyright: ignore[reportMissingImports]
+        from jax_privacy.clipping import clipped_grad
 
         sizes_of = [None, *(size for size in (1, 2, 4, 8, 16, 32, 64) if size < len(x))]
         ways = {
@@ -112,7 +114,7 @@ def per_example(
 
 def torch_net(sizes: tuple[int, ...]) -> Any:
     """An MLP with ReLU in PyTorch."""
-    import torch  # pyright: ignore[reportMissingImports]
+    import torch
 
     layers: list[Any] = []
     for i, (m, n) in enumerate(itertools.pairwise(sizes)):
@@ -146,12 +148,12 @@ def _torch_plain(net: Any, criterion: Any, inputs: Any, labels: Any) -> Call:
 
 
 def _opacus(sizes: tuple[int, ...], x: np.ndarray, t: np.ndarray) -> dict[str, Call]:
-    import torch  # pyright: ignore[reportMissingImports]
-    from opacus.grad_sample.grad_sample_module_fast_gradient_clipping import (  # pyright: ignore[reportMissingImports]
+    import torch
+    from opacus.grad_sample.grad_sample_module_fast_gradient_clipping import (
         GradSampleModuleFastGradientClipping,
     )
-    from opacus.optimizers import DPOptimizerFastGradientClipping  # pyright: ignore[reportMissingImports]
-    from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping  # pyright: ignore[reportMissingImports]
+    from opacus.optimizers import DPOptimizerFastGradientClipping
+    from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
 
     inputs, labels = torch.from_numpy(x.copy()), torch.from_numpy(t.astype(np.int64))
     net = GradSampleModuleFastGradientClipping(
@@ -172,9 +174,9 @@ def _opacus(sizes: tuple[int, ...], x: np.ndarray, t: np.ndarray) -> dict[str, C
 
 
 def _backpack(sizes: tuple[int, ...], x: np.ndarray, t: np.ndarray) -> dict[str, Call]:
-    import torch  # pyright: ignore[reportMissingImports]
-    from backpack import backpack, extend  # pyright: ignore[reportMissingImports]
-    from backpack.extensions import BatchL2Grad, Variance  # pyright: ignore[reportMissingImports]
+    import torch
+    from backpack import backpack, extend
+    from backpack.extensions import BatchL2Grad, Variance
 
     inputs, labels = torch.from_numpy(x.copy()), torch.from_numpy(t.astype(np.int64))
     net, criterion = extend(torch_net(sizes)), extend(torch.nn.CrossEntropyLoss())

@@ -101,6 +101,15 @@ def test_microbatches_state_their_reduction_and_leave_out_what_is_not_finite():
     )
 
 
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_the_weights_of_a_microbatch_may_sum_to_zero(size):
+    whole = per_example.weighted_gradient(SOURCE, reduction="mean")
+    weights = np.array([1, -1, 1, 1, 2, -2], np.float32)
+    parts = jax.jit(per_example.accumulate(whole, size))(PARAMS, X, T, weights=weights)
+    expected = whole(PARAMS, X, T, weights=weights)
+    assert error(wide(parts.gradient), wide(expected.gradient)) <= 1e-5
+
+
 def test_a_microbatch_is_all_that_is_in_memory():
     net = fnn.mlp((64, 256, 10))
     params, batch = (

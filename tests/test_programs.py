@@ -167,7 +167,7 @@ def test_vmap_over_nets(name, net):
 @pytest.mark.parametrize(
     "case", ["norms squared_norm 2", "clipped exact_total 2", "moments moments 1"]
 )
-def test_under_vmap_the_way_for_what_cancels_is_taken_only_where_something_does(case):
+def test_under_vmap_the_exact_way_runs_only_where_it_is_needed(case):
     name, method, positions = case.split()
     rng = np.random.default_rng(0)
     a, dz = rng.normal(size=(2, 3, 32, int(positions), 16))  # 3 nets, 32 examples
@@ -371,16 +371,21 @@ def test_the_clip_bound_holds_where_positions_cancel(kind, sizes):
 
 
 @pytest.mark.parametrize("features", [3, 64])
-def test_the_clip_bound_holds_where_the_rows_of_a_table_cancel(features):
+@pytest.mark.parametrize("kind", ["Outer", "Scatter"])
+def test_the_clip_bound_holds_where_4096_positions_cancel(kind, features):
     rng = np.random.default_rng(features)
-    index = rng.integers(0, 4, (1, 1024))
-    dy = rng.normal(size=(1, 1024, features))
+    index = rng.integers(0, 4, (1, 4096))
+    dy = rng.normal(size=(1, 4096, features))
     for row in range(4):
         own = index == row
         dy[own] -= 0.999 * dy[own].mean(0)
 
-    def source(table, index, dy):
-        return jnp.zeros(len(dy)), fnn.factors.Scatter(index, dy, 4)
+    def source(w, index, dy):
+        if kind == "Outer":
+            factor = fnn.factors.Outer(jax.nn.one_hot(index, 4), dy)
+        else:
+            factor = fnn.factors.Scatter(index, dy, 4)
+        return jnp.zeros(len(dy)), factor
 
     clip = jax.jit(pe.clipped_gradient(source, 1e-3, reduction="sum"))
     found = clip(jnp.zeros((4, features)), index, jnp.float32(dy))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ class SquaredNorm(NamedTuple):
     parts: Array | None = None  # [batch]: squared norms of what an example adds up; None if one
 
 
-class Factor:
+class Factor(ABC):
     """What one batch contributes to the gradient of one parameter: a pytree of arrays.
 
     A new factor is a class with `total`, `scaled`, `materialise` and `merged`. It inherits the
@@ -51,21 +52,21 @@ class Factor:
     sums_exactly: Any = False
     layers: Any = ()
 
+    @abstractmethod
     def total(self) -> Array:
         """The sum over the batch, in the parameter's own shape: the ordinary gradient."""
-        raise NotImplementedError
 
+    @abstractmethod
     def scaled(self, weights: Array) -> Any:
         """The factor with example i times `weights[i]`; weight 0 gives 0 in what is scaled."""
-        raise NotImplementedError
 
+    @abstractmethod
     def materialise(self) -> Array:
         """`[batch, *parameter shape]`: the gradient of every example, at batch x parameters."""
-        raise NotImplementedError
 
+    @abstractmethod
     def merged(self) -> Factor:
         """The factor of a parameter used several times, from arrays `[uses, batch, ...]`."""
-        raise NotImplementedError
 
     def squared_norm(self) -> Array:
         """`[batch]`, float32 at least: the squared norm of the gradient of every example."""
@@ -191,7 +192,7 @@ squared_norm = Reducer("squared_norm", lambda f: f.squared_norm(), sum_layers)
 fast_squared_norm = Reducer(
     "fast_squared_norm", jax.jit(lambda f: f.fast_squared_norm()), sum_layers
 )
-"""A `SquaredNorm`."""
+"""A `SquaredNorm`; one program for all factors of a shape."""
 
 keep = Reducer("keep", lambda f: f)
 """The factors themselves."""
@@ -282,7 +283,7 @@ def squares_by_layer(factors: list[Factor], layers: list, *, fast: bool) -> tupl
     """
 
     @jax.jit
-    def squares(factor):  # one program for all of a shape
+    def squares(factor):  # one program for all factors of a shape
         return factor.squares(fast)
 
     values = defaultdict(list)
@@ -323,7 +324,8 @@ def whole_squares(squares: dict) -> Float[Array, " batch"]:
 @jax.custom_jvp
 def root(squares: Float[Array, "..."]) -> Float[Array, "..."]:
     """The square root. Its derivative at 0 is 0, that of a squared norm."""
-    # nothing follows the root: XLA computes what a kernel begins with anew, but for a root
+    # The root comes last. XLA repeats cheap operations in every kernel that uses their result, but
+    # not a root: so the squares of all layers are added once.
     return jnp.sqrt(jnp.maximum(squares, 0))
 
 
@@ -387,8 +389,8 @@ def by_columns(
 def settle(safe: Array, fast: Any, exact: Callable, operands: Any) -> Any:
     """`fast` where `safe`, else `exact(operands)`, which runs only then.
 
-    It is a loop of no round or one: under `vmap` a `cond` would run both ways. The derivative is
-    that of `fast`.
+    It is a loop that runs once or never: under `vmap`, a `cond` runs both branches. The derivative
+    is that of `fast`.
 
     Args:
         safe: one bool.

@@ -192,9 +192,9 @@ def _total(a, dz, weights):
 
 
 def _moments(a, dz, shares):
-    """Mean and variance of products, one at a time, from the differences to one that counts.
+    """Mean and variance of products, from the difference of each to one that counts.
 
-    They are small where the variance is, so that nothing cancels.
+    The differences are small where the variance is, so that nothing cancels.
     """
     first = jnp.argmax(shares)
     b = jnp.where(shares[first] != 0, a[first], 0)
@@ -215,11 +215,11 @@ def _moments(a, dz, shares):
 def _zeros(a, dz, weights):
     """Zeros `[in, out]` to begin a loop with.
 
-    They depend on the arrays: XLA lets loops share a constant, and copies it; and in `shard_map`
-    they vary over the axes of a mesh as what is added.
+    They are no constant: XLA lets loops share a constant, and copies it. They depend on all arrays,
+    so that in `shard_map` they vary over the same axes of the mesh.
     """
-    any_bit = (a[0, 0] > 0) ^ (dz[0, 0] > 0) ^ (weights[0] > 0)
-    zero = jnp.where(any_bit, 0.0, -0.0)
+    either = (a[0, 0] > 0) ^ (dz[0, 0] > 0) ^ (weights[0] > 0)
+    zero = jnp.where(either, 0.0, -0.0)
     return jnp.full((a.shape[1], dz.shape[1]), zero.astype(weights.dtype))
 
 

@@ -100,11 +100,14 @@ class Scatter(Factor):
         return lax.collapse(self.index, 1)
 
     def _inside(self):
+        """Where an index is a row of the table, `[batch, positions]`."""
         index = self._indices()
         return (index >= 0) & (index < self.size)
 
     def _rows(self):
-        """What an example adds to the row of each position, and 1 for the first of that row, or 0.
+        """What an example adds to the row of each position, and which positions to count.
+
+        A row counts once, at its first position: 1 there, else 0.
 
         Returns:
             `[batch, positions, features]` and `[batch, positions]`.
@@ -116,7 +119,7 @@ class Scatter(Factor):
         equal = index[:, :, None] == index[:, None, :]
         equal = equal.astype(dy.dtype)
 
-        def block(dy):  # of one width wherever rows are wanted, so that they round alike
+        def block(dy):  # of one width in every answer, so that all round alike
             return jnp.einsum("bts,bsf->fbt", equal, dy, precision="highest")
 
         rows = by_columns(block, dy, BLOCK, like=index)

@@ -24,7 +24,7 @@ class _State(NamedTuple):
     """What the microbatches so far amount to; None for what a result does not have."""
 
     weight: Float[Array, ""]  # the sum of the weights
-    total: Any = None
+    total: Any = None  # sums; means too, since weights of both signs may sum to 0 on the way
     mean: Any = None
     variance: Any = None
 
@@ -88,7 +88,7 @@ def accumulate(fn: Callable, microbatch_size: int, *, reduction: Merge | None = 
         start = jax.tree.map(jnp.zeros_like, shapes)
         state, each = scan(turn, start, chunks)
         each = jax.tree.map(lambda a: lax.collapse(a, 0, 2)[:rows], each)
-        return _whole(like, each, state, weights)
+        return _whole(like, each, state, reduction, weights)
 
     return accumulated
 
@@ -157,16 +157,25 @@ def _apart(result, weight, reduction):
 
 
 def _state(weight, tree, kind):
-    wide = jax.tree.map(widen, tree)
+    total = jax.tree.map(widen, tree)
     if kind == "mean":
-        return _State(weight, mean=wide)
-    return _State(weight, total=wide)
+        total = _times(total, _divisor(weight))
+    return _State(weight, total)
+
+
+def _divisor(weight):
+    """What a mean divides by: the sum of the weights; 1 where that is 0."""
+    return jnp.where(weight != 0, weight, 1)
+
+
+def _times(tree, number):
+    return jax.tree.map(lambda a: a * number.astype(a.dtype), tree)
 
 
 def _merge(a, b):
     """Two states as one. Source: Chan, Golub, LeVeque (1983), doi:10.2307/2683386."""
     weight = a.weight + b.weight
-    share = b.weight / jnp.where(weight != 0, weight, 1)
+    share = b.weight / _divisor(weight)
 
     def mean(m, n):
         step = (n - m) * share.astype(m.dtype)
@@ -184,17 +193,18 @@ def _merge(a, b):
     return _State(weight, total, centre, spread)
 
 
-def _whole(like, each, state, given):
+def _whole(like, each, state, reduction, given):
     """The result for all microbatches, in the dtypes of `like`, that of one."""
     if isinstance(like, Moments):
         return Moments(state.mean, state.variance, _counted("mean", each, given))
     if isinstance(like, Gradient):
         weights, values, norms = each
-        counted = _counted(like.reduction.kind, weights, given)
-        return Gradient(values, _in_dtypes(like.gradient, state), norms, counted)
-    if state.total is None and state.mean is None:
+        kind = like.reduction.kind
+        gradient = _result(like.gradient, state, kind)
+        return Gradient(values, gradient, norms, _counted(kind, weights, given))
+    if reduction == "examples":
         return each
-    return _in_dtypes(like, state)
+    return _result(like, state, reduction)
 
 
 def _counted(kind, weights, given):
@@ -203,6 +213,9 @@ def _counted(kind, weights, given):
     return Reduction(kind, weights, given)
 
 
-def _in_dtypes(like, state):
-    result = state.total if state.mean is None else state.mean
-    return jax.tree.map(lambda a, s: a.astype(s.dtype), result, like)
+def _result(like, state, kind):
+    """The sum, or the mean, in the dtypes of `like`."""
+    result = state.total
+    if kind == "mean":
+        result = _times(result, 1 / _divisor(state.weight))
+    return jax.tree.map(lambda a, wide: wide.astype(a.dtype), like, result)

@@ -199,14 +199,14 @@ def _weighted(source: Source, scale, per_layer, kind: Kind) -> Callable[..., Gra
 
 
 def _totals(factors, scales, weights, safe):
-    """The totals by scales, float32 at least; example by example where they are not safe."""
+    """The total of every factor by its scales, float32 at least; by the exact way unless `safe`."""
     totals = []
     kept = []
     for f, own in zip(factors, scales, strict=True):
         single = f.single
         scaled = f.scaled(own)
         totals.append(widen(scaled.total()))
-        # of a single product the scaled factor will do, so that nothing is kept twice
+        # a single product may be scaled before, so that no second copy of it is kept
         kept.append(scaled if single else f)
     risky = [i for i, f in enumerate(factors) if not f.sums_exactly]
     operands = [kept[i] for i in risky], [scales[i] for i in risky], weights
