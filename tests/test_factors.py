@@ -467,5 +467,5 @@ def test_a_factor_names_the_methods_that_it_lacks():
         def total(self):
             return jnp.zeros(3)
 
-    with pytest.raises(TypeError, match="materialise.*merged.*scaled"):
+    with pytest.raises(TypeError, match=r"materialise.*merged.*scaled"):
         Half()
