@@ -22,6 +22,10 @@ from fnn.nets.combinators import iterate as iterate
 from fnn.nets.combinators import repeat as repeat
 from fnn.nets.combinators import residual as residual
 from fnn.nets.combinators import serial as serial
+from fnn.nets.convolution import conv as conv
+from fnn.nets.convolution import flatten as flatten
+from fnn.nets.convolution import max_pool as max_pool
+from fnn.nets.convolution import mean_pool as mean_pool
 from fnn.nets.layers import dense as dense
 from fnn.nets.layers import embedding as embedding
 from fnn.nets.layers import layer_norm as layer_norm
@@ -29,6 +33,8 @@ from fnn.nets.layers import rms_norm as rms_norm
 from fnn.nets.models import collapse as collapse
 from fnn.nets.models import mlp as mlp
 from fnn.nets.models import summary as summary
+from fnn.tracing.layer import as_layer as as_layer
+from fnn.tracing.source import as_source as as_source
 from fnn.train import NonFiniteError as NonFiniteError
 from fnn.train import evaluate as evaluate
 from fnn.train import fit as fit
@@ -43,5 +49,15 @@ from fnn.verify import compare_gradients as compare_gradients
 
 def __dir__() -> list[str]:
     """The public names, without the modules that they come from."""
-    inside = {"backprop", "epochs", "history", "many", "nets", "resume", "train", "verify"}
+    inside = {
+        "backprop",
+        "epochs",
+        "history",
+        "many",
+        "nets",
+        "resume",
+        "tracing",
+        "train",
+        "verify",
+    }
     return [name for name in globals() if name not in inside and not name.startswith("_")]

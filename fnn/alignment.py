@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from optax import tree
 
 from fnn.backprop import value_and_grad, weighted_mean
-from fnn.factors import Outer, Reducer, Scatter, widen
+from fnn.factors import Conv, Outer, Reducer, Scatter, widen
 from fnn.nets.blocks import blocks
 from fnn.nets.combinators import check_net
 from fnn.rules._blockwise import LocalRule
@@ -248,7 +248,7 @@ def _unit(vector):
 
 def _delta(factor):
     """`[batch, ...]`: the gradient at the output of a weight; zeros for a bias or a scale."""
-    if isinstance(factor, Outer):
+    if isinstance(factor, (Outer, Conv)):
         return factor.dz
     if isinstance(factor, Scatter):
         return factor.dy

@@ -203,15 +203,15 @@ def forward_pass(
     """
     x, targets = _enter(x, targets, weights)
     outputs, residuals = forward(x)
-    if outputs.shape[:1] != x.shape[:1]:
-        came = tuple(x.shape)
+    rows = targets.shape[:1]
+    if outputs.shape[:1] != rows:
         raise ValueError(
-            f"`x` has shape {came}; expected [batch, features]. One example? Pass `x[None]`."
+            f"{_shapes(x)} is no batch; expected [batch, features]. One example? Pass `x[None]`."
         )
     values = loss.value(outputs, targets)
-    if jnp.shape(values) != x.shape[:1]:
+    if jnp.shape(values) != rows:
         raise ValueError(
-            f"{loss.name}: `value` must return one number per example, shape {x.shape[:1]}, got "
+            f"{loss.name}: `value` must return one number per example, shape {rows}, got "
             f"{jnp.shape(values)}. Sum over the outputs."
         )
     return outputs, residuals, values
@@ -219,21 +219,31 @@ def forward_pass(
 
 def _enter(x, targets, weights):
     """`x` and `targets` as arrays; rows of weight 0 are copies of one that counts."""
-    _validate.is_array("x", x)
+    leaves = jax.tree.leaves(x)
+    for leaf in leaves:
+        _validate.is_array("x", leaf)
+        _validate.fits("x", leaf)
     _validate.is_array("targets", targets)
-    _validate.fits("x", x)
     _validate.fits("targets", targets)
-    shapes = f"`x` {tuple(x.shape)} and `targets` {tuple(targets.shape)}"
+    shapes = f"{_shapes(x)} and `targets` {tuple(targets.shape)}"
     mend = "One example? Pass `x[None]`, `targets[None]`."
-    if x.ndim < 1 or targets.ndim < 1:
+    if any(a.ndim < 1 for a in (*leaves, targets)):
         raise ValueError(f"{shapes} must have a batch axis. {mend}")
-    if x.shape[0] != targets.shape[0]:
+    if any(a.shape[0] != targets.shape[0] for a in leaves):
         raise ValueError(f"{shapes} must have as many rows. {mend}")
-    if x.shape[0] == 0:
+    if targets.shape[0] == 0:
         raise ValueError(f"{shapes} are an empty batch: a mean over no example is undefined.")
     if weights is not None:
-        _validate.per_example("weights", weights, x.shape[0])
-    return fill_rows(x, weights), fill_rows(targets, weights)
+        _validate.per_example("weights", weights, targets.shape[0])
+    filled = jax.tree.map(lambda leaf: fill_rows(leaf, weights), x)
+    return filled, fill_rows(targets, weights)
+
+
+def _shapes(x):
+    """An input in a message: its shape, or the shapes of a tree."""
+    if hasattr(x, "shape"):
+        return f"`x` {tuple(x.shape)}"
+    return f"`x` {jax.tree.map(lambda a: tuple(a.shape), x)}"
 
 
 def output_error(loss: Loss, outputs: Array, targets: ArrayLike) -> Array:
@@ -302,7 +312,7 @@ def fill_rows(a: Any, weights: Any) -> Shaped[Array, "batch ..."]:
            [1.]], dtype=float32)
     """
     a = jnp.asarray(a)
-    if weights is None:
+    if weights is None or jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
         return a
     present = jnp.asarray(weights) != 0
     row = a[jnp.argmax(present)]

@@ -25,6 +25,7 @@ ORDER = [
     "backprop",
     "reservoir",
     "per_example",
+    "tracing",
     "graph",
     "verify",
     "data",
@@ -39,7 +40,7 @@ ORDER = [
     "many",
     "__init__",
 ]
-PACKAGES = {"checkpoint", "factors", "nets", "per_example", "graph", "rules", "sharding"}
+PACKAGES = {"checkpoint", "factors", "nets", "per_example", "graph", "rules", "sharding", "tracing"}
 FILES = sorted((ROOT / "fnn").rglob("*.py"))
 
 
@@ -153,21 +154,26 @@ def test_annotations_hold_at_run_time():
         "x, t = np.ones((6, 4), np.float32), np.arange(6) % 3\n"
         "assert fnn.compare_gradients(net, loss, params, x, t).passed\n"
         "source, each = fnn.source(net, loss), fnn.per_example\n"
-        "f = {name: jax.jit(getattr(each, name)(source)) for name in "
-        "('norms', 'noise_scale', 'moments', 'gram', 'inner_products')}\n"
-        "f['clipped'] = jax.jit(each.clipped_gradient(source, 1.0, per_layer=True))\n"
-        "assert f['norms'](params, x, t).shape == (6,) and "
-        "f['clipped'](params, x, t, weights=np.ones(6)).reduction.examples == 6\n"
-        "assert f['noise_scale'](params, x, t).trace > 0 and "
-        "f['moments'](params, x, t).reduction.kind == 'mean'\n"
-        "assert f['gram'](params, x, t).shape == "
-        "f['inner_products'](params, (x, t), (x, t)).shape == (6, 6)\n"
-        "each.ntk(net)(params, x, x[:2])\n"
-        "each.gradients(source)(params, x, t)\n"
-        "each.weighted_gradient(source)(params, x, t)\n"
-        "each.signal_to_noise(source)(params, x, t)\n"
-        "each.top_examples(source, 2)(params, x, t)\n"
-        "each.inner_products(source, source)(params, (x, t), (x, t))\n"
+        "assert each.norms(source)(params, x, t).shape == (6,)\n"
+        "def all_of(params, x, t):\n"
+        "    clipped = each.clipped_gradient(source, 1.0, per_layer=True)\n"
+        "    return {\n"
+        "        'clipped': clipped(params, x, t, weights=np.ones(6)),\n"
+        "        'noise_scale': each.noise_scale(source)(params, x, t),\n"
+        "        'moments': each.moments(source)(params, x, t),\n"
+        "        'gram': each.gram(source)(params, x, t),\n"
+        "        'inner_products': each.inner_products(source)(params, (x, t), (x, t)),\n"
+        "        'of two': each.inner_products(source, source)(params, (x, t), (x, t)),\n"
+        "        'ntk': each.ntk(net)(params, x, x[:2]),\n"
+        "        'gradients': each.gradients(source)(params, x, t),\n"
+        "        'weighted': each.weighted_gradient(source)(params, x, t),\n"
+        "        'signal': each.signal_to_noise(source)(params, x, t),\n"
+        "        'top': each.top_examples(source, 2)(params, x, t),\n"
+        "    }\n"
+        "found = jax.jit(all_of)(params, x, t)\n"
+        "assert found['clipped'].reduction.examples == 6 and found['noise_scale'].trace > 0\n"
+        "assert found['moments'].reduction.kind == 'mean'\n"
+        "assert found['gram'].shape == found['inner_products'].shape == (6, 6)\n"
         "assert fnn.check_layer(net, x, key=jax.random.key(0)).passed\n"
         "assert fnn.check_loss(loss, jnp.asarray(x), t, key=jax.random.key(0)).passed\n"
         "rule = fnn.rules.backprop(net, loss)\n"

@@ -20,6 +20,14 @@ from fnn.factors.base import square_rows as square_rows
 from fnn.factors.base import squared_norm as squared_norm
 from fnn.factors.base import total as total
 from fnn.factors.base import widen as widen
+from fnn.factors.conv import Conv as Conv
+from fnn.factors.conv import Window as Window
 from fnn.factors.outer import Outer as Outer
 from fnn.factors.scatter import Scatter as Scatter
 from fnn.factors.stacked import Stacked as Stacked
+from fnn.factors.sums import Same as Same
+from fnn.factors.sums import Sum as Sum
+from fnn.factors.sums import Zero as Zero
+from fnn.factors.view import Layout as Layout
+from fnn.factors.view import Mapped as Mapped
+from fnn.factors.view import View as View

@@ -11,8 +11,8 @@ import operator
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar, dataclass_transform
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, TypeVar, cast, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -110,6 +110,91 @@ class Factor(ABC):
         """The factor in float32 at least."""
         return jax.tree.map(widen, self)
 
+    def examples(self) -> tuple[Any, Callable[[Any], Array]]:
+        """Arrays `[batch, ...]`, and the gradient of an example from its own rows of them."""
+
+        def gradient(rows):
+            batch_of_one = jax.tree.map(lambda a: a[None], rows)
+            return batch_of_one.total()
+
+        return self, gradient
+
+
+class OneByOne(Factor):
+    """A factor that forms the gradient of one example after the other: memory for one."""
+
+    def materialise(self) -> Array:
+        rows, gradient = self.examples()
+        return jax.vmap(gradient)(rows)
+
+    def squared_norm(self) -> Array:
+        rows, gradient = self.examples()
+
+        def square(rows):
+            g = widen(gradient(rows))
+            return (g * g).sum()
+
+        return lax.map(square, rows)
+
+    def inner(self, other) -> Array:
+        rows, gradient = self.examples()
+        return lax.map(lambda rows: project(other, gradient(rows)), rows)
+
+    def exact_total(self, weights) -> Array:
+        rows, gradient = self.examples()
+
+        def add(total, example):
+            rows, weight = example
+            scaled = weight * widen(gradient(rows)).astype(weight.dtype)
+            return total + jnp.where(weight != 0, scaled, 0), None
+
+        start = jnp.zeros(self.shape, weights.dtype)
+        return scan(add, start, (rows, weights))[0]
+
+    def moments(self, shares) -> tuple[Array, Array]:
+        rows, gradient = self.examples()
+        mean = self.exact_total(shares)
+
+        def add(sums, example):
+            rows, share = example
+            gap = widen(gradient(rows)).astype(share.dtype) - mean
+            gap = jnp.where(share != 0, gap, 0)
+            rest, square = sums
+            return (rest + share * gap, square + share * gap**2), None
+
+        start = jnp.zeros_like(mean)
+        (rest, square), _ = scan(add, (start, start), (rows, shares))
+        return mean + rest, jnp.maximum(square - rest**2, 0)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the parameter."""
+        return jax.eval_shape(lambda f: f.total(), self).shape
+
+
+def inner(f: Factor, g: Factor) -> Float[Array, "a b"]:
+    """The inner products of the gradients in two factors, of any kinds."""
+    if type(f) is type(g):
+        return f.inner(g)
+    return OneByOne.inner(cast(Any, f), g)
+
+
+def project(factor: Factor, g: Float[Array, "..."]) -> Float[Array, " batch"]:
+    """The inner product of the gradient of every example with `g`.
+
+    It is the derivative of <total, g> with respect to the weights of the examples: for any kind of
+    factor at about the price of its total.
+    """
+    wide = factor.wide()
+    g = widen(g)
+
+    def along(weights):
+        return jnp.vdot(wide.scaled(weights).total(), g, precision="highest")
+
+    rows, _ = factor.examples()
+    batch = jax.tree.leaves(rows)[0].shape[0]
+    return jax.grad(along)(jnp.ones(batch, g.dtype))
+
 
 @dataclass_transform(frozen_default=True)
 def factor(cls: type[T]) -> type[T]:
@@ -132,19 +217,20 @@ class PerExample(Factor):
     """
 
     gradient: Array  # [batch, *parameter shape]
+    why: str = field(default="", metadata={"static": True})  # what needs it, if it is a waste
     sums_exactly = True
 
     def total(self) -> Array:
         return self.gradient.sum(0)
 
     def scaled(self, weights) -> PerExample:
-        return PerExample(scale_rows(self.gradient, weights))
+        return replace(self, gradient=scale_rows(self.gradient, weights))
 
     def materialise(self) -> Array:
         return self.gradient
 
     def merged(self) -> PerExample:
-        return PerExample(self.gradient.sum(0))
+        return replace(self, gradient=self.gradient.sum(0))
 
 
 @dataclass(frozen=True)

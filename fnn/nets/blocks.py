@@ -19,6 +19,7 @@ from jaxtyping import PyTree, Shaped
 
 from fnn.factors import total
 from fnn.nets.combinators import check_net, serial
+from fnn.nets.convolution import Kernel
 from fnn.nets.layers import Dense
 from fnn.types import Abstract, Array, Layer, Params, Residuals
 
@@ -136,20 +137,37 @@ def width(params: PyTree[Shaped[Abstract, "..."]]) -> int:
 
 
 def has_weights(layer: Layer) -> bool:
-    """Whether a layer has a matrix among its parameters; a norm's scale and bias are none."""
+    """Whether a layer has a matrix or a kernel; a norm's scale and bias are none."""
     return any(leaf.ndim > 1 for leaf in jax.tree.leaves(param_shapes(layer)))
 
 
 def begins_with_dense(block: Layer) -> bool:
     """Whether the layer that gives a block its weights is `fnn.dense`."""
-    first = block.layers[0]
-    return not first.layers and isinstance(param_shapes(first), Dense)
+    return isinstance(_first_params(block), Dense)
+
+
+def begins_with_linear(block: Layer) -> bool:
+    """Whether the layer that gives a block its weights is `fnn.dense` or `fnn.conv`."""
+    return isinstance(_first_params(block), (Dense, Kernel))
+
+
+def convolves(layer: Layer) -> bool:
+    """Whether there is a convolution in a layer, whose output depends on the size of images."""
+    params = param_shapes(layer)
+    nodes = jax.tree.leaves(params, is_leaf=lambda p: isinstance(p, Kernel))
+    return any(isinstance(node, Kernel) for node in nodes)
 
 
 def param_shapes(layer: Layer) -> Params:
     """The params of a layer as shapes and dtypes; computes no array."""
     key = jax.eval_shape(jax.random.key, 0)
     return jax.eval_shape(layer.init, key)
+
+
+def _first_params(block):
+    """The params of the first layer of a block, as shapes; None for a combinator."""
+    first = block.layers[0]
+    return None if first.layers else param_shapes(first)
 
 
 def _links(layer):

@@ -18,7 +18,7 @@ from jaxtyping import Float
 
 from fnn import _validate
 from fnn.factors import Outer, PerExample, Scatter, total, widen
-from fnn.types import Array, Layer, by_recipe, storable
+from fnn.types import Array, ArrayLike, Key, Layer, by_recipe, storable
 
 Initializer = Callable[..., Array]  # (key, shape) -> array, as in jax.nn.initializers
 
@@ -88,14 +88,14 @@ def dense(
     def init(key):
         _validate.is_key("key", key)
         w_key, b_key = jax.random.split(key)
-        b = _draw("bias_init", bias_init, b_key, shapes.b)
-        return Dense(_draw("kernel_init", kernel_init, w_key, shapes.w), b)
+        b = draw_param("bias_init", bias_init, b_key, shapes.b)
+        return Dense(draw_param("kernel_init", kernel_init, w_key, shapes.w), b)
 
     def forward(params, x):
         x = _check(name, shapes, params, x, in_features)
         z = x @ params.w
         if params.b is not None:
-            z = z + _as_rows(params.b, z)
+            z = z + as_rows(params.b, z)
         return z, x
 
     def backward(params, x, dz, reduce=total):
@@ -185,7 +185,7 @@ def embedding(
 
     def draw(key):
         _validate.is_key("key", key)
-        return Embedding(_draw("init", init, key, shapes.w))
+        return Embedding(draw_param("init", init, key, shapes.w))
 
     def forward(params, x):
         _validate.is_array("x", x)
@@ -193,7 +193,7 @@ def embedding(
             mend = "Convert it: `x.astype(jnp.int32)`."
             raise TypeError(f"{name}: `x` must hold whole numbers, got {x.dtype}. {mend}")
         _validate.fits("x", x)
-        _check_params(name, shapes, params)
+        check_params(name, shapes, params)
         index = _valid_index(jnp.asarray(x), size)
         rows = jnp.take(params.w, index, axis=0, mode="clip")
         valid = index >= 0
@@ -231,16 +231,16 @@ def _norm(kind, features, epsilon, *, centre):
         square = (wide * wide).mean(-1, keepdims=True)
         r = lax.rsqrt(square + epsilon)
         n = (wide * r).astype(params.scale.dtype)
-        y = n * _as_rows(params.scale, n)
+        y = n * as_rows(params.scale, n)
         if centre:
-            y = y + _as_rows(params.bias, y)
+            y = y + as_rows(params.bias, y)
         return y, (n, r)
 
     def backward(params, residuals, dy, reduce=total):
         # n = r (x - mean x), r = (variance + eps)^-1/2. With dn = dy * scale:
         # dx = r (dn - mean(dn) - n mean(dn n))
         n, r = residuals
-        dn = (dy * _as_rows(params.scale, dy)).astype(r.dtype)
+        dn = (dy * as_rows(params.scale, dy)).astype(r.dtype)
         wide = n.astype(r.dtype)
         dx = dn - wide * (dn * wide).mean(-1, keepdims=True)
         if centre:
@@ -272,7 +272,9 @@ def sum_positions(dy: Float[Array, "*axes features"]) -> Float[Array, "batch fea
     return dy.sum(range(1, dy.ndim - 1))
 
 
-def _as_rows(v, like):
+def as_rows(
+    v: Float[ArrayLike, " features"], like: Float[Array, "*axes features"]
+) -> Float[Array, "*axes features"]:
     """`[features]` as `[..., features]`: rank promotion may be "raise"."""
     return jnp.broadcast_to(v, like.shape)
 
@@ -283,7 +285,7 @@ def _check(name, shapes, params, x, features):
         return x
     _validate.is_float("x", x)
     x = jnp.asarray(x)
-    _check_params(name, shapes, params)
+    check_params(name, shapes, params)
     if x.shape[-1:] != (features,):
         raise ValueError(
             f"{name}: `x` has shape {x.shape}, expected [..., {features}]. "
@@ -305,7 +307,7 @@ def _fit(shapes, params, dtype):
     return True
 
 
-def _check_params(name, shapes, params):
+def check_params(name: str, shapes: Any, params: Any) -> None:
     """Raises unless `params` is a NamedTuple of arrays of these shapes and of one dtype."""
     if not isinstance(params, type(shapes)):
         kind = type(shapes).__name__
@@ -326,13 +328,23 @@ def _explain_shape(name, field, leaf, shape):
     mend = "Params of another net?"
     if shape is None:
         expected = f"None: this layer has no `{field}`"
-    elif leaf is not None and leaf.shape == shape[::-1]:
-        expected = f"[in, out] = {shape}"
-        mend = f"Stored [out, in]? Pass `{field}.T`."
+    elif leaf is not None and leaf.shape == (*shape[:-3:-1], *shape[:-2]):  # PyTorch's order
+        expected, mend = _explain_order(field, shape)
     raise ValueError(f"{name}: `{field}` {came}, expected {expected}. {mend}")
 
 
-def _draw(name, initializer, key, shape):
+def _explain_order(field, shape):
+    """The order of axes of a weight, and how to come to it from PyTorch's."""
+    if len(shape) == 2:
+        return f"[in, out] = {shape}", f"Stored [out, in]? Pass `{field}.T`."
+    order = *range(2, len(shape)), 1, 0
+    mend = f"Stored [out, in, ...]? Pass `{field}.transpose{order}`."
+    return f"[*window, in, out] = {shape}", mend
+
+
+def draw_param(
+    name: str, initializer: Initializer | None, key: Key, shape: tuple[int, ...] | None
+) -> Any:
     """What the initialiser gives, of the right shape; None without a shape."""
     if shape is None:
         return None

@@ -28,3 +28,5 @@ from fnn.per_example.norms import gradients as gradients
 from fnn.per_example.norms import norms as norms
 from fnn.per_example.norms import norms_of as norms_of
 from fnn.per_example.norms import top_examples as top_examples
+from fnn.per_example.report import Report as Report
+from fnn.per_example.report import report as report

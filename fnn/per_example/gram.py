@@ -11,7 +11,7 @@ from jaxtyping import Float
 
 from fnn import _validate
 from fnn.factors import is_factor, keep
-from fnn.factors.base import sum_leaves
+from fnn.factors.base import inner, sum_leaves
 from fnn.nets.combinators import check_net
 from fnn.per_example.norms import ask, check_is_source
 from fnn.types import Array, Layer, Source
@@ -160,5 +160,5 @@ def _jacobian(net: Layer, params, x):
 
 def _inner(factors, others):
     """The inner products of whole gradients."""
-    products = jax.tree.map(lambda f, g: f.inner(g), factors, others, is_leaf=is_factor)
+    products = jax.tree.map(inner, factors, others, is_leaf=is_factor)
     return sum_leaves(products)

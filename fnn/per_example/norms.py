@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Float, Int
 
 from fnn import _validate
-from fnn.factors import Reducer, materialise, square_rows, squared_norm
+from fnn.factors import Reducer, keep, materialise, square_rows, squared_norm
 from fnn.factors.base import SquaredNorm, fast_squared_norm, root, settle, sum_leaves
 from fnn.types import Array, ArrayLike, Params, Source, storable
 
@@ -68,15 +68,22 @@ def norms(source: Source) -> Callable[..., Float[Array, " batch"]]:
     check_is_source(source)
 
     def per_example_norms(params, *batch):
-        def exact(args):
-            _, squares = ask(source, squared_norm, *args)
-            return sum_leaves(squares)
+        if reduces(source):
+            _, squares = ask(source, fast_squared_norm, params, *batch)
+            operands = params, *batch
+        else:  # the factors are there already
+            _, operands = ask(source, keep, params, *batch)
+            squares = fast_squared_norm.tree(operands)
 
-        _, squares = ask(source, fast_squared_norm, params, *batch)
+        def exact(operands):
+            if not reduces(source):
+                return sum_leaves(squared_norm.tree(operands))
+            return sum_leaves(ask(source, squared_norm, *operands)[1])
+
         square, size = sum_squares(squares)
         if size is not None:
             safe = (size <= CANCEL * square).all()
-            square = settle(safe, square, exact, (params, *batch))
+            square = settle(safe, square, exact, operands)
         return root(square)
 
     return per_example_norms
@@ -169,21 +176,23 @@ def check_is_source(source: Source | Any) -> None:
     _validate.is_function("source", source, form)
 
 
-def ask(source: Source, reducer: Reducer, params: Params, *batch: ArrayLike) -> tuple[Array, Any]:
-    """`(values, tree of results)`, reduced within the backward pass where the source can.
-
-    A source can where it takes the keyword `reduce` itself; a jitted function takes no functions.
-    """
+def reduces(source: Source) -> bool:
+    """Whether a source takes the keyword `reduce`; a jitted function takes no functions."""
     jitted = isinstance(source, jax.stages.Wrapped)
-    reduces = not jitted and "reduce" in inspect.signature(source).parameters
-    keywords = {"reduce": reducer} if reduces else {}
+    return not jitted and "reduce" in inspect.signature(source).parameters
+
+
+def ask(source: Source, reducer: Reducer, params: Params, *batch: ArrayLike) -> tuple[Array, Any]:
+    """`(values, tree of results)`, reduced within the backward pass where the source can."""
+    within = reduces(source)
+    keywords = {"reduce": reducer} if within else {}
     values, found = cast(Any, source)(params, *batch, **keywords)
     if jnp.ndim(values) != 1:
         came = jnp.shape(values)
         raise ValueError(f"`source` must return values [batch], one per example; got shape {came}.")
     if values.shape[0] == 0:
         raise ValueError("`source` got an empty batch: a statistic of no example is undefined.")
-    if not reduces:
+    if not within:
         found = reducer.tree(found)
     if not jax.tree.leaves(found):
         raise ValueError("`params` hold no parameter: there is no gradient to take a statistic of.")

@@ -33,7 +33,7 @@ from optax import tree
 from fnn import _validate
 from fnn.backprop import check_net_and_loss
 from fnn.backprop import value_and_grad as backpropagate
-from fnn.nets.blocks import begins_with_dense, blocks
+from fnn.nets.blocks import begins_with_linear, blocks
 from fnn.rules._blockwise import LocalRule, block_pass
 from fnn.rules.backprop import warn_if_flat
 from fnn.types import ByRecipe, Key, Layer, Loss, Params, State, by_recipe
@@ -211,15 +211,18 @@ def kolen_pollack(decay: float = 1.5e-3, draw: Draw | None = None) -> Feedback:
 def weight_mirror(decay: float = 1e-2, noise: float = 1.0, draw: Draw | None = None) -> Feedback:
     """B learns w from noise.
 
-    Every dense layer gets `a ~ N(0, noise^2)`, puts out `z = a w + b`, and its B takes a step.
+    Every dense layer gets `a ~ N(0, noise^2)`, puts out `z = a w + b`, and its B takes a step; so
+    does every convolution.
 
         B <- (1 - decay) B + decay / noise^2  mean over the batch of a^T z
 
-    whose mean is w, since E[a^T a] = noise^2 I. Akrout et al. mirror the activities f(z), for which
+    whose mean is w, since E[a^T a] = noise^2 I. Positions are examples. Of a convolution, a^T z is
+    the gradient of its kernel where z is the error, and the mean is over the positions at which an
+    offset of the kernel meets no padding. Akrout et al. mirror the activities f(z), for which
     that holds but for a number for every unit. Here it is z, before the activation, so that norms
     and flat activations that follow take no part. Every step costs one more forward pass and half a
     backward one, over as many rows of noise as there are examples. The first block needs no B, and
-    a block that does not begin with `fnn.dense` keeps its start.
+    a block that does not begin with `fnn.dense` or `fnn.conv` keeps its start.
 
     Args:
         decay: the share per step, above 0 and best below 1.
@@ -245,23 +248,30 @@ def weight_mirror(decay: float = 1e-2, noise: float = 1.0, draw: Draw | None = N
         chain = blocks(net)
         parts = chain.split(params)
         mirrors = list(chain.split(matrices))
+        hs, _ = jax.eval_shape(chain.forward, parts, x)
         for i in range(1, len(parts)):
             block = chain.layers[i]
-            if not begins_with_dense(block):
+            if not begins_with_linear(block):
                 continue
             b, *rest = mirrors[i]
-            w = b.w
-            rows = x.shape[0]
             key_of_block = jax.random.fold_in(noise_key, i)
-            a = std * jax.random.normal(key_of_block, (rows, len(w)), w.dtype)
-            z = block.layers[0].apply(parts[i][0], a)
-            estimate = a.T @ z / (std**2 * rows)
-            w += rate * (estimate - w)
+            a = std * jax.random.normal(key_of_block, hs[i].shape, b.w.dtype)
+            estimate = _mirror(block.layers[0], parts[i][0], a) / std**2
+            w = b.w + rate * (estimate - b.w)
             mirrors[i] = b._replace(w=w), *rest
         matrices = chain.join(mirrors)
         return matrices, (matrices, key)
 
     return Feedback("weight_mirror", init, step)
+
+
+def _mirror(layer, params, a):
+    """The mean of `a^T z` over examples and positions, for the responses z of a linear layer."""
+    z, residuals = layer.forward(params, a)
+    sums, _ = layer.backward(params, residuals, z)
+    z, residuals = layer.forward(params, jnp.ones_like(a[:1]))
+    counts, _ = layer.backward(params, residuals, jnp.ones_like(z))  # of positions, by number of w
+    return sums.w / (a.shape[0] * jnp.maximum(counts.w, 1))
 
 
 def _draw(draw, net, key, params):

@@ -39,7 +39,7 @@ from fnn import _validate
 from fnn.backprop import value_and_grad, weighted_mean
 from fnn.factors import widen
 from fnn.nets import activations
-from fnn.nets.blocks import param_shapes, width
+from fnn.nets.blocks import convolves, param_shapes, width
 from fnn.nets.combinators import serial
 from fnn.nets.layers import dense
 from fnn.nets.losses import squared_error
@@ -82,7 +82,8 @@ def target_propagation(
         A rule whose state is `Inverses`: a key, and the inverses' params.
 
     Raises:
-        TypeError, ValueError: an argument is invalid, or `net` has no hidden block.
+        TypeError, ValueError: an argument is invalid, or `net` has no hidden block, or one with a
+            convolution.
 
     Source: Lee, Zhang, Fischer, Bengio (2015), arXiv:1412.7525.
 
@@ -104,6 +105,7 @@ def target_propagation(
     step = float(inverse_rate)
     std = float(noise_std)
     rate = float(target_rate)
+    _check_blocks(chain)
     widths = [width(param_shapes(layer)) for layer in chain.layers[:-1]]
     inverses = []  # g_2, ...
     for below, above in itertools.pairwise(widths):
@@ -139,6 +141,17 @@ def target_propagation(
         return dys, Inverses(key, tuple(learnt))
 
     return local_rule("target_propagation", net, loss, chain, init, errors)
+
+
+def _check_blocks(chain):
+    """Raises where a hidden block has a convolution: the inverses are dense."""
+    for i, block in enumerate(chain.layers[:-1]):
+        if convolves(block):
+            raise ValueError(
+                f"`net` of target_propagation: hidden block {i} has a convolution, "
+                f"{block.layers[0].name}, but the inverses that the rule learns are dense layers. "
+                "Build the net by `fnn.mlp`, or by `fnn.serial` of dense layers and activations."
+            )
 
 
 def _learn(g, params, x, t, weights, rate):

@@ -1,0 +1,240 @@
+"""Reads a jaxpr backwards from gradients: which values it needs, and which it has as terms.
+
+`plan` goes from the results back and says how every variable is wanted: as a value, or as terms
+alone. `evaluate` then computes the values, and collects the terms. What an operation wants of its
+operands, and what it makes of their terms, is a `Rule` in the table `RULES`. An operation without
+one ends the walk: its result is a value, a gradient that is written out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
+
+from fnn.tracing.terms import Constant, Product, Shared, Term
+from fnn.types import Array
+
+VALUE = "value"
+TERMS = "terms"
+Kind = str | None  # VALUE, TERMS, or None for what nobody wants
+Atom = Var | Literal
+
+SHAPED = {"reshape", "squeeze", "expand_dims", "broadcast_in_dim", "convert_element_type"}
+
+
+class Scope:
+    """A jaxpr, and what is known of its variables.
+
+    Attributes:
+        jaxpr: what is read.
+        mapped: the variables that differ from example to example.
+        maker: the equation that makes a variable.
+    """
+
+    def __init__(self, jaxpr: Jaxpr, flags: Sequence[bool]):
+        """`flags`: which of the inputs of the jaxpr differ from example to example."""
+        self.jaxpr = jaxpr
+        self.mapped = {v for v, differs in zip(jaxpr.invars, flags, strict=True) if differs}
+        self.maker = {}
+        for eqn in jaxpr.eqns:
+            self.maker.update(dict.fromkeys(eqn.outvars, eqn))
+            if any(map(self.is_mapped, eqn.invars)):
+                self.mapped.update(eqn.outvars)
+
+    def is_mapped(self, atom: Atom) -> bool:
+        """Whether it differs from example to example."""
+        return not isinstance(atom, Literal) and atom in self.mapped
+
+    def made_by(self, atom: Atom, *names: str) -> JaxprEqn | None:
+        """The equation that makes a variable, if it is one of these operations."""
+        if isinstance(atom, Literal):
+            return None
+        eqn = self.maker.get(atom)
+        return eqn if eqn is not None and eqn.primitive.name in names else None
+
+    def is_zero(self, atom: Atom) -> bool:
+        """Whether it is a constant 0."""
+        if isinstance(atom, Literal):
+            return bool(np.all(atom.val == 0))
+        eqn = self.made_by(atom, "broadcast_in_dim")
+        return eqn is not None and self.is_zero(eqn.invars[0])
+
+    def is_number(self, atom: Atom) -> bool:
+        """Whether all its entries are one number."""
+        if not np.shape(atom.aval):
+            return True
+        eqn = self.made_by(atom, "broadcast_in_dim")
+        return eqn is not None and self.is_number(eqn.invars[0])
+
+    def reason(self, atom: Atom) -> str:
+        """The operation that writes a gradient out, if that is larger than what it is made of."""
+        eqn = None if isinstance(atom, Literal) else self.maker.get(atom)
+        vector = sum(n > 1 for n in atom.aval.shape) < 2
+        if eqn is None or vector:
+            return ""
+        sizes = [self._least_size(v) for v in eqn.invars if self.is_mapped(v)]
+        whole = any(True for _ in jaxprs_inside(eqn))
+        return eqn.primitive.name if whole or atom.aval.size > sum(sizes) else ""
+
+    def _least_size(self, atom):
+        """The size of an operand before it is broadcast."""
+        size = atom.aval.size
+        eqn = self.made_by(atom, *SHAPED)
+        return size if eqn is None else min(size, self._least_size(eqn.invars[0]))
+
+
+class Rule(NamedTuple):
+    """What one operation does with terms.
+
+    Attributes:
+        asks: `(equation, kinds wanted of the results, scope) -> kinds wanted of the operands`; None
+            where the results have to be values.
+        apply: `(equation, kinds, scope, operands) -> results`. An operand or a result is an array,
+            a list of terms, or None, by its kind.
+    """
+
+    asks: Callable[[JaxprEqn, list[Kind], Scope], list[Kind] | None]
+    apply: Callable[[JaxprEqn, list[Kind], Scope, list[Any]], list[Any]]
+
+
+RULES: dict[str, Rule] = {}
+"""By the name of the operation; `products` and `control` fill it."""
+
+
+def plan(scope: Scope, kinds: Sequence[Kind]) -> dict[Var, Kind]:
+    """How every variable is wanted, where the results of the jaxpr are wanted as `kinds`."""
+    need: dict[Var, Kind] = {}
+
+    def want(atom, kind):
+        if kind is None or isinstance(atom, Literal):
+            return
+        if need.get(atom) != VALUE:
+            need[atom] = kind
+
+    for atom, kind in zip(scope.jaxpr.outvars, kinds, strict=True):
+        want(atom, kind)
+    for eqn in reversed(scope.jaxpr.eqns):
+        wanted = [need.get(v) for v in eqn.outvars]
+        if not any(wanted):
+            continue
+        asked = ask_rule(eqn, wanted, scope)
+        if asked is None:
+            need.update({v: VALUE for v in eqn.outvars if v in need})
+            asked = [VALUE] * len(eqn.invars)
+        for atom, kind in zip(eqn.invars, asked, strict=True):
+            want(atom, kind)
+    return need
+
+
+def ask_rule(eqn: JaxprEqn, kinds: list[Kind], scope: Scope) -> list[Kind] | None:
+    """What an equation wants of its operands; None if all of it is values."""
+    rule = RULES.get(eqn.primitive.name)
+    differs = any(map(scope.is_mapped, eqn.invars))
+    if rule is None or TERMS not in kinds or not differs:
+        return None
+    return rule.asks(eqn, kinds, scope)
+
+
+def evaluate(scope: Scope, kinds: Sequence[Kind], consts: Sequence, args: Sequence) -> list[Any]:
+    """The results of a jaxpr: arrays, lists of terms, or None, by their kinds.
+
+    Args:
+        scope: the jaxpr.
+        kinds: wanted of its results.
+        consts: arrays.
+        args: arrays, lists of terms, or None for what nobody wants.
+    """
+    need = plan(scope, kinds)
+    inputs = [*scope.jaxpr.constvars, *scope.jaxpr.invars]
+    found = dict(zip(inputs, [*consts, *args], strict=True))
+
+    def read(atom, kind):
+        if kind is None:
+            return None
+        value = atom.val if isinstance(atom, Literal) else found[atom]
+        if kind == VALUE:
+            return value
+        if scope.is_zero(atom):
+            return []
+        if isinstance(value, list):
+            return value
+        value = jnp.asarray(value)
+        return [fresh_term(value, scope.is_mapped(atom), scope.reason(atom))]
+
+    for eqn in scope.jaxpr.eqns:
+        wanted = [need.get(v) for v in eqn.outvars]
+        if not any(wanted):
+            continue
+        asked = ask_rule(eqn, wanted, scope)
+        kinds_in = [VALUE] * len(eqn.invars) if asked is None else asked
+        operands = [read(v, kind) for v, kind in zip(eqn.invars, kinds_in, strict=True)]
+        if asked is None:
+            results = apply_equation(eqn, *operands)
+        else:
+            results = RULES[eqn.primitive.name].apply(eqn, wanted, scope, operands)
+        found.update(zip(eqn.outvars, results, strict=True))
+    return [read(v, kind) for v, kind in zip(scope.jaxpr.outvars, kinds, strict=True)]
+
+
+def fresh_term(value: Array, differs: bool, why: str = "") -> Term:
+    """A gradient that is an array."""
+    if not differs:
+        return Constant(jnp.ones((), value.dtype), Shared(value), value.dtype)
+    labels = tuple(range(value.ndim))
+    out = tuple((k,) if n > 1 else () for k, n in zip(labels, value.shape, strict=True))
+    return Product((value,), (labels,), out, value.dtype, why=why)
+
+
+def apply_equation(eqn: JaxprEqn, *values: Any) -> list[Any]:
+    """The results of an equation at some values."""
+    params = eqn.primitive.get_bind_params(eqn.params)
+    with eqn.ctx.manager:
+        results = eqn.primitive.bind(*values, **params)
+    return results if eqn.primitive.multiple_results else [results]
+
+
+def jaxprs_inside(eqn: JaxprEqn) -> list[Jaxpr]:
+    """The jaxprs among the parameters of an equation, of a loop say."""
+    found = []
+    for value in eqn.params.values():
+        for one in value if isinstance(value, (tuple, list)) else [value]:
+            inner = getattr(one, "jaxpr", one)
+            if isinstance(inner, Jaxpr):
+                found.append(inner)
+    return found
+
+
+def add_terms(terms: list[Any], more: list[Any]) -> list[Any]:
+    """Two lists of terms as one; products that have an array in common become one."""
+    found = list(terms)
+    for term in more:
+        for i, other in enumerate(found):
+            both = _together(other, term)
+            if both is not None:
+                found[i] = both
+                break
+        else:
+            found.append(term)
+    return found
+
+
+def _together(term, other):
+    """Two products as one whose other array is a sum; None if they have no array in common."""
+    if not (isinstance(term, Product) and isinstance(other, Product)):
+        return None
+    blank = (None,) * len(term.operands)
+    alike = len(other.operands) == len(blank) == 2 and term.index is None and other.index is None
+    if not alike or replace(term, operands=blank) != replace(other, operands=blank):
+        return None
+    for mine, i in ((0, 1), (1, 0)):
+        same = term.operands[mine] is other.operands[mine]
+        if same and term.operands[i].shape == other.operands[i].shape:
+            arrays = list(term.operands)
+            arrays[i] = arrays[i] + other.operands[i]
+            return replace(term, operands=tuple(arrays))
+    return None
