@@ -206,7 +206,7 @@ def forward_pass(
     rows = targets.shape[:1]
     if outputs.shape[:1] != rows:
         raise ValueError(
-            f"{_shapes(x)} is no batch; expected [batch, features]. One example? Pass `x[None]`."
+            f"`x` has shape {_shapes(x)}; expected [batch, features]. One example? Pass `x[None]`."
         )
     values = loss.value(outputs, targets)
     if jnp.shape(values) != rows:
@@ -221,11 +221,11 @@ def _enter(x, targets, weights):
     """`x` and `targets` as arrays; rows of weight 0 are copies of one that counts."""
     leaves = jax.tree.leaves(x)
     for leaf in leaves:
-        _validate.is_array("x", leaf)
+        _validate.is_array("x", leaf if hasattr(leaf, "dtype") else x)
         _validate.fits("x", leaf)
     _validate.is_array("targets", targets)
     _validate.fits("targets", targets)
-    shapes = f"{_shapes(x)} and `targets` {tuple(targets.shape)}"
+    shapes = f"`x` {_shapes(x)} and `targets` {tuple(targets.shape)}"
     mend = "One example? Pass `x[None]`, `targets[None]`."
     if any(a.ndim < 1 for a in (*leaves, targets)):
         raise ValueError(f"{shapes} must have a batch axis. {mend}")
@@ -240,10 +240,8 @@ def _enter(x, targets, weights):
 
 
 def _shapes(x):
-    """An input in a message: its shape, or the shapes of a tree."""
-    if hasattr(x, "shape"):
-        return f"`x` {tuple(x.shape)}"
-    return f"`x` {jax.tree.map(lambda a: tuple(a.shape), x)}"
+    """The shape of an input, or the shapes of a tree."""
+    return jax.tree.map(lambda a: tuple(a.shape), x)
 
 
 def output_error(loss: Loss, outputs: Array, targets: ArrayLike) -> Array:

@@ -67,6 +67,17 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _processes_keep_programs():
+    """The processes that tests start compile the same again and again.
+
+    They keep their programs also where the process of the tests was told not to (CI).
+    """
+    os.environ.pop("JAX_ENABLE_COMPILATION_CACHE", None)
+    gc.collect()
+    gc.freeze()  # what is imported stays, and need not be looked at after each file
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _forget_programs():
     """Compiled programs of one file are of no use to the next."""

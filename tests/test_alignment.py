@@ -98,7 +98,7 @@ def test_update_alignment_compares_the_rule_with_the_true_gradient(x64):
 def test_update_alignment_ignores_rows_of_weight_0_whatever_they_hold(x64):
     params, (x, t) = wide_params(), data(dtype=jnp.float64)
     state = RULE.init(jax.random.key(1), params)
-    record = alignment.update_alignment(RULE, NET)
+    record = jax.jit(alignment.update_alignment(RULE, NET))
     few = record(params, state, x[:6], t[:6])
     padded = record(params, state, x.at[6:].set(jnp.nan), t, (jnp.arange(8) < 6).astype(float))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-10), padded, few)
@@ -112,9 +112,14 @@ def test_forward_forward_is_measured_by_the_gradient_of_what_it_predicts(x64, pr
     def mean(params):
         return (LABELS.value(rule.predict(params, x), t) * weights).sum() / weights.sum()
 
-    ours = rule.value_and_grad(params, KEY, x, t, weights)[1]
-    found = alignment.update_alignment(rule, NET)(params, KEY, x, t, weights)
-    pairs = zip(vectors(ours)[:2], vectors(jax.grad(mean)(params))[:2], strict=True)
+    @jax.jit
+    def all_of(params):
+        ours = rule.value_and_grad(params, KEY, x, t, weights)[1]
+        found = alignment.update_alignment(rule, NET)(params, KEY, x, t, weights)
+        return ours, jax.grad(mean)(params), found
+
+    ours, true, found = all_of(params)
+    pairs = zip(vectors(ours)[:2], vectors(true)[:2], strict=True)
     np.testing.assert_allclose(found.angle[:2], [angle(a, b) for a, b in pairs], rtol=1e-9)
     if predict == "softmax":
         assert float(found.angle[2]) < 1e-6  # its last block learns by the true gradient
@@ -166,7 +171,7 @@ def test_delta_angles_of_every_kind_of_block(middle, layers):
     net = fnn.serial(TABLE, middle, LAST)
     rule = rules.feedback_alignment(net, LABELS)
     params, x, t = net.init(KEY), jnp.array([0, 1]), jnp.array([2, 0])
-    record = alignment.delta_angles(rule, net)
+    record = jax.jit(alignment.delta_angles(rule, net))
     state = rule.init(jax.random.key(1), params)
     found = record(params, state, x, t)
     assert found.shape == (layers,)
@@ -184,7 +189,7 @@ def test_examples_with_a_delta_of_0_do_not_count():
     params = (params[0], params[1]._replace(b=jnp.ones(2)))
     state = rule.init(jax.random.key(1), params)
     x, t = jnp.array([[1.0, 2.0], [0.0, 0.0], [-2.0, 1.0]]), jnp.zeros((3, 2))
-    record = alignment.delta_angles(rule, net)
+    record = jax.jit(alignment.delta_angles(rule, net))
     live = record(params, state, x[jnp.array([0, 2])], t[:2])
     np.testing.assert_allclose(record(params, state, x, t), live, rtol=1e-3, atol=1e-3)
     assert bool(jnp.isnan(record(params, state, x[1:2], t[:1])[0]))

@@ -1,15 +1,18 @@
 """`fnn.as_source`: statistics of any loss, held against `vmap(grad)`."""
 
+from functools import partial
+
 import any_cases
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from any_cases import CASES
 from any_models import MODELS
 
 import fnn
-from fnn import per_example
+from fnn import losses, per_example, rules
 
 
 def by_vmap(case):
@@ -113,3 +116,104 @@ def test_statistics_of_an_unmodified_model(name, x64):
         return
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         check(case)
+
+
+NET = fnn.mlp((4, 5, 3), activation="tanh")
+PARAMS = NET.init(jax.random.key(0))
+
+
+def loss_of_net(params, x, target):
+    """The loss of one example of `NET`."""
+    y = NET.apply(params, x[None])
+    return losses.l2_loss.value(y, target[None])[0]
+
+
+def rows(count=6):
+    x = jax.random.normal(jax.random.key(1), (count, 4))
+    return x, jax.random.normal(jax.random.key(2), (count, 3))
+
+
+@pytest.mark.parametrize("rule", [rules.private_sgd, rules.per_example_sgd])
+def test_rules_on_gradients_of_examples_take_a_source(rule):
+    ours = rule(fnn.as_source(loss_of_net))
+    right = rule(NET, losses.l2_loss)
+    state = right.init(jax.random.key(3), PARAMS)
+    x, targets = rows()
+    weights = jnp.array([1.0, 0, 1, 1, 1, 1])
+    x = x.at[1].set(jnp.nan)
+    one = jax.jit(ours.value_and_grad)(PARAMS, state, x, targets, weights)
+    other = jax.jit(right.value_and_grad)(PARAMS, state, x, targets, weights)
+    for a, b in zip(jax.tree.leaves(one[:2]), jax.tree.leaves(other[:2]), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_fit_trains_a_private_rule_of_a_source(as_users_run):
+    data = rows(20)
+    rule = rules.private_sgd(fnn.as_source(loss_of_net), noise_multiplier=0.1, batch_size=5)
+    options = {"epochs": 5, "batch_size": 5, "key": jax.random.key(4)}
+    _, history = fnn.fit(rule, optax.adam(0.03), PARAMS, data, **options)
+    assert history.loss[-1] < history.loss[0]
+    with pytest.raises(TypeError, match="no outputs to measure"):
+        fnn.evaluate(rule, PARAMS, data)
+
+
+def test_whole_numbers_among_params_do_not_move():
+    def loss(params, x):
+        return (x @ params["w"]).sum() * params["step"].astype(jnp.float32)
+
+    params = {"w": jnp.ones((4, 2)), "step": jnp.int32(3)}
+    rule = rules.private_sgd(fnn.as_source(lambda params, x, _: loss(params, x)))
+    state = rule.init(jax.random.key(0), params)
+    _, grads, _ = rule.value_and_grad(params, state, *rows())
+    assert grads["step"].dtype == jnp.int32
+    assert grads["step"] == 0
+
+
+def test_a_wrong_loss_is_refused():
+    def ask(loss, *batch, **options):
+        fnn.as_source(loss, **options)(jnp.ones((4, 3)), *batch)
+
+    x, _ = rows()
+    for loss in (lambda w, x: (x.sum(), x), lambda w, x: x @ w, lambda w, x: 3):
+        with pytest.raises(TypeError, match="one real number"):
+            ask(loss, x)
+    with pytest.raises(TypeError, match=r"an array \(1,\)"):
+        ask(lambda w, x: x.sum(), x, batched=True)
+    with pytest.raises(ValueError, match="sums over an axis of examples"):
+        ask(lambda w, x: jax.lax.pmean((x @ w).sum(), "batch"), x)
+    with pytest.raises(ValueError, match="one length"):
+        ask(lambda w, x, y: (x @ w).sum(), x, x[:2])
+    with pytest.raises(TypeError, match="`params` is complex"):
+        fnn.as_source(lambda w, x: jnp.abs(x @ w).sum())(jnp.ones((4, 3), complex), x)
+    with pytest.raises(ValueError, match="no parameter"):
+        per_example.norms(fnn.as_source(lambda w, x: x.sum()))((), x)
+
+
+def product_by_hand(w, x, y):
+    """A product that is no product to JAX."""
+    return jnp.sum(w * x[:, None] * y[None, :])
+
+
+def test_a_gradient_that_is_written_out_warns_or_raises():
+    batch = rows()
+    w = jnp.ones((4, 3))
+    with pytest.warns(UserWarning, match="`params`: PerExample written out at mul"):
+        fnn.as_source(product_by_hand)(w, *batch)
+    with pytest.raises(ValueError, match="Accept it with `fallback='allow'`"):
+        fnn.as_source(product_by_hand, fallback="raise")(w, *batch)
+    values, _ = fnn.as_source(product_by_hand, fallback="allow")(w, *batch)
+    assert values.shape == (6,)
+
+
+def test_a_batched_loss_that_couples_examples_is_found():
+    def loss(w, x, normalise):
+        y = x @ w
+        if normalise:
+            y = y - y.mean(0)
+        return (y**2).sum(1)
+
+    x, _ = rows()
+    w = jnp.ones((4, 3))
+    per_example.check_batched(partial(loss, normalise=False), w, x)
+    with jax.numpy_rank_promotion("allow"), pytest.raises(ValueError, match="couples the examples"):
+        per_example.check_batched(partial(loss, normalise=True), w, x)

@@ -60,10 +60,12 @@ def test_the_random_nets_cover_every_activation_loss_and_combinator(x64):
 
 @pytest.mark.parametrize("number", NETS)
 def test_manual_gradient_is_jax_grad_in_every_dtype(x64, number):
+    """In float64, which is the truth, and in a shorter one: each of these on half of the nets."""
     c = case(number)
+    dtypes = "float64", "float32" if number % 8 < 4 else "bfloat16"
     # every 30th net as JAX compiles by default, each of another shape
     compile_ = jax.jit if number % 30 else default_jit
-    found = compile_(lambda *batch: {dtype: both(c)(*cast(batch, dtype)) for dtype in TOLERANCE})(
+    found = compile_(lambda *batch: {dtype: both(c)(*cast(batch, dtype)) for dtype in dtypes})(
         *batch_of(c)
     )
     # the numbers of a case are the same in every dtype, so this is the truth for all
@@ -138,7 +140,7 @@ SMOOTH = [
     for n in range(400)
     if ACTIVATIONS[n % len(ACTIVATIONS)].name not in KINKED
     and losses.LOSSES[n // 2 % 10].name != "hinge_loss"
-][:50]
+][:50:2]  # every such activation and loss, and every shape
 
 
 @pytest.mark.parametrize("number", SMOOTH)

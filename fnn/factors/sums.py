@@ -123,9 +123,9 @@ class Sum(OneByOne):
         pairs = list(itertools.combinations(self.parts, 2))
         if not all(has_dots(f, g) for f, g in pairs):
             return SquaredNorm(self.squared_norm())
-        own = self._own()
+        value, size, own = self._own()
         products = sum_leaves([2 * dots(f, g) for f, g in pairs])
-        return SquaredNorm(own.value + products, own.size + jnp.abs(products), own.parts)
+        return SquaredNorm(value + products, size + jnp.abs(products), own)
 
     def inner(self, other) -> Array:
         if not isinstance(other, Sum):
@@ -150,7 +150,7 @@ class Sum(OneByOne):
         value = sum_leaves([s.value for s in found])
         size = sum_leaves([s.value if s.size is None else s.size for s in found])
         parts = sum_leaves([s.value if s.parts is None else s.parts for s in found])
-        return SquaredNorm(value, size, parts)
+        return value, size, parts
 
 
 def dots(f: Factor, g: Factor) -> Float[Array, " batch"]:

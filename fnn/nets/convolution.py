@@ -418,10 +418,10 @@ def _no_weights(name, params):
 
 def _window(name, sizes, strides, padding, dilation):
     """The arguments of a window, checked."""
-    if not isinstance(sizes, (tuple, list)) or not 1 <= len(sizes) <= 2:
+    if not isinstance(sizes, tuple) or not 1 <= len(sizes) <= 2:
         raise ValueError(
-            f"`{name}` must hold a number for each axis of space, (width,) or (height, width), got "
-            f"{sizes!r}."
+            f"`{name}` must be a tuple with a number for each axis of space, (width,) or (height, "
+            f"width), got {sizes!r}."
         )
     axes = len(sizes)
     sizes = _for_axes(name, sizes, axes)
@@ -445,11 +445,11 @@ def _pool_window(window, strides, padding):
 
 def _for_axes(name, value, axes):
     """A whole number above 0 for each axis, from one or several."""
-    values = value if isinstance(value, (tuple, list)) else (value,) * axes
+    values = value if isinstance(value, tuple) else (value,) * axes
     if len(values) != axes:
         raise ValueError(
-            f"`{name}` must be one whole number or {axes}, one for each axis of space, got "
-            f"{value!r}."
+            f"`{name}` must be one whole number, or a tuple of {axes}, one for each axis of space, "
+            f"got {value!r}."
         )
     for i, number in enumerate(values):
         _validate.positive(f"{name}[{i}]", number, whole=True)
@@ -457,21 +457,24 @@ def _for_axes(name, value, axes):
 
 
 def _check_padding(padding, axes):
-    """A name, or a pair for each axis of space."""
+    """The padding, checked: a name, or a pair for each axis of space."""
     if isinstance(padding, str):
         _validate.one_of("padding", padding, ("SAME", "VALID"))
         return padding
-    expected = f'`padding` must be "SAME", "VALID" or {axes} pairs ((before, after), ...)'
-    if not isinstance(padding, (tuple, list)) or len(padding) != axes:
-        raise ValueError(f"{expected}, got {padding!r}.")
-    for pair in padding:
-        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-            raise ValueError(f"{expected}, got {padding!r}.")
-        for number in pair:
-            whole = isinstance(number, (int, np.integer)) and not isinstance(number, bool)
-            if not whole or number < 0:
-                raise ValueError(f"{expected} of whole numbers, at least 0, got {padding!r}.")
-    return tuple((int(before), int(after)) for before, after in padding)
+    if not isinstance(padding, tuple) or len(padding) != axes or not all(map(_is_pair, padding)):
+        raise ValueError(
+            f'`padding` must be "SAME", "VALID" or a tuple of {axes} pairs of whole numbers, at '
+            f"least 0, one pair (before, after) for each axis of space, got {padding!r}."
+        )
+    return padding
+
+
+def _is_pair(pair):
+    """Whether it is two whole numbers, at least 0."""
+    if not isinstance(pair, tuple) or len(pair) != 2:
+        return False
+    whole = all(isinstance(n, (int, np.integer)) and not isinstance(n, bool) for n in pair)
+    return whole and min(pair) >= 0
 
 
 def _check_groups(groups, in_channels, out_channels):

@@ -346,7 +346,7 @@ def draw_param(
     name: str, initializer: Initializer | None, key: Key, shape: tuple[int, ...] | None
 ) -> Any:
     """What the initialiser gives, of the right shape; None without a shape."""
-    if shape is None:
+    if initializer is None or shape is None:
         return None
     leaf = initializer(key, shape)
     if getattr(leaf, "shape", None) == shape:

@@ -8,6 +8,7 @@ memory and serves as the check.
 """
 
 from fnn.per_example.accumulate import accumulate as accumulate
+from fnn.per_example.check_source import check_batched as check_batched
 from fnn.per_example.check_source import check_source as check_source
 from fnn.per_example.clipping import Gradient as Gradient
 from fnn.per_example.clipping import Reduction as Reduction

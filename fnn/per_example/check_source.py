@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,7 +11,13 @@ import numpy as np
 
 from fnn.factors import is_factor, materialise
 from fnn.per_example.norms import check_is_source
-from fnn.types import Params, Source
+from fnn.types import Array, Params, Source
+
+COUPLED = (
+    "The gradient of one example needs the loss of one example. Batch normalisation in training "
+    "mode, new batch statistics and other auxiliary outputs couple examples or are no loss: use "
+    "the running averages, a GroupNorm or a LayerNorm, and return the loss alone."
+)
 
 
 def check_source(source: Source, params: Params, *batch: Any) -> None:
@@ -119,3 +126,61 @@ def _check_same(name, whole, part, rows):
         f"batch but {part[i]:.6g} in part of it. Per-example statistics mean nothing there. Batch "
         "normalisation? Use `layer_norm`. A loss over pairs? Make each pair an example."
     )
+
+
+def check_batched(loss_fn: Callable[..., Array], params: Params, *batch: Any) -> None:
+    """Raises unless a batched loss gives every example the loss that it has in a batch of one.
+
+    Args:
+        loss_fn: `(params, *batch) -> [batch]`.
+        params: where to test.
+        *batch: arrays of at least 2 examples, not all alike.
+
+    Raises:
+        ValueError: the loss of an example changes with the others in its batch.
+
+    >>> def loss(w, x):
+    ...     return ((x - x.mean(0)[None]) @ w) ** 2
+    >>> x = jnp.array([[1.0], [2.0]])
+    >>> check_batched(loss, jnp.ones(1), x)  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ValueError: `loss_fn` couples the examples: example 0 has loss 0.25 in the batch and 0 alone...
+    """
+    loss = loss_of_one(loss_fn, True)
+    together = np.asarray(loss_fn(params, *batch))
+    alone = np.asarray(jax.vmap(lambda *example: loss(params, *example))(*batch))
+    size = np.abs(alone).max(initial=0)
+    same = np.isclose(together, alone, rtol=1e-3, atol=1e-5 * size, equal_nan=True)
+    if same.all():
+        return
+    i = int(same.argmin())
+    raise ValueError(
+        f"`loss_fn` couples the examples: example {i} has loss {together[i]:.6g} in the batch and "
+        f"{alone[i]:.6g} alone. {COUPLED}"
+    )
+
+
+def loss_of_one(loss_fn: Callable[..., Array], batched: bool) -> Callable[..., Array]:
+    """`(params, *example) -> scalar`, checked; from a loss of batches, where `batched`."""
+
+    def loss(params, *example):
+        if not batched:
+            value = loss_fn(params, *example)
+            _check_loss(value, (), "`loss_fn(params, *example)` must return one real number")
+            return value
+        batch = jax.tree.map(lambda a: a[None], example)
+        values = loss_fn(params, *batch)
+        _check_loss(values, (1,), "`loss_fn` of a batch of one must return an array (1,)")
+        return values[0]
+
+    return loss
+
+
+def _check_loss(value, shape, expected):
+    leaves = jax.tree.leaves(value)
+    is_array = len(leaves) == 1 and leaves[0] is value
+    is_real = is_array and jnp.issubdtype(jnp.result_type(value), jnp.floating)
+    if is_real and jnp.shape(value) == shape:
+        return
+    came = ", ".join(str(jax.typeof(leaf)) for leaf in leaves)
+    raise TypeError(f"{expected}, got {came} ({type(value).__name__}). {COUPLED}")

@@ -45,11 +45,11 @@ from jaxtyping import Int
 from optax import tree
 
 from fnn import _validate, per_example
-from fnn.backprop import source, weighted_mean
+from fnn.backprop import weighted_mean
 from fnn.data import CUT_OFF
 from fnn.per_example.clipping import layer_count
-from fnn.rules.backprop import warn_if_flat
-from fnn.types import Array, Key, Layer, Loss, Rule, by_recipe
+from fnn.rules._sources import source_of
+from fnn.types import Array, Key, Layer, Loss, Rule, Source, by_recipe
 
 Accountant = Literal["pld", "rdp"]
 Schedule = Callable[[Any], Any]  # step, from 0 -> number
@@ -112,8 +112,8 @@ class PrivateRule(Rule):
 
 @by_recipe
 def private_sgd(
-    net: Layer,
-    loss: Loss,
+    net: Layer | Source,
+    loss: Loss | None = None,
     max_norm: float | Schedule = 1.0,
     noise_multiplier: float | Schedule = 1.0,
     *,
@@ -126,8 +126,9 @@ def private_sgd(
     The top of this file says what is guaranteed.
 
     Args:
-        net: any layer that treats examples one by one.
-        loss: any loss that takes its outputs.
+        net: any layer that treats examples one by one; or a source, such as
+            `fnn.as_source(loss_fn)` of `loss_fn(params, x, targets)`, without a loss.
+        loss: any loss that takes the outputs of the layer.
         max_norm: greatest norm of the gradient of an example, all parameters together; above 0 and
             finite. Or a schedule: a function of the step, counted from 0, such as optax's.
         noise_multiplier: at least 0 and finite; 0 clips without noise and is not private. Or a
@@ -156,10 +157,9 @@ def private_sgd(
     >>> state = rule.init(jax.random.key(1), params)
     >>> value, grads, state = rule.value_and_grad(params, state, jnp.ones((5, 3)), jnp.ones((5, 2)))
     """
-    factors_of = source(net, loss)
+    factors_of, predict, loss = source_of("private_sgd", net, loss)
     sizes = {"batch_size": batch_size, "microbatch_size": microbatch_size}
     _check_settings(max_norm, noise_multiplier, **sizes)
-    warn_if_flat("private_sgd", net)
 
     def clipped_sum(params, bound, x, targets, weights):
         if per_layer:
@@ -171,7 +171,7 @@ def private_sgd(
         if microbatch_size is not None:
             clipped = per_example.accumulate(clipped, microbatch_size)
         if weights is not None:
-            _validate.per_example("weights", weights, x.shape[0])
+            _validate.per_example("weights", weights, targets.shape[0])
             weights = (jnp.asarray(weights) > 0).astype(jnp.float32)  # present, whatever it weighs
         with jax.default_matmul_precision("highest"):
             return clipped(params, x, targets, weights=weights)
@@ -183,9 +183,15 @@ def private_sgd(
         std = bound * _at(noise_multiplier, state.step)
         found = clipped_sum(params, bound, x, targets, weights)
         total = found.gradient
-        noise = tree.random_like(noise_key, total, jax.random.normal)
-        size = batch_size or x.shape[0]
-        grads = jax.tree.map(lambda g, n: (g + jnp.asarray(std, g.dtype) * n) / size, total, noise)
+        noise = tree.random_like(noise_key, total, _draw)
+        size = batch_size or len(found.values)
+
+        def noisy(g, n):
+            if not jnp.issubdtype(g.dtype, jnp.floating):
+                return g  # whole numbers, which no step moves
+            return (g + jnp.asarray(std, g.dtype) * n) / size
+
+        grads = jax.tree.map(noisy, total, noise)
         counted = jnp.where(jnp.isfinite(found.values), found.reduction.weights, 0)
         return weighted_mean(found.values, counted), grads, PrivateState(key, state.step + 1)
 
@@ -193,7 +199,7 @@ def private_sgd(
         return PrivateState(key, jnp.zeros((), jnp.int32))
 
     terms = max_norm, noise_multiplier
-    return PrivateRule("private_sgd", init, value_and_grad, net.apply, loss, *terms)
+    return PrivateRule("private_sgd", init, value_and_grad, predict, loss, *terms)
 
 
 def noise_for(
@@ -260,6 +266,13 @@ def _epsilon(noises, rate, delta, accountant):
         left = delta - cut_off * (1 + math.exp(min(found, 100)))
         before, found = found, total.get_epsilon(left) if left > 0 else math.inf
     return float(found)
+
+
+def _draw(key, shape, dtype):
+    """Noise for one parameter; none for whole numbers."""
+    if jnp.issubdtype(dtype, jnp.floating):
+        return jax.random.normal(key, shape, dtype)
+    return jnp.zeros(shape, dtype)
 
 
 def _at(number, step) -> Any:

@@ -29,6 +29,7 @@ from fnn.factors import (
     View,
     Zero,
 )
+from fnn.factors.base import sum_leaves
 from fnn.tracing.terms import Chain, Constant, Layers, Patches, Product, Shared, Term
 
 Shape = tuple[int, ...]
@@ -128,7 +129,7 @@ def _merge(parts):
     if isinstance(first.factor, PerExample):
         gradients = [part.factor.gradient.astype(first.dtype) for part in parts]
         why = next((f.why for f in factors if f.why), "")
-        return first._replace(factor=PerExample(sum(gradients), why))
+        return first._replace(factor=PerExample(sum_leaves(gradients), why))
     if isinstance(first.factor, Conv):
         uses = jax.tree.map(lambda *a: jnp.stack(a)[:, None], *factors)
         return first._replace(factor=jax.tree.map(lambda a: a[0], uses.merged()))
@@ -158,33 +159,46 @@ def _lay(part, shape, dtype):
 
 
 def _product_part(term, shape, dtype):
-    if term.written:
+    if term.is_array:
         return _Part(PerExample(term.gradient().astype(dtype), term.why), None, dtype)
     if len(term.operands) == 1:
         return _rows_part(term, shape, dtype)
     if term.row is not None:
         term = _spread(term)
     term = _sum_alone(term)
-    sizes = term.sizes
     flat = _flat(term)
     stack = [label for label in flat if len(term.holders(label)) == 2]
-    rest = [label for label in flat if label not in stack]
-    first = term.holders(rest[0])[0] if rest else 0
-    positions = [k for k in term.labels[first] if len(term.holders(k)) == 2 and k not in stack]
-    ends = []
-    arrays = []
-    for i in (first, 1 - first):
-        end = [label for label in rest if label in term.labels[i]]
-        groups = [group for group in (stack, positions) if group]
-        arrays.append(_arrange(term.operands[i], term.labels[i], [*groups, end], sizes))
-        ends += end
-    outer = Outer(*arrays)
-    layout = _layout([*stack, *ends], flat, sizes, shape)
+    ends = [label for label in flat if label not in stack]
+    first = term.holders(ends[0])[0] if ends else 0
+    outer, inner = _outer(term, stack, ends, first)
+    layout = _layout([*stack, *inner], flat, term.sizes, shape)
     if stack:
         return _Part(Stacked(outer), layout, term.dtype)
     widths = outer.a.shape[-1], outer.dz.shape[-1]
     natural = layout.order == tuple(range(len(flat))) and shape == widths
     return _Part(outer, None if natural else layout, term.dtype)
+
+
+def _outer(term, stack, ends, first):
+    """The two operands as an `Outer`, layers first, and the labels of its gradient.
+
+    Args:
+        term: a product of two arrays.
+        stack: the labels that both have, and the gradient.
+        ends: the other labels of the gradient.
+        first: which operand comes first.
+    """
+    sizes = term.sizes
+    both = [label for label in term.labels[first] if len(term.holders(label)) == 2]
+    positions = [label for label in both if label not in stack]
+    groups = [group for group in (stack, positions) if group]
+    arrays = []
+    labels = []
+    for i in (first, 1 - first):
+        own = [label for label in ends if label in term.labels[i]]
+        arrays.append(_arrange(term.operands[i], term.labels[i], [*groups, own], sizes))
+        labels += own
+    return Outer(*arrays), labels
 
 
 def _rows_part(term, shape, dtype):

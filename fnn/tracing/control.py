@@ -13,7 +13,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from fnn.factors.base import scan
 from fnn.tracing.terms import Chain, Constant, Layers, Patches, Product
-from fnn.tracing.walk import RULES, TERMS, VALUE, Rule, Scope, evaluate, fresh_term, plan
+from fnn.tracing.walk import RULES, TERMS, VALUE, Rule, Scope, evaluate, fresh_product, plan
 
 CALLS = {"jit": "jaxpr", "closed_call": "call_jaxpr", "remat2": "jaxpr", "checkpoint": "jaxpr"}
 
@@ -101,7 +101,7 @@ def _plain(terms):
     found = []
     for term in terms:
         if isinstance(term, (Chain, Constant)):
-            term = fresh_term(term.gradient(), True)
+            term = fresh_product(term.gradient())
         found.append(term)
     return found
 
@@ -176,6 +176,37 @@ class _Loop:
         asked[self.consts : self.end] = [self._kind(i) for i in range(self.carries)]
         return asked
 
+    def run(self, eqn, operands):
+        """The carries at the end, the products of every sum, and the other results.
+
+        Products of a sum are stacked. What is no product is added up in the carry; `self.written`
+        says where.
+        """
+        consts = operands[: self.consts]
+        self.written = {}
+
+        def body(carry, xs):
+            start = [[] if i in self.sums else carry[i] for i in range(self.carries)]
+            args = [*consts, *start, *xs]
+            found = evaluate(self.inner, self.kinds, self.body_consts, args)
+            after = found[: self.carries]
+            products = {}
+            for i in self.sums:
+                products[i], rest = _part(after[i])
+                after[i] = carry[i]
+                for term in rest:
+                    self.written[i] = eqn.primitive.name if getattr(term, "why", "") else ""
+                    after[i] = after[i] + term.gradient()
+            return after, (products, found[self.carries :])
+
+        begin = list(operands[self.consts : self.end])
+        for i in self.sums:
+            made = eqn.outvars[i].aval
+            begin[i] = jnp.zeros(made.shape, made.dtype)
+        options = {k: eqn.params[k] for k in ("length", "reverse", "unroll")}
+        carry, (products, outputs) = scan(body, begin, operands[self.end :], **options)
+        return carry, products, outputs
+
 
 def _asks_scan(eqn, kinds, scope):
     return _Loop(eqn, kinds, scope).asks()
@@ -183,41 +214,18 @@ def _asks_scan(eqn, kinds, scope):
 
 def _apply_scan(eqn, kinds, scope, operands):
     loop = _Loop(eqn, kinds, scope)
-    consts = operands[: loop.consts]
-    begin = operands[loop.consts : loop.end]
-    written = {}  # why a sum has a part that is no product
-
-    def body(carry, xs):
-        start = [[] if i in loop.sums else carry[i] for i in range(loop.carries)]
-        found = evaluate(loop.inner, loop.kinds, loop.body_consts, [*consts, *start, *xs])
-        after = found[: loop.carries]
-        products = {}
-        for i in loop.sums:
-            products[i], rest = _part(after[i])
-            after[i] = carry[i]
-            for term in rest:
-                written[i] = getattr(term, "why", "") and eqn.primitive.name
-                after[i] = after[i] + term.gradient()
-        return after, (products, found[loop.carries :])
-
-    for i in loop.sums:
-        made = eqn.outvars[i].aval
-        begin = [*begin[:i], jnp.zeros(made.shape, made.dtype), *begin[i + 1 :]]
-    options = {k: eqn.params[k] for k in ("length", "reverse", "unroll")}
-    carry, (products, outputs) = scan(body, begin, operands[loop.end :], **options)
-    results = []
-    for i, kind in enumerate(kinds[: loop.carries]):
+    carry, products, outputs = loop.run(eqn, operands)
+    results = list(carry)
+    for i in range(loop.carries):
         if i in loop.sums:
-            terms = [*operands[loop.consts + i], *(t.over_uses() for t in products[i])]
-            if i in written:
-                terms.append(fresh_term(carry[i], True, written[i]))
-            results.append(terms)
-        elif kind == TERMS:
-            results.append([fresh_term(carry[i], True, scope.reason(eqn.outvars[i]))])
-        else:
-            results.append(carry[i])
+            before = operands[loop.consts + i]
+            results[i] = [*before, *(term.over_uses() for term in products[i])]
+            if i in loop.written:
+                results[i].append(fresh_product(carry[i], loop.written[i]))
+        elif kinds[i] == TERMS:
+            results[i] = [fresh_product(carry[i], scope.reason(eqn.outvars[i]))]
     for kind, found in zip(kinds[loop.carries :], outputs, strict=True):
-        results.append([Layers(t, t.dtype) for t in found] if kind == TERMS else found)
+        results.append([Layers(t, dtype=t.dtype) for t in found] if kind == TERMS else found)
     return results
 
 
@@ -229,7 +237,7 @@ def _part(terms):
         inner = term
         while isinstance(inner, Layers):
             inner = inner.each
-        product = isinstance(inner, Patches) or (isinstance(inner, Product) and not inner.written)
+        product = isinstance(inner, Patches) or (isinstance(inner, Product) and not inner.is_array)
         (products if product else rest).append(term)
     return products, rest
 

@@ -52,55 +52,61 @@ def as_layer(
     _validate.is_function("apply", apply, "(params, x) -> y")
     if init is not None:
         _validate.is_function("init", init, "(key) -> params")
-    if name is None:
-        name = getattr(apply, "__name__", type(apply).__name__)
-
-    def of_one(params, x):
-        if not batched:
-            return _call(name, apply, params, x)
-        rows = jax.tree.map(lambda a: a[None], x)
-        y = apply(params, rows)
-        if jnp.shape(y)[:1] != (1,):
-            raise ValueError(
-                f"{name}: `apply` of a batch of one must return an array [1, ...], got "
-                f"{jnp.shape(y)}. Does it take one example? Leave out `batched=True`."
-            )
-        return y[0]
+    label = name or getattr(apply, "__name__", type(apply).__name__)
+    of_one = functools.partial(_call_batched if batched else _call, label, apply)
 
     @functools.cache
     def shapes():
         key = jax.eval_shape(jax.random.key, 0)
-        return jax.eval_shape(init, key)
+        return jax.eval_shape(draw, key)
 
     def draw(key):
         if init is None:
-            raise TypeError(f"{name} has no `init`. Pass one: `as_layer(apply, init)`.")
+            raise TypeError(f"{label} has no `init`. Pass one: `as_layer(apply, init)`.")
         _validate.is_key("key", key)
         return init(key)
 
     def forward(params, x):
         if init is not None:
-            _check_params(name, shapes(), params)
+            _check_params(label, shapes(), params)
         x = jax.tree.map(jnp.asarray, x)
         return jax.vmap(of_one, (None, 0))(params, x), (params, x)
 
     def backward(carriers, residuals, dy, reduce=total):
         params, x = residuals
-        own = zip(jax.tree.leaves(params), jax.tree.leaves(carriers), strict=False)
-        function = of_one
-        if not all(p is c for p, c in own):
-            run = rewire(of_one)
-
-            def function(params, x):
-                return run(params, carriers, x)
-
-        def along(params, x, dy):
-            return (function(params, x) * dy).sum()
-
-        _, factors, dx = read_gradients(along, params, (x, dy), inputs=True)
+        factors, dx = _gradients(of_one, params, carriers, x, dy)
         return jax.tree.map(reduce, factors, is_leaf=is_factor), dx
 
-    return Layer(name, draw, forward, backward)
+    return Layer(label, draw, forward, backward)
+
+
+def _gradients(of_one, params, carriers, x, dy):
+    """The factors of the params, and `dx`, which comes through the carriers."""
+    run = of_one
+    pairs = zip(jax.tree.leaves(params), jax.tree.leaves(carriers), strict=False)
+    if not all(p is c for p, c in pairs):
+        run = functools.partial(_run_with, rewire(of_one), carriers)
+
+    def along(params, x, dy):
+        return (run(params, x) * dy).sum()
+
+    _, factors, dx = read_gradients(along, params, (x, dy), inputs=True)
+    return factors, dx
+
+
+def _run_with(run, carriers, params, x):
+    return run(params, carriers, x)
+
+
+def _call_batched(name, apply, params, x):
+    rows = jax.tree.map(lambda a: a[None], x)
+    y = apply(params, rows)
+    if jnp.shape(y)[:1] != (1,):
+        raise ValueError(
+            f"{name}: `apply` of a batch of one must return an array [1, ...], got {jnp.shape(y)}. "
+            "Does it take one example? Leave out `batched=True`."
+        )
+    return y[0]
 
 
 def _call(name, apply, params, x):

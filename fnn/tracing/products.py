@@ -4,16 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.extend.core import JaxprEqn
 
 from fnn.factors.conv import Window
 from fnn.tracing.terms import Chain, Constant, Patches, Product, Shared, Term
-from fnn.tracing.walk import RULES, TERMS, VALUE, Rule, Scope, add_terms, apply_equation, fresh_term
+from fnn.tracing.walk import (
+    RULES,
+    TERMS,
+    VALUE,
+    Atom,
+    Equation,
+    Rule,
+    Scope,
+    add_terms,
+    apply_equation,
+    fresh_product,
+)
 from fnn.types import Array
 
 SAME = ("copy", "copy_p", "sharding_constraint")
@@ -50,7 +60,7 @@ class Linear:
         return self.name in ("transpose", "reshape", "squeeze", "expand_dims")
 
 
-def linear_equation(eqn: JaxprEqn, position: int) -> Linear:
+def linear_equation(eqn: Equation, position: int) -> Linear:
     """An equation as an operation on the operand at `position`."""
     taken = eqn.invars[position].aval.dtype
     made = eqn.outvars[0].aval
@@ -73,24 +83,25 @@ def pass_term(f: Linear, term: Term, others: Sequence[Array], *, shared: bool) -
         others: the other operands.
         shared: whether all examples have them in common.
     """
-    written = isinstance(term, Product) and term.written
+    written = isinstance(term, Product) and term.is_array
     if shared and (not written or f.name == "pad"):
         moved = term.move(f.name, f.params, f.shape, others)
         if moved is not None:
             return moved.cast(f.dtype)
     if shared and isinstance(term, Constant):
         array = Shared(f(term.array.array, *others))
-        return Constant(term.weight, array, f.dtype)
+        return Constant(term.weight, array, dtype=f.dtype)
     if shared and not written:
         operands = tuple(map(Shared, others))
         if isinstance(term, Chain):
-            return Chain(term.of, (*term.operands, operands), (*term.steps, f), f.dtype)
-        return Chain(term, (operands,), (f,), f.dtype)
+            both = (*term.operands, operands), (*term.steps, f)
+            return Chain(term.of, *both, dtype=f.dtype)
+        return Chain(term, (operands,), (f,), dtype=f.dtype)
     why = term.why if isinstance(term, Product) and written else f.name
-    return replace(fresh_term(f(term.gradient(), *others), True), why=why)
+    return fresh_product(f(term.gradient(), *others), why)
 
 
-def linear_rule(find: Callable[[JaxprEqn, Scope], int | None]) -> Rule:
+def linear_rule(find: Callable[[Equation, Scope], int | None]) -> Rule:
     """The rule of an operation that is linear in the operand at `find(equation, scope)`."""
 
     def asks(eqn, kinds, scope):
@@ -102,7 +113,7 @@ def linear_rule(find: Callable[[JaxprEqn, Scope], int | None]) -> Rule:
         return kinds
 
     def apply(eqn, kinds, scope, operands):
-        position = find(eqn, scope)
+        position = cast(int, find(eqn, scope))
         others = operands[:position] + operands[position + 1 :]
         atoms = eqn.invars[:position] + eqn.invars[position + 1 :]
         shared = not any(map(scope.is_mapped, atoms))
@@ -112,7 +123,7 @@ def linear_rule(find: Callable[[JaxprEqn, Scope], int | None]) -> Rule:
     return Rule(asks, apply)
 
 
-def simple_rule(change: Callable[[Any, JaxprEqn], Any]) -> Rule:
+def simple_rule(change: Callable[[Any, Equation], Any]) -> Rule:
     """The rule of an operation on one operand that any term can do."""
 
     def asks(eqn, kinds, scope):
@@ -124,7 +135,7 @@ def simple_rule(change: Callable[[Any, JaxprEqn], Any]) -> Rule:
     return Rule(asks, apply)
 
 
-def is_float(atom: Any) -> bool:
+def is_float(atom: Atom) -> bool:
     """Whether it holds real numbers."""
     return jnp.issubdtype(atom.aval.dtype, jnp.floating)
 
@@ -152,7 +163,7 @@ _LINEAR_FACTOR = linear_rule(_find_factor)
 
 
 def _apply_factor(eqn, kinds, scope, operands):
-    position = _find_factor(eqn, scope)
+    position = cast(int, _find_factor(eqn, scope))
     other = 1 - position
     if not scope.is_number(eqn.invars[other]):
         operands[other] = _before_broadcast(eqn.invars[other], operands[other], scope)
@@ -268,7 +279,7 @@ def _apply_dot(eqn, kinds, scope, operands):
     made = eqn.outvars[0].aval
     out = tuple((label,) if n > 1 else () for label, n in zip(flat, made.shape, strict=True))
     arrays = tuple(operand.astype(made.dtype) for operand in operands)
-    return [[Product(arrays, (tuple(labels), tuple(others)), out, made.dtype)]]
+    return [[Product(arrays, (tuple(labels), tuple(others)), out, dtype=made.dtype)]]
 
 
 def _find_mapped(eqn, scope):
@@ -286,17 +297,18 @@ def _asks_conv(eqn, kinds, scope):
 
 def _apply_conv(eqn, kinds, scope, operands):
     params = eqn.params
-    numbers = tuple(map(tuple, params["dimension_numbers"]))
+    left, right, made = map(tuple, params["dimension_numbers"])
     window = Window(
         tuple(params["window_strides"]),
         tuple(map(tuple, params["padding"])),
         tuple(params["lhs_dilation"]),
         tuple(params["rhs_dilation"]),
-        numbers,
+        (left, right, made),
         params["batch_group_count"],
     )
-    made = eqn.outvars[0].aval
-    return [[Patches(*operands, window, tuple(range(made.ndim)), made.dtype)]]
+    x, dz = operands
+    order = tuple(range(len(made)))
+    return [[Patches(x, dz, window, order, dtype=eqn.outvars[0].aval.dtype)]]
 
 
 # rows of a table --------------------------------------------------------------------------------
@@ -323,7 +335,7 @@ def _row_axis(eqn):
 
 
 def _apply_rows(eqn, kinds, scope, operands):
-    axis = _row_axis(eqn)
+    axis = cast(int, _row_axis(eqn))
     numbers = eqn.params["dimension_numbers"]
     made = eqn.outvars[0].aval
     size = made.shape[axis]
@@ -334,7 +346,7 @@ def _apply_rows(eqn, kinds, scope, operands):
     found = []
     for term in terms:
         if index.ndim or not isinstance(term, Product):
-            term = replace(fresh_term(term.gradient(), True), dtype=term.dtype)
+            term = fresh_product(term.gradient())
         lead = [k for k in range(len(term.out)) if k not in numbers.update_window_dims]
         labels = tuple(term.labels[0][k] for k in lead)
         rest = [group for k, group in enumerate(term.out) if k not in lead]
@@ -366,8 +378,9 @@ def _apply_update(eqn, kinds, scope, operands):
         if isinstance(term, Product):
             row = term.at_row(axis, whole[axis], jnp.asarray(index), place)
         if row is None:
-            term = fresh_term(term.gradient(), True)
-            row = term.at_row(axis, whole[axis], jnp.asarray(index), place)
+            row = fresh_product(term.gradient()).at_row(
+                axis, whole[axis], jnp.asarray(index), place
+            )
         found.append(row)
     return [found]
 

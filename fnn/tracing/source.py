@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from fnn import _validate
-from fnn.factors import Zero
+from fnn.factors import Factor, Zero
+from fnn.per_example.check_source import COUPLED, loss_of_one
 from fnn.per_example.report import report_factors
 from fnn.tracing import control as control
 from fnn.tracing import products as products
@@ -21,12 +21,6 @@ from fnn.tracing.walk import TERMS, VALUE, Scope, evaluate
 from fnn.types import Array, Params, Source
 
 Fallback = Literal["warn", "raise", "allow"]
-
-COUPLED = (
-    "The gradient of one example needs the loss of one example. Batch normalisation in training "
-    "mode, new batch statistics and other auxiliary outputs couple examples or are no loss: use "
-    "the running averages, a GroupNorm or a LayerNorm, and return the loss alone."
-)
 
 
 def as_source(
@@ -40,21 +34,20 @@ def as_source(
 
     Args:
         loss_fn: `(params, *example) -> scalar`; or, if `batched`, `(params, *batch) -> [batch]`,
-            which is asked for batches of one (`check_batched` tells whether that is the same).
+            which is asked for batches of one (`fnn.per_example.check_batched` tells whether that is
+            the same).
         batched: whether `loss_fn` needs a batch axis.
-        fallback: what happens where a gradient of two axes or more has to be written out for every
+        fallback: what happens where the gradient of a matrix has to be written out for every
             example: "warn", "raise" or "allow". `fnn.per_example.report` says where and why. It
             costs memory, never correctness.
 
     Returns:
-        A source `(params, *batch) -> (values [batch], tree of factors)`; a batch is any trees of
+        A source `(params, *batch) -> (values [batch], tree of factors)`. A batch is any trees of
         arrays `[batch, ...]`. Leaves of `params` that hold whole numbers have gradient 0.
 
     Raises:
         TypeError, ValueError: an argument is invalid; at the call, the loss is not one real number
-            per example, arrays of the batch differ in length, a parameter is complex.
-
-    Source: Goodfellow (2015), arXiv:1510.01799, for what a factor is good for.
+            for each example, arrays of the batch differ in length, or a parameter is complex.
 
     >>> import fnn
     >>> def loss(params, x, y):
@@ -69,7 +62,7 @@ def as_source(
     """
     _validate.is_function("loss_fn", loss_fn, "(params, *example) -> scalar")
     _validate.one_of("fallback", fallback, ("warn", "raise", "allow"))
-    loss = _loss_of_one(loss_fn, batched)
+    loss = loss_of_one(loss_fn, batched)
 
     def any_source(params, *batch):
         values, factors, _ = read_gradients(loss, params, batch)
@@ -94,34 +87,8 @@ def _tell(report, fallback):
     warnings.warn(text, stacklevel=4)
 
 
-def _loss_of_one(loss_fn, batched):
-    """The loss of one example, checked."""
-
-    def loss(params, *example):
-        if not batched:
-            value = loss_fn(params, *example)
-            _check_loss(value, (), "`loss_fn(params, *example)` must return one real number")
-            return value
-        batch = jax.tree.map(lambda a: a[None], example)
-        values = loss_fn(params, *batch)
-        _check_loss(values, (1,), "`loss_fn` of a batch of one must return an array (1,)")
-        return values[0]
-
-    return loss
-
-
-def _check_loss(value, shape, expected):
-    leaves = jax.tree.leaves(value)
-    is_array = len(leaves) == 1 and leaves[0] is value
-    is_real = is_array and jnp.issubdtype(jnp.result_type(value), jnp.floating)
-    if is_real and jnp.shape(value) == shape:
-        return
-    came = ", ".join(str(jax.typeof(leaf)) for leaf in leaves)
-    raise TypeError(f"{expected}, got {came} ({type(value).__name__}). {COUPLED}")
-
-
 def read_gradients(
-    loss: Callable[..., Array], params: Params, batch: tuple, inputs: bool = False
+    loss: Callable[..., Array], params: Params, batch: tuple[Any, ...], inputs: bool = False
 ) -> tuple[Array, Any, Any]:
     """The losses, the factors of the params, and the gradients of the inputs.
 
@@ -132,72 +99,86 @@ def read_gradients(
         inputs: whether gradients of `batch[0]` are wanted.
 
     Returns:
-        `[batch]`; a tree like `params`; a tree like `batch[0]`, None where it is no real number.
+        `[batch]`; a tree like `params`; a tree like `batch[0]`, None for what is no real number.
     """
-    leaves, structure = jax.tree.flatten(params)
-    real = _real_leaves(params)
-    numbers = [jnp.asarray(leaves[i]) for i in real]
+    _check_params(params)
     batch = jax.tree.map(jnp.asarray, batch)
-    rows = _rows(batch)
-    first = jax.tree.leaves(batch[0]) if inputs else []
-    moving = [i for i, a in enumerate(first) if jnp.issubdtype(a.dtype, jnp.floating)]
-    data, whole = jax.tree.flatten(batch)
+    rows = _count_rows(batch)
+    numbers = _real_leaves(params)
+    first: Any = batch[0]
+    given = _real_leaves(first) if inputs else []
 
-    def value_and_grads(numbers, given, data):
-        def of(numbers, given):
-            params = structure.unflatten(_replace(leaves, real, numbers))
-            example = whole.unflatten(_replace(data, moving, given))
-            return loss(params, *example)
+    def gradients(numbers, given, example):
+        def value(numbers, given):
+            x, *rest = example
+            return loss(_with_real(params, numbers), _with_real(x, given), *rest)
 
-        return jax.value_and_grad(of, (0, 1))(numbers, given)
+        return jax.value_and_grad(value, (0, 1))(numbers, given)
 
-    shapes = [jax.ShapeDtypeStruct(a.shape[1:], a.dtype) for a in data]
-    closed = _trace(value_and_grads, numbers, [shapes[i] for i in moving], shapes)
-    flags = [False] * len(numbers) + [True] * (len(moving) + len(data))
-    scope = Scope(closed.jaxpr, flags)
-    kinds = [VALUE, *[TERMS] * len(numbers), *[VALUE] * len(moving)]
-    made: list[Any] = []
+    arguments = numbers, _of_one(given), _of_one(batch)
+    closed = _trace(gradients, *arguments)
+    leaves = jax.tree.leaves(arguments)
+    scope = Scope(closed.jaxpr, [i >= len(numbers) for i in range(len(leaves))])
+    kinds = [VALUE, *[TERMS] * len(numbers), *[VALUE] * len(given)]
 
-    def of_one(data):
-        args = [*numbers, *(data[i] for i in moving), *data]
+    def read(given, batch):
+        args = [*numbers, *given, *jax.tree.leaves(batch)]
         value, *found = evaluate(scope, kinds, closed.consts, args)
-        terms = zip(found, numbers, strict=False)
-        factors = [assemble(t, p.shape, p.dtype) for t, p in terms]
+        terms = found[: len(numbers)]
+        factors = [assemble(t, p.shape, p.dtype) for t, p in zip(terms, numbers, strict=True)]
+        return factors, (value, found[len(numbers) :])
+
+    factors, (values, dx) = _over_examples(read, given, batch)
+
+    def zero(leaf):
+        return Zero(jnp.zeros(rows), jnp.shape(leaf), jnp.result_type(leaf))
+
+    empty = jax.tree.map(lambda a: a if _is_real(a) else None, first)
+    return values, _with_real(params, factors, zero), _with_real(empty, dx)
+
+
+def _over_examples(read: Callable, *batch: Any) -> tuple[list[Factor], Any]:
+    """`read`, whose factors hold a `Shared` for what all examples have in common, by `vmap`."""
+    places = []
+
+    def of_one(*example):
+        factors, others = read(*example)
         parts, tree = jax.tree.flatten(factors, is_leaf=lambda v: isinstance(v, Shared))
-        made[:] = [tree, [isinstance(v, Shared) for v in parts]]
-        own = [v for v in parts if not isinstance(v, Shared)]
-        shared = [v.array for v in parts if isinstance(v, Shared)]
-        return value, own, found[len(numbers) :], shared
+        places[:] = [tree, [isinstance(part, Shared) for part in parts]]
+        own = [part for part in parts if not isinstance(part, Shared)]
+        return own, [part.array for part in parts if isinstance(part, Shared)], others
 
-    values, own, dx, shared = jax.vmap(of_one, out_axes=(0, 0, 0, None))(data)
-    tree, is_shared = made
+    own, shared, others = jax.vmap(of_one, out_axes=(0, None, 0))(*batch)
+    tree, is_shared = places
     own = iter(own)
-    shared = iter(map(Shared, shared))
-    found = tree.unflatten([next(shared) if yes else next(own) for yes in is_shared])
-    factors = [finish(f) for f in found]
-    none = jnp.zeros(rows)
-    zeros = [Zero(none, jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves]
-    tree = structure.unflatten(_replace(zeros, real, factors))
-    gradients = _replace([None] * len(first), moving, dx)
-    return (
-        values,
-        tree,
-        jax.tree.unflatten(jax.tree.structure(batch[0]), gradients) if inputs else None,
-    )
+    shared = map(Shared, shared)
+    parts = [next(shared if common else own) for common in is_shared]
+    return [finish(factor) for factor in tree.unflatten(parts)], others
 
 
-def _replace(items, places, new):
-    """A list with other items at some places."""
-    found = list(items)
-    for i, item in zip(places, new, strict=True):
-        found[i] = item
-    return found
+def _of_one(batch):
+    """The shapes of one example."""
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), batch)
 
 
-def _real_leaves(params):
-    """The places of the leaves that hold real numbers."""
-    real = []
-    for i, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(params)):
+def _is_real(leaf):
+    return jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+
+
+def _real_leaves(tree):
+    """The leaves that hold real numbers, as arrays."""
+    return [jnp.asarray(leaf) for leaf in jax.tree.leaves(tree) if _is_real(leaf)]
+
+
+def _with_real(tree, new, otherwise=lambda leaf: leaf):
+    """A tree with new leaves in the place of those that hold real numbers, as far as they last."""
+    left = iter(new)
+    return jax.tree.map(lambda leaf: next(left, leaf) if _is_real(leaf) else otherwise(leaf), tree)
+
+
+def _check_params(params):
+    """Raises unless all leaves are arrays of real or of whole numbers."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         at = f"params{jax.tree_util.keystr(path)}"
         _validate.is_array(at, leaf)
         if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
@@ -205,12 +186,9 @@ def _real_leaves(params):
                 f"`{at}` is complex ({leaf.dtype}); a loss has a gradient in real parameters. "
                 "Pass real and imaginary parts."
             )
-        if jnp.issubdtype(leaf.dtype, jnp.floating):
-            real.append(i)
-    return real
 
 
-def _rows(batch):
+def _count_rows(batch):
     """How many examples there are."""
     lengths = {a.shape[0] if a.ndim else 0 for a in jax.tree.leaves(batch)}
     if len(lengths) != 1 or 0 in lengths:
@@ -226,35 +204,3 @@ def _trace(f, *shapes):
         return jax.make_jaxpr(f)(*shapes)
     except NameError as error:
         raise ValueError(f"`loss_fn` sums over an axis of examples ({error}). {COUPLED}") from error
-
-
-def check_batched(loss_fn: Callable[..., Array], params: Params, *batch: Any) -> None:
-    """Raises unless a batched loss gives every example the loss that it has in a batch of one.
-
-    Args:
-        loss_fn: `(params, *batch) -> [batch]`.
-        params: where to test.
-        *batch: arrays of at least 2 examples, not all alike.
-
-    Raises:
-        ValueError: the loss of an example changes with the others in its batch.
-
-    >>> def loss(w, x):
-    ...     return ((x - x.mean(0)[None]) @ w) ** 2
-    >>> x = jnp.array([[1.0], [2.0]])
-    >>> check_batched(loss, jnp.ones(1), x)  # doctest: +ELLIPSIS
-    Traceback (most recent call last):
-    ValueError: `loss_fn` couples the examples: example 0 has loss 0.25 in the batch and 0 alone...
-    """
-    loss = _loss_of_one(loss_fn, True)
-    together = np.asarray(loss_fn(params, *batch))
-    alone = np.asarray(jax.vmap(lambda *example: loss(params, *example))(*batch))
-    size = np.abs(alone).max(initial=0)
-    same = np.isclose(together, alone, rtol=1e-3, atol=1e-5 * size, equal_nan=True)
-    if same.all():
-        return
-    i = int(same.argmin())
-    raise ValueError(
-        f"`loss_fn` couples the examples: example {i} has loss {together[i]:.6g} in the batch and "
-        f"{alone[i]:.6g} alone. {COUPLED}"
-    )

@@ -7,6 +7,7 @@ it, and takes part in the linear operations that follow. Where it cannot, `None`
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar, dataclass_transform
@@ -28,7 +29,7 @@ def static(**options: Any) -> Any:
     return field(metadata={"static": True}, **options)
 
 
-@dataclass_transform(frozen_default=True)
+@dataclass_transform(frozen_default=True, field_specifiers=(field, static))
 def pytree(cls: type[T]) -> type[T]:
     """A decorator that makes a frozen dataclass a pytree."""
     return jax.tree_util.register_dataclass(dataclass(frozen=True)(cls))
@@ -41,18 +42,23 @@ class Shared:
     array: Array
 
 
-class Term:
+@dataclass(frozen=True)
+class Term(ABC):
     """What a term does; the defaults say that it cannot."""
 
-    dtype: Any
+    dtype: Any = field(kw_only=True, metadata={"static": True})
+
+    @abstractmethod
+    def gradient(self) -> Array:
+        """The gradient of the example, written out."""
+
+    @abstractmethod
+    def scaled(self, scale: Callable[[Array], Array]) -> Any:
+        """The term times a number; `scale` multiplies an array by it."""
 
     def cast(self, dtype: Any) -> Any:
         """The same numbers in another dtype."""
         return replace(self, dtype=dtype)
-
-    def scaled(self, scale: Callable[[Array], Array]) -> Any:
-        """The term times a number; `scale` multiplies an array by it."""
-        raise NotImplementedError
 
     def move(self, name: str, params: dict, shape: Shape, others: Sequence) -> Any:
         """The term behind a linear operation, or None."""
@@ -81,7 +87,6 @@ class Product(Term):
     operands: tuple[Array, ...]
     labels: tuple[tuple[Label, ...], ...] = static()
     out: tuple[tuple[Label, ...], ...] = static()
-    dtype: Any = static()
     row: Label | None = static(default=None)
     index: Array | None = None
     index_labels: tuple[Label, ...] = static(default=())
@@ -90,8 +95,8 @@ class Product(Term):
     why: str = static(default="")
 
     @property
-    def written(self) -> bool:
-        """Whether the gradient is the only operand."""
+    def is_array(self) -> bool:
+        """Whether the gradient is written out."""
         return len(self.operands) == 1 and self.row is None
 
     @property
@@ -130,9 +135,9 @@ class Product(Term):
             "reduce_sum": lambda: self._sum(params["axes"]),
             "slice": lambda: self._slice(params),
             "pad": lambda: self._pad(params["padding_config"]),
-            "mul": lambda: self._times(shape, others, jnp.multiply),
-            "div": lambda: self._times(shape, others, jnp.divide),
-            "dot_general": lambda: self._contract(others, **params),
+            "mul": lambda: self._times(shape, *others),
+            "div": lambda: self._times(shape, *[1 / other for other in others]),
+            "dot_general": lambda: self._dot(params, *others),
         }
         if name in moves:
             return moves[name]()
@@ -149,7 +154,6 @@ class Product(Term):
         return tuple(math.prod(sizes[label] for label in group) for group in self.out)
 
     def gradient(self) -> Array:
-        """The gradient of the example, written out."""
         arrays = list(self.operands)
         labels = list(self.labels)
         if self.row is not None:
@@ -260,65 +264,70 @@ class Product(Term):
         given = {"index": index, "index_labels": labels, "size": size, "place": place}
         return replace(self, out=out, row=row, **given)
 
-    def _times(self, shape, others, apply):
+    def _times(self, shape, other):
         """Times an array that all examples share, if its axes are those of one operand."""
-        (other,) = others
-        sizes = self.sizes
         if shape != self.shape:
             return None
         labels = []
         for group, size in zip(self.out, other.shape, strict=True):
             labels += group if size > 1 else ()
-        other = other.reshape([sizes[label] for label in labels])
-        for i, own in enumerate(self.labels):
-            if not set(labels) <= set(own):
-                continue
-            order = [label for label in own if label in labels]
-            other = other.transpose([labels.index(label) for label in order])
-            array = self.operands[i]
-            other = other.reshape([sizes[k] if k in labels else 1 for k in own])
-            changed = list(self.operands)
-            changed[i] = apply(array, other.astype(array.dtype))
-            return replace(self, operands=tuple(changed))
-        return None
-
-    def _contract(self, others, dimension_numbers, position, **_):
-        """A product with an array that all examples share, if it takes axes of one operand."""
-        first = position == 0
-        (other,) = others
-        (left, right), (batch, _) = dimension_numbers
-        mine, theirs = (left, right) if first else (right, left)
-        groups = [self.out[axis] for axis in mine]
-        gone = [label for group in groups for label in group]
-        holders = [self.holders(label) for label in gone]
-        if batch or not gone or self.row in gone or any(h != holders[0] for h in holders):
-            return None
-        if len(holders[0]) != 1:
-            return None
         sizes = self.sizes
+        other = other.reshape([sizes[label] for label in labels])
+        return self._with_operand(labels, other, labels, labels)
+
+    def _dot(self, params, other):
+        (left, right), (batch, _) = params["dimension_numbers"]
+        if batch:
+            return None
+        first = params["position"] == 0
+        mine, theirs = (left, right) if first else (right, left)
+        return self._contract(other, mine, theirs, first)
+
+    def _contract(self, other, mine, theirs, first):
+        """A product with an array that all examples share, if it takes axes of one operand.
+
+        Args:
+            other: the array.
+            mine: the axes of the gradient to sum over.
+            theirs: those of the array.
+            first: whether the gradient is the first operand.
+        """
+        gone = [label for axis in mine for label in self.out[axis]]
         kept = [k for k in range(other.ndim) if k not in theirs]
+        lengths = [other.shape[k] for k in kept]
+        sizes = self.sizes
         other = other.transpose([*theirs, *kept])
-        lengths = [other.shape[k] for k in range(len(theirs), other.ndim)]
         other = other.reshape([*(sizes[label] for label in gone), *lengths])
-        start = self.fresh()
-        new = list(range(start, start + len(kept)))
-        i = holders[0][0]
-        own = self.labels[i]
-        stay = [label for label in own if label not in gone]
-        array = self.operands[i]
-        other = other.astype(array.dtype)
-        made = jnp.einsum(array, list(own), other, [*gone, *new], [*stay, *new])
-        arrays = list(self.operands)
-        labels = list(self.labels)
-        arrays[i] = made
-        labels[i] = (*stay, *new)
-        mine_left = [group for axis, group in enumerate(self.out) if axis not in mine]
+        new = [self.fresh() + k for k in range(len(kept))]
+        term = self._with_operand(gone, other, [*gone, *new], new) if gone else None
+        if term is None:
+            return None
+        stay = [group for axis, group in enumerate(self.out) if axis not in mine]
         added = [(label,) if size > 1 else () for label, size in zip(new, lengths, strict=True)]
-        out = (*mine_left, *added) if first else (*added, *mine_left)
-        return replace(self, operands=tuple(arrays), labels=tuple(labels), out=out)
+        return replace(term, out=(*stay, *added) if first else (*added, *stay))
+
+    def _with_operand(self, needs, other, labels, new):
+        """`other` multiplied into the operand that alone has the labels it needs; None if none has.
+
+        These labels give way to `new` ones.
+        """
+        holders = [self.holders(label) for label in needs]
+        own = [i for i, of in enumerate(self.labels) if set(needs) <= set(of)]
+        alone = new == labels or all(len(h) == 1 for h in holders)
+        if not own or not alone or self.row in needs:
+            return None
+        i = own[0]
+        array = self.operands[i]
+        stay = [label for label in self.labels[i] if label not in needs or label in new]
+        made = [*stay, *(label for label in new if label not in stay)]
+        other = other.astype(array.dtype)
+        array = jnp.einsum(array, list(self.labels[i]), other, list(labels), made)
+        operands = (*self.operands[:i], array, *self.operands[i + 1 :])
+        names = (*self.labels[:i], tuple(made), *self.labels[i + 1 :])
+        return replace(self, operands=operands, labels=names)
 
     def over_uses(self) -> Product:
-        """The sum over a leading axis that a loop has put in front of every array."""
+        """The sum over an axis of uses that a loop has put in front of every array."""
         use = self.fresh()
         labels = tuple((use, *own) for own in self.labels)
         index_labels = (use, *self.index_labels) if self.index is not None else ()
@@ -344,7 +353,6 @@ class Patches(Term):
     dz: Array
     window: Window = static()
     order: tuple[int, ...] = static()
-    dtype: Any = static()
     uses: int = static(default=0)
 
     def scaled(self, scale: Callable[[Array], Array]) -> Patches:
@@ -368,7 +376,6 @@ class Patches(Term):
         return conv
 
     def gradient(self) -> Array:
-        """As of a product."""
         conv = jax.tree.map(lambda a: a[None], self.factor())
         return conv.total().transpose(self.order).astype(self.dtype)
 
@@ -379,13 +386,11 @@ class Constant(Term):
 
     weight: Array  # one number
     array: Shared
-    dtype: Any = static()
 
     def scaled(self, scale: Callable[[Array], Array]) -> Constant:
         return replace(self, weight=scale(self.weight))
 
     def gradient(self) -> Array:
-        """As of a product."""
         array = self.array.array.astype(self.dtype)
         return self.weight.astype(self.dtype) * array
 
@@ -395,10 +400,9 @@ class Layers(Term):
     """Terms of a scan over parameters: every array has a leading axis of layers."""
 
     each: Any
-    dtype: Any = static()
 
     def cast(self, dtype: Any) -> Layers:
-        return Layers(self.each.cast(dtype), dtype)
+        return Layers(self.each.cast(dtype), dtype=dtype)
 
     def scaled(self, scale: Callable[[Array], Array]) -> Layers:
         each = jax.vmap(lambda term: term.scaled(scale))(self.each)
@@ -410,7 +414,6 @@ class Layers(Term):
         return replace(self, each=layers_first.over_uses())
 
     def gradient(self) -> Array:
-        """As of a product."""
         return jax.vmap(lambda term: term.gradient())(self.each)
 
 
@@ -421,13 +424,11 @@ class Chain(Term):
     of: Any
     operands: tuple[tuple[Shared, ...], ...]
     steps: tuple[Callable, ...] = static()  # (gradient, *operands) -> gradient
-    dtype: Any = static()
 
     def scaled(self, scale: Callable[[Array], Array]) -> Chain:
         return replace(self, of=self.of.scaled(scale))
 
     def gradient(self) -> Array:
-        """As of a product."""
         found = self.of.gradient()
         for step, operands in zip(self.steps, self.operands, strict=True):
             found = step(found, *(shared.array for shared in operands))

@@ -12,19 +12,25 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
+from jax.extend.core import Jaxpr, Literal
 
-from fnn.tracing.terms import Constant, Product, Shared, Term
+from fnn.tracing.terms import Constant, Product, Shared
 from fnn.types import Array
 
 VALUE = "value"
 TERMS = "terms"
 Kind = str | None  # VALUE, TERMS, or None for what nobody wants
-Atom = Var | Literal
+Atom = Any  # a Var or Literal; JAX's types do not say that these have a shape
+Equation = Any  # a Equation of them
 
-SHAPED = {"reshape", "squeeze", "expand_dims", "broadcast_in_dim", "convert_element_type"}
+# results whose numbers are those of the operands, or products of two of them
+SHAPED = (
+    *("reshape", "squeeze", "expand_dims", "broadcast_in_dim", "convert_element_type", "transpose"),
+    *("mul", "neg", "slice", "unstack", "gather", "rev", "select_n", "add_any", "dot_general"),
+)
 
 
 class Scope:
@@ -40,17 +46,19 @@ class Scope:
         """`flags`: which of the inputs of the jaxpr differ from example to example."""
         self.jaxpr = jaxpr
         self.mapped = {v for v, differs in zip(jaxpr.invars, flags, strict=True) if differs}
-        self.maker = {}
+        self.maker: dict[Atom, Equation] = {}
+        self.sources: dict[Atom, int] = {}
         for eqn in jaxpr.eqns:
             self.maker.update(dict.fromkeys(eqn.outvars, eqn))
             if any(map(self.is_mapped, eqn.invars)):
                 self.mapped.update(eqn.outvars)
+                self._count_sources(eqn)
 
     def is_mapped(self, atom: Atom) -> bool:
         """Whether it differs from example to example."""
         return not isinstance(atom, Literal) and atom in self.mapped
 
-    def made_by(self, atom: Atom, *names: str) -> JaxprEqn | None:
+    def made_by(self, atom: Atom, *names: str) -> Equation | None:
         """The equation that makes a variable, if it is one of these operations."""
         if isinstance(atom, Literal):
             return None
@@ -66,7 +74,7 @@ class Scope:
 
     def is_number(self, atom: Atom) -> bool:
         """Whether all its entries are one number."""
-        if not np.shape(atom.aval):
+        if not atom.aval.shape:
             return True
         eqn = self.made_by(atom, "broadcast_in_dim")
         return eqn is not None and self.is_number(eqn.invars[0])
@@ -74,18 +82,22 @@ class Scope:
     def reason(self, atom: Atom) -> str:
         """The operation that writes a gradient out, if that is larger than what it is made of."""
         eqn = None if isinstance(atom, Literal) else self.maker.get(atom)
-        vector = sum(n > 1 for n in atom.aval.shape) < 2
-        if eqn is None or vector:
+        if eqn is None or sum(n > 1 for n in eqn.outvars[0].aval.shape) < 2:
             return ""
-        sizes = [self._least_size(v) for v in eqn.invars if self.is_mapped(v)]
-        whole = any(True for _ in jaxprs_inside(eqn))
-        return eqn.primitive.name if whole or atom.aval.size > sum(sizes) else ""
+        larger = eqn.outvars[0].aval.size > sum(map(self._sources, eqn.invars))
+        return eqn.primitive.name if larger or has_jaxpr(eqn) else ""
 
-    def _least_size(self, atom):
-        """The size of an operand before it is broadcast."""
-        size = atom.aval.size
-        eqn = self.made_by(atom, *SHAPED)
-        return size if eqn is None else min(size, self._least_size(eqn.invars[0]))
+    def _sources(self, atom: Atom) -> int:
+        aval: Any = atom.aval
+        return self.sources.get(atom, aval.size) if self.is_mapped(atom) else 0
+
+    def _count_sources(self, eqn):
+        """How many numbers that differ between examples a result is made of."""
+        name = eqn.primitive.name
+        product = name == "dot_general" and not all(map(self.is_mapped, eqn.invars))
+        for v in eqn.outvars:
+            if name in SHAPED and not product:
+                self.sources[v] = min(v.aval.size, sum(map(self._sources, eqn.invars)))
 
 
 class Rule(NamedTuple):
@@ -98,17 +110,17 @@ class Rule(NamedTuple):
             a list of terms, or None, by its kind.
     """
 
-    asks: Callable[[JaxprEqn, list[Kind], Scope], list[Kind] | None]
-    apply: Callable[[JaxprEqn, list[Kind], Scope, list[Any]], list[Any]]
+    asks: Callable[[Equation, Sequence[Kind], Scope], Sequence[Kind] | None]
+    apply: Callable[[Equation, Sequence[Kind], Scope, list[Any]], list[Any]]
 
 
 RULES: dict[str, Rule] = {}
 """By the name of the operation; `products` and `control` fill it."""
 
 
-def plan(scope: Scope, kinds: Sequence[Kind]) -> dict[Var, Kind]:
+def plan(scope: Scope, kinds: Sequence[Kind]) -> dict[Atom, Kind]:
     """How every variable is wanted, where the results of the jaxpr are wanted as `kinds`."""
-    need: dict[Var, Kind] = {}
+    need: dict[Atom, Kind] = {}
 
     def want(atom, kind):
         if kind is None or isinstance(atom, Literal):
@@ -131,7 +143,7 @@ def plan(scope: Scope, kinds: Sequence[Kind]) -> dict[Var, Kind]:
     return need
 
 
-def ask_rule(eqn: JaxprEqn, kinds: list[Kind], scope: Scope) -> list[Kind] | None:
+def ask_rule(eqn: Equation, kinds: Sequence[Kind], scope: Scope) -> Sequence[Kind] | None:
     """What an equation wants of its operands; None if all of it is values."""
     rule = RULES.get(eqn.primitive.name)
     differs = any(map(scope.is_mapped, eqn.invars))
@@ -164,7 +176,9 @@ def evaluate(scope: Scope, kinds: Sequence[Kind], consts: Sequence, args: Sequen
         if isinstance(value, list):
             return value
         value = jnp.asarray(value)
-        return [fresh_term(value, scope.is_mapped(atom), scope.reason(atom))]
+        if scope.is_mapped(atom):
+            return [fresh_product(value, scope.reason(atom))]
+        return [Constant(jnp.ones((), value.dtype), Shared(value), dtype=value.dtype)]
 
     for eqn in scope.jaxpr.eqns:
         wanted = [need.get(v) for v in eqn.outvars]
@@ -181,16 +195,14 @@ def evaluate(scope: Scope, kinds: Sequence[Kind], consts: Sequence, args: Sequen
     return [read(v, kind) for v, kind in zip(scope.jaxpr.outvars, kinds, strict=True)]
 
 
-def fresh_term(value: Array, differs: bool, why: str = "") -> Term:
+def fresh_product(value: Array, why: str = "") -> Product:
     """A gradient that is an array."""
-    if not differs:
-        return Constant(jnp.ones((), value.dtype), Shared(value), value.dtype)
     labels = tuple(range(value.ndim))
     out = tuple((k,) if n > 1 else () for k, n in zip(labels, value.shape, strict=True))
-    return Product((value,), (labels,), out, value.dtype, why=why)
+    return Product((value,), (labels,), out, dtype=value.dtype, why=why)
 
 
-def apply_equation(eqn: JaxprEqn, *values: Any) -> list[Any]:
+def apply_equation(eqn: Equation, *values: Any) -> list[Any]:
     """The results of an equation at some values."""
     params = eqn.primitive.get_bind_params(eqn.params)
     with eqn.ctx.manager:
@@ -198,15 +210,10 @@ def apply_equation(eqn: JaxprEqn, *values: Any) -> list[Any]:
     return results if eqn.primitive.multiple_results else [results]
 
 
-def jaxprs_inside(eqn: JaxprEqn) -> list[Jaxpr]:
-    """The jaxprs among the parameters of an equation, of a loop say."""
-    found = []
-    for value in eqn.params.values():
-        for one in value if isinstance(value, (tuple, list)) else [value]:
-            inner = getattr(one, "jaxpr", one)
-            if isinstance(inner, Jaxpr):
-                found.append(inner)
-    return found
+def has_jaxpr(eqn: Equation) -> bool:
+    """Whether an equation is a call, a loop, or the like."""
+    values = jax.tree.leaves(list(eqn.params.values()))
+    return any(isinstance(getattr(v, "jaxpr", v), Jaxpr) for v in values)
 
 
 def add_terms(terms: list[Any], more: list[Any]) -> list[Any]:
