@@ -23,6 +23,7 @@ from fnn.nets.combinators import repeat as repeat
 from fnn.nets.combinators import residual as residual
 from fnn.nets.combinators import serial as serial
 from fnn.nets.convolution import conv as conv
+from fnn.nets.convolution import conv_transpose as conv_transpose
 from fnn.nets.convolution import flatten as flatten
 from fnn.nets.convolution import max_pool as max_pool
 from fnn.nets.convolution import mean_pool as mean_pool

@@ -321,7 +321,7 @@ def linen_weight_norm(draw):
     x = draw.normal(EXAMPLES, 4)
     loss, params = _linen(draw, Net(), x, distance)
     kinds = {
-        "['Dense_0']['kernel']": "Sum(Mapped(Outer), Mapped(Outer), Outer)",
+        "['Dense_0']['kernel']": "Sum(Mapped(Outer), Outer)",
         "['Dense_0']['bias']": "PerExample",
         "['WeightNorm_0']['Dense_0/kernel/scale']": "Mapped(Outer)",
         "['Dense_1']['kernel']": "Outer",

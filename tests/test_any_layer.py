@@ -148,7 +148,7 @@ def test_errors(wrong):
         with pytest.raises(TypeError, match="no `init`"):
             fnn.as_layer(apply).init(KEYS[0])
     if wrong == "tuple":
-        with pytest.raises(TypeError, match="must return an array, got tuple"):
+        with pytest.raises(TypeError, match="must return an array of real numbers, got tuple"):
             fnn.as_layer(lambda w, x: (x * w, x)).apply(jnp.ones(3), x)
     if wrong == "unbatched":
         with pytest.raises(ValueError, match="concatenated") as info:

@@ -13,11 +13,12 @@ from any_models import MODELS
 
 import fnn
 from fnn import losses, per_example, rules
+from fnn.tracing.rewire import rewire
 
 
-def by_vmap(case):
+def by_vmap(case, loss=None):
     """Losses and gradients of every example, by JAX."""
-    f = jax.value_and_grad(case.loss, allow_int=True)
+    f = jax.value_and_grad(loss or case.loss, allow_int=True)
     mapped = jax.jit(jax.vmap(f, (None, *[0] * len(case.batch))))
     values, grads = mapped(case.params, *case.batch)
     rows = []
@@ -25,6 +26,19 @@ def by_vmap(case):
         if leaf.dtype != jax.dtypes.float0:
             rows.append(np.asarray(leaf).astype(np.float64).reshape(len(values), -1))
     return np.asarray(values).astype(np.float64), np.concatenate(rows, 1)
+
+
+def check_feedback(case):
+    """With the params as feedback, the gradient is that of backprop."""
+    run = rewire(case.loss)
+
+    def through_feedback(params, *example):
+        return run(params, case.params, *example)
+
+    values, g = by_vmap(case)
+    again, h = by_vmap(case, through_feedback)
+    np.testing.assert_allclose(again, values, rtol=1e-12)
+    np.testing.assert_allclose(h, g, rtol=0, atol=case.tolerance * np.abs(g).max())
 
 
 def flat(tree, params):
@@ -111,11 +125,10 @@ def test_statistics_of_an_unmodified_model(name, x64):
         case = MODELS[name]()
     except ImportError as error:
         pytest.skip(str(error))
-    if not case.standard:
+    dtypes, ranks = ("standard", "allow") if case.standard else ("strict", "raise")
+    with jax.numpy_dtype_promotion(dtypes), jax.numpy_rank_promotion(ranks):
         check(case)
-        return
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        check(case)
+        check_feedback(case)
 
 
 NET = fnn.mlp((4, 5, 3), activation="tanh")
@@ -217,3 +230,114 @@ def test_a_batched_loss_that_couples_examples_is_found():
     per_example.check_batched(partial(loss, normalise=False), w, x)
     with jax.numpy_rank_promotion("allow"), pytest.raises(ValueError, match="couples the examples"):
         per_example.check_batched(partial(loss, normalise=True), w, x)
+
+
+MASK = jnp.asarray(np.tri(5, dtype=bool))
+HALF = jnp.asarray(np.tri(5, 5, 1) + 0.5)
+
+
+def squares(y):
+    return (y**2).sum()
+
+
+def stack(w, x):
+    return jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, w)[0]
+
+
+def descend(w):
+    """A weight that steps of a training have made."""
+    for _ in range(8):
+        w = w - jnp.tanh(w).sum() * jnp.sin(w)
+    return w
+
+
+MAPS = {
+    "mask": (lambda w, x: squares(x @ jnp.where(MASK, w, jnp.zeros_like(w))), "Mapped(Outer)"),
+    "tril": (lambda w, x: squares(x @ jnp.tril(w)), "Mapped(Outer)"),
+    "cumsum": (lambda w, x: squares(x @ jnp.cumsum(w, 0)), "Mapped(Outer)"),
+    "reverse": (lambda w, x: squares(x @ w[::-1]), "Outer"),
+    "jit": (jax.jit(lambda w, x: squares(x @ jnp.tanh(w))), "Mapped(Outer)"),
+    "critic": (lambda w, x: (jnp.tanh(x @ w) @ w).sum(), "Outer"),
+    "steps": (lambda w, x: squares(jnp.tanh(x @ descend(w))), None),
+}
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_a_weight_that_is_made_of_params_alone_is_a_linear_map(name, x64):
+    loss, kind = MAPS[name]
+    w, x = jax.random.normal(jax.random.key(0), (2, 5, 5), jnp.float64)
+    case = any_cases.AnyCase(name, loss, w / 3, (x,), {} if kind is None else {"": kind})
+    check(case)
+    report = per_example.report(fnn.as_source(loss, fallback="raise"), w, x)
+    assert len(report[""]) < 200
+
+
+@pytest.mark.parametrize("layers", [3, 4])
+def test_stacked_layers_behind_a_map_or_in_a_sum(layers, x64):
+    w = jax.random.normal(jax.random.key(0), (layers, 5, 5), jnp.float64)
+    x = jax.random.normal(jax.random.key(1), (4, 5), jnp.float64)
+    factors = jnp.linspace(0.5, 1, layers)[:, None, None] * HALF.astype(jnp.float64)[None]
+    for loss in (
+        lambda w, x: squares(stack(w * factors, x)),
+        lambda w, x: squares(stack(w, x)) + squares(x @ w[0]) + 0.1 * squares(w),
+    ):
+        check(any_cases.AnyCase("stack", loss, w, (x,), {}))
+
+
+def test_a_clipped_sum_is_within_its_bound_where_maps_cancel():
+    w, v = jax.random.normal(jax.random.key(0), (2, 64, 64))
+    x, c = jax.random.normal(jax.random.key(1), (2, 1, 64))
+    rows = jnp.stack([x, -x * (1 + 1e-4)], 1)
+    for loss, a in (
+        (lambda w, x, c: 1e7 * ((x @ w) @ c - 1.00001 * ((x @ (w * v)) @ (c / 1.0))), x),
+        (lambda w, x, c: 1e7 * ((x @ (w * v)) * c[None]).sum(), rows),
+        (
+            lambda w, x, c: (
+                1e7 * ((x @ w) @ c - (1 + 1e-5) * (w * v / v * x[:, None] * c[None]).sum())
+            ),
+            x,
+        ),
+    ):
+        source = fnn.as_source(loss, fallback="allow")
+        clipped = per_example.clipped_gradient(source, 0.5, reduction="sum")
+        found = jax.jit(lambda *b, clipped=clipped: clipped(w, *b).gradient)(a, c)
+        norm = np.linalg.norm(np.asarray(found).astype(np.float64))
+        assert norm <= 0.5 * (1 + 1e-6)
+
+
+def test_a_gradient_has_the_dtype_of_its_parameter(as_users_run):
+    def loss(w, x):
+        return squares((x.astype(jnp.bfloat16) @ w.astype(jnp.bfloat16)).astype(jnp.float32))
+
+    w = jnp.ones((4, 2))
+    gradients = per_example.gradients(fnn.as_source(loss))(w, rows()[0])
+    assert gradients.dtype == jnp.float32
+
+
+def test_what_all_examples_share_counts_nothing_where_none_counts():
+    source = fnn.as_source(lambda w, x: squares(w) * x[0])
+    clipped = per_example.clipped_gradient(source, 1.0)
+    assert not clipped(jnp.full((2, 2), jnp.inf), rows()[0]).gradient.any()
+
+
+def test_a_source_in_shard_map():
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec
+    source = fnn.as_source(loss_of_net)
+
+    def statistics(params, x, targets):
+        found = per_example.clipped_gradient(source, 0.5)(params, x, targets)
+        total = jax.lax.pmean(found.gradient, "data")
+        return per_example.norms(source)(params, x, targets), total
+
+    parts = jax.shard_map(
+        statistics,
+        mesh=mesh,
+        in_specs=(spec(), spec("data"), spec("data")),
+        out_specs=(spec("data"), spec()),
+    )
+    norms, total = jax.jit(parts)(PARAMS, *rows(4))
+    np.testing.assert_allclose(norms, per_example.norms(source)(PARAMS, *rows(4)), rtol=1e-5)
+    whole = per_example.clipped_gradient(source, 0.5)(PARAMS, *rows(4)).gradient
+    for a, b in zip(jax.tree.leaves(total), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)

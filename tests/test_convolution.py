@@ -12,7 +12,7 @@ from cases import cast
 from jax import lax
 
 import fnn
-from fnn import conv, flatten, max_pool, mean_pool, per_example, rules
+from fnn import conv, conv_transpose, flatten, max_pool, mean_pool, per_example, rules
 from fnn.factors import Conv, Window, keep
 from fnn.nets.activations import relu, tanh
 
@@ -31,6 +31,12 @@ CONVS = {  # a layer, and the shape of an image for it
     "one pixel": (conv(2, 3, (3, 3)), (1, 1, 2)),
     "window of one": (conv(3, 2, (1, 1)), (3, 3, 3)),
     "few positions": (conv(8, 9, (2, 2), padding="VALID"), (3, 2, 8)),  # through Gram matrices
+    "transposed": (conv_transpose(2, 3, (3, 2), strides=(2, 1), output_size=(5, 4)), (3, 4, 2)),
+    "transposed, groups, dilation": (
+        conv_transpose(4, 2, (3, 2), dilation=(1, 2), strides=2, groups=2, padding="VALID"),
+        (2, 3, 4),
+    ),
+    "transposed, pairs": (conv_transpose(2, 1, (3,), strides=2, padding=((4, 1),)), (4, 2)),
 }
 POOLS = {
     "max": (max_pool((2, 2)), (5, 6, 2)),
@@ -169,6 +175,31 @@ def test_forward_is_the_convolution_of_jax(x64, name):
     assert_close(layer.apply(params, x), z + jnp.broadcast_to(params.b, z.shape))
 
 
+@pytest.mark.parametrize("padding", ["SAME", "VALID"])
+@pytest.mark.parametrize("stride", [1, 2, 4])
+def test_a_transposed_convolution_is_that_of_jax(x64, stride, padding):
+    layer = conv_transpose(2, 3, (3,), strides=stride, padding=padding, bias_init=None)
+    params, x = params_of(layer), normal(2, 5, 2)
+    numbers = "NWC", "WIO", "NWC"
+    truth = lax.conv_transpose(x, params.w, (stride,), padding, dimension_numbers=numbers)
+    assert_close(layer.apply(params, x), truth)
+
+
+@pytest.mark.parametrize("padding", ["SAME", "VALID", ((1, 2), (0, 1))])
+def test_a_transposed_convolution_is_the_transpose_of_one(x64, padding):
+    """`<conv(x), y> = <x, conv_transpose(y)>` where the kernel of one is that of the other, turned.
+
+    Also where strides leave the last rows of an image out.
+    """
+    settings = {"strides": (2, 3), "dilation": (2, 1), "padding": padding, "bias_init": None}
+    down = conv(2, 3, (3, 2), **settings)
+    up = conv_transpose(3, 2, (3, 2), output_size=(8, 9), **settings)
+    params, x = params_of(down), normal(2, 8, 9, 2)
+    y = down.apply(params, x)
+    back = up.apply(params._replace(w=jnp.flip(params.w, (0, 1)).swapaxes(2, 3)), y)
+    np.testing.assert_allclose((back * x).sum(), (y * y).sum(), rtol=1e-12)
+
+
 @pytest.mark.parametrize("name", POOLS)
 def test_a_pool_has_the_gradient_of_jax_grad(x64, name):
     """Whole numbers, so that there are ties; several windows may share a number."""
@@ -206,7 +237,10 @@ def reference(name, x):
     return y if "max" in name else y / math.prod(window)
 
 
-@pytest.mark.parametrize("name", ["groups, dilation, stride", "max, overlap", "mean", "flatten"])
+CHECKED = "groups, dilation, stride", "transposed", "max, overlap", "mean", "flatten"
+
+
+@pytest.mark.parametrize("name", CHECKED)
 def test_check_layer_passes(x64, name):
     layer, shape = (CONVS | POOLS)[name]
     report = fnn.check_layer(layer, normal(2, *shape), key=jax.random.key(0))
@@ -532,6 +566,22 @@ ERRORS = {
     "padding of lists": (lambda: conv(1, 1, (3,), padding=([1, 1],)), "a tuple of 1 pairs"),
     "groups": (lambda: conv(4, 6, (3,), groups=4), "are not both multiples of it"),
     "channels of zero": (lambda: conv(0, 6, (3,)), "`in_channels` must be a whole number"),
+    "output of another size": (
+        lambda: conv_transpose(1, 1, (3,), strides=2, output_size=9).apply(
+            conv_transpose(1, 1, (3,)).init(KEY), jnp.ones((2, 4, 1))
+        ),
+        r"images of size \(9,\) give a convolution .* outputs of size \(5,\)",
+    ),
+    "no output": (
+        lambda: conv_transpose(1, 1, (3,), padding=((2, 2),)).apply(
+            conv_transpose(1, 1, (3,)).init(KEY), jnp.ones((2, 1, 1))
+        ),
+        r"images of size \(-1,\).*less padding",
+    ),
+    "output size of another length": (
+        lambda: conv_transpose(1, 1, (3,), output_size=(4, 4)),
+        "`output_size` must be one whole number",
+    ),
     "initialiser": (
         lambda: conv(1, 2, (3,), kernel_init=lambda key, shape: jnp.ones(3)).init(KEY),
         r"`kernel_init` must return an array of shape \(3, 1, 2\)",
@@ -574,6 +624,7 @@ RULES = {
     "feedback_alignment": rules.feedback_alignment,
     "weight_mirror": partial(rules.feedback_alignment, feedback="weight_mirror"),
     "direct_feedback_alignment": partial(rules.direct_feedback_alignment, input_shape=SHAPE),
+    "target_propagation": rules.target_propagation,
     "forward_gradient": rules.forward_gradient,
     "node_perturbation": rules.node_perturbation,
     "extreme_learning": rules.extreme_learning,
@@ -642,6 +693,81 @@ def test_a_mirror_of_noise_is_the_kernel(x64):
     assert_close(found[0], matrices[0])
 
 
+def target_step(net, params, state=None):
+    """`(value, grads, state)` of target propagation, and the `(value, grads)` of backprop."""
+    rule, (x, labels) = rules.target_propagation(net, LOSS), classes(4)
+    state = rule.init(KEY, params) if state is None else state
+    truth = jax.jit(fnn.value_and_grad(net, LOSS))(params, x, labels)
+    return jax.jit(rule.value_and_grad)(params, state, x, labels), truth
+
+
+def test_with_one_hidden_block_target_propagation_is_backprop(x64):
+    net = fnn.serial(conv(1, 2, (2, 2)), tanh, mean_pool((2, 2)), flatten(), fnn.dense(24, 3))
+    (value, grads, _), truth = target_step(net, params_of(net))
+    assert_close((value, grads), truth)
+
+
+def turned(kernel):
+    """The kernel of the transposed convolution, without a bias."""
+    w = jnp.flip(kernel.w, (0, 1)).swapaxes(2, 3)
+    return kernel._replace(w=w, b=jnp.zeros(w.shape[-1]))
+
+
+def test_inverses_that_are_the_transposes_of_a_linear_net_make_it_backprop(x64):
+    """Of blocks that pool and flatten too, and with a transposed convolution in the net."""
+    net = fnn.serial(
+        conv(1, 2, (2, 2)),
+        conv(2, 3, (3, 2), strides=2),
+        conv_transpose(3, 2, (2, 3), strides=2, output_size=(8, 7)),
+        max_pool((3, 2), 2),
+        mean_pool((2, 2)),
+        flatten(),
+        fnn.dense(2, 4),
+        fnn.dense(4, 3),
+    )
+    params = params_of(net)
+    state = rules.target_propagation(net, LOSS).init(KEY, params)
+    dense = params[6]._replace(w=params[6].w.T, b=jnp.zeros(2))
+    inverses = turned(params[1]), turned(params[2]), dense
+    assert jax.tree.map(jnp.shape, state.params) == jax.tree.map(
+        jnp.shape, tuple((inverse, ()) for inverse in inverses)
+    )
+    state = state._replace(params=tuple((inverse, ()) for inverse in inverses))
+    (value, grads, _), truth = target_step(net, params, state)
+    assert_close((value, grads), truth)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e3])
+def test_inverses_of_convolutions_learn_at_any_size_of_activity(x64, size):
+    """The images are almost constant, so that all numbers of a window push the same way."""
+    net = fnn.serial(
+        conv(1, 4, (2, 2)),
+        conv(4, 4, (3, 3), strides=2, groups=2),
+        mean_pool((2, 2)),
+        flatten(),
+        fnn.dense(16, 3),
+    )
+    params = jax.tree.map(lambda p: size * p, params_of(net))
+    x, labels = 1 + 0.1 * normal(6, 8, 8, 1), jnp.arange(6) % 3
+    rule = rules.target_propagation(net, LOSS, inverse_rate=0.9, noise_std=0.0)
+    start = rule.init(KEY, params)
+    inverse = conv_transpose(4, 4, (3, 3), strides=2, groups=2, output_size=(8, 8))
+
+    def lost(state):
+        h = net.layers[0].apply(params[0], x)
+        y = net.layers[1].apply(params[1], h)
+        pooled = mean_pool((2, 2)).apply((), y)
+        placed = jnp.repeat(jnp.repeat(pooled, 2, 1), 2, 2) / 4
+        return jnp.square(inverse.apply(state.params[0][0], placed) - h).sum() / jnp.square(h).sum()
+
+    def turn(state, _):
+        return rule.value_and_grad(params, state, x, labels)[2], lost(state)
+
+    _, history = jax.jit(lambda state: lax.scan(turn, state, length=60))(start)
+    assert (history[1:] <= history[:-1]).all()  # no step is too long
+    assert history[-1] < 0.2 * history[0]
+
+
 REFUSED = {
     "`input_shape` of direct_feedback_alignment must be the shape of one example": (
         lambda: rules.direct_feedback_alignment(DEEP, LOSS)
@@ -650,8 +776,10 @@ REFUSED = {
     "`input_shape.1.` must be a whole": (
         lambda: rules.direct_feedback_alignment(DEEP, LOSS, input_shape=(28, 0))
     ),
-    "target_propagation: hidden block 0 has a convolution": (
-        lambda: rules.target_propagation(DEEP, LOSS)
+    r"target_propagation: a hidden block is residual\(.*\), with a convolution inside": (
+        lambda: rules.target_propagation(
+            fnn.serial(conv(1, 2, (2, 2)), BLOCK, conv(2, 3, (1, 1))), LOSS
+        )
     ),
     "pepita: hidden block 0 must begin with a dense layer": lambda: rules.pepita(DEEP, LOSS),
     "hebbian: hidden block 0 must begin with a dense layer": lambda: rules.hebbian(DEEP, LOSS),

@@ -90,8 +90,10 @@ ON_ALTERNATIVES = {
 }
 # Experiments on other things than the lectures teach.
 OTHERS = {
+    "any-model",
     "benchmark",
     "endurance",
+    "feedback-on-convolutions",
     "gallery",
     "influence",
     "private-training",

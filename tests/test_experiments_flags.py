@@ -14,9 +14,11 @@ import fnn
 from experiments import (
     _plane,
     activations,
+    any_model,
     dead_relu,
     decision_boundary,
     digits,
+    feedback_on_convolutions,
     function_approximation,
     gallery,
     gradient_descent,
@@ -40,6 +42,9 @@ WHOLE, POSITIVE = "must be a whole number above 0", "must be a finite number abo
 BAD_FLAGS = [
     (activations, {"limit": 0.0}, f"`limit` {POSITIVE}, got 0.0"),
     (activations, {"points": 0}, f"`points` {WHOLE}, got 0"),
+    (any_model, {"models": ("Flax CN",)}, "Unknown model 'Flax CN'. Did you mean 'Flax CNN'"),
+    (any_model, {"channels": (8, 0)}, f"`channels[1]` {WHOLE}, got 0"),
+    (any_model, {"dataset": "moons"}, "Unknown dataset 'moons'"),
     (dead_relu, {"activations": ("rleu",)}, "Unknown activation 'rleu'. Did you mean 'relu'"),
     (dead_relu, {"watched": 0.5}, "`watched` must be one of the rates (0.1, 4.0), got 0.5"),
     (dead_relu, {"biases": (0.0,)}, "`biases[0]` must be a finite number other than 0"),
@@ -60,6 +65,13 @@ BAD_FLAGS = [
     ),
     (digits, {"dataset": "minst"}, "Unknown dataset 'minst'. Did you mean 'mnist'"),
     (digits, {"epochs": 0}, f"`epochs` {WHOLE}, got 0"),
+    (
+        feedback_on_convolutions,
+        {"methods": ("feedback alignment",)},
+        "`methods` must have backprop, which the others are held against",
+    ),
+    (feedback_on_convolutions, {"channels": (2, 2, 2, 2)}, "`channels` has 4 entries, but"),
+    (feedback_on_convolutions, {"rates": (0.0,)}, f"`rates[0]` {POSITIVE}, got 0.0"),
     (function_approximation, {"widths": ()}, "`widths` is empty"),
     (function_approximation, {"noise": 0.0}, f"`noise` {POSITIVE}, got 0.0"),
     (

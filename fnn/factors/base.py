@@ -45,11 +45,14 @@ class Factor(ABC):
     Attributes:
         single: whether an example is one product, in which nothing cancels.
         sums_exactly: whether `scaled(weights).total()` is `exact_total(weights)`.
+        one_by_one: whether its norms form the gradient of one example after the other, so that
+            its sums have to as well: nothing tells what cancels.
         layers: the axes of layers that `repeat` puts in front.
     """
 
     single: Any = False
     sums_exactly: Any = False
+    one_by_one: Any = False
     layers: Any = ()
 
     @abstractmethod

@@ -102,7 +102,7 @@ class Scatter(Factor):
     def _inside(self):
         """Where an index is a row of the table, `[batch, positions]`."""
         index = self._indices()
-        return (index >= 0) & (index < self.size)
+        return (index >= 0) & (index < jnp.asarray(self.size, index.dtype))
 
     def _rows(self):
         """What an example adds to the row of each position, and which positions to count.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -55,6 +58,10 @@ class Stacked(Factor):
         return self.factor.sums_exactly
 
     @property
+    def one_by_one(self) -> bool:
+        return self.factor.one_by_one
+
+    @property
     def layers(self) -> tuple[int, ...]:
         first = jax.tree.leaves(self.factor)[0]
         return first.shape[0], *self.factor.layers
@@ -82,3 +89,14 @@ class Stacked(Factor):
 
     def raw_moments(self, shares) -> tuple[Array, Array] | None:
         return jax.vmap(lambda f: f.raw_moments(shares))(self.factor)
+
+    def examples(self) -> tuple[Any, Callable[[Any], Array]]:
+        rows, _ = self.factor.examples()  # [layers, batch, ...]
+
+        def gradient(own):
+            def of_layer(factor, own):
+                return factor.examples()[1](own)
+
+            return jax.vmap(of_layer)(self.factor, own)
+
+        return jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), rows), gradient

@@ -37,7 +37,8 @@ class Same(OneByOne):
     sums_exactly = True
 
     def total(self) -> Array:
-        return self.weights.sum().astype(self.gradient.dtype) * self.gradient
+        weight = self.weights.sum().astype(self.gradient.dtype)
+        return jnp.where(weight != 0, weight * self.gradient, 0)
 
     def scaled(self, weights) -> Same:
         return replace(self, weights=scale_rows(self.weights, weights))
@@ -119,10 +120,15 @@ class Sum(OneByOne):
     def merged(self) -> Sum:
         return Sum(tuple(f.merged() for f in self.parts))
 
+    @property
+    def one_by_one(self) -> bool:
+        pairs = itertools.combinations(self.parts, 2)
+        return not all(has_dots(f, g) for f, g in pairs)
+
     def fast_squared_norm(self) -> SquaredNorm:
-        pairs = list(itertools.combinations(self.parts, 2))
-        if not all(has_dots(f, g) for f, g in pairs):
+        if self.one_by_one:
             return SquaredNorm(self.squared_norm())
+        pairs = list(itertools.combinations(self.parts, 2))
         value, size, own = self._own()
         products = sum_leaves([2 * dots(f, g) for f, g in pairs])
         return SquaredNorm(value + products, size + jnp.abs(products), own)
@@ -170,6 +176,8 @@ def has_dots(f: Factor, g: Factor) -> bool:
     """Whether `dots` needs no gradient of an example."""
     if isinstance(f, View) and isinstance(g, View) and f.layout == g.layout:
         return has_dots(f.of, g.of)
+    if f.one_by_one or g.one_by_one:
+        return False
     if isinstance(f, Same) or isinstance(g, Same):
         return True
     return {type(f), type(g)} == {Outer, Scatter}

@@ -48,6 +48,10 @@ class View(Factor):
     def sums_exactly(self) -> bool:
         return self.of.sums_exactly
 
+    @property
+    def one_by_one(self) -> bool:
+        return self.of.one_by_one
+
     def total(self) -> Array:
         return self.layout(self.of.total()).astype(self.dtype)
 
@@ -105,11 +109,12 @@ class Mapped(OneByOne):
     """
 
     of: Any
-    operands: tuple[tuple[Array, ...], ...]  # of every step; no batch axis
-    steps: tuple[Callable, ...] = field(metadata={"static": True})  # (gradient, *operands) -> next
+    operands: dict[int, tuple[Array, ...]]  # of the map; no batch axis
+    map: Callable = field(metadata={"static": True})  # (gradient, operands) -> gradient
+    one_by_one = True
 
     def total(self) -> Array:
-        return self._map(self.of.total())
+        return self._through(self.of.total())
 
     def scaled(self, weights) -> Mapped:
         return replace(self, of=self.of.scaled(weights))
@@ -123,9 +128,7 @@ class Mapped(OneByOne):
 
     def examples(self) -> tuple[Any, Callable[[Any], Array]]:
         rows, gradient = self.of.examples()
-        return rows, lambda own: self._map(gradient(own))
+        return rows, lambda own: self._through(gradient(own))
 
-    def _map(self, g):
-        for step, operands in zip(self.steps, self.operands, strict=True):
-            g = step(g, *operands)
-        return g
+    def _through(self, g):
+        return self.map(g, self.operands)

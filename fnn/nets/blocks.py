@@ -132,13 +132,17 @@ def dense_blocks(rule: str, net: Layer) -> Blocks:
 
 def width(params: PyTree[Shaped[Abstract, "..."]]) -> int:
     """How many numbers a block puts out for an example, by its last matrix `[in, out]`."""
-    matrices = [leaf for leaf in jax.tree.leaves(params) if leaf.ndim > 1]
-    return matrices[-1].shape[-1]
+    return _matrices(params)[-1].shape[-1]
+
+
+def input_width(params: PyTree[Shaped[Abstract, "..."]]) -> int:
+    """How many numbers a block takes from an example, by its first matrix `[in, out]`."""
+    return _matrices(params)[0].shape[-2]
 
 
 def has_weights(layer: Layer) -> bool:
     """Whether a layer has a matrix or a kernel; a norm's scale and bias are none."""
-    return any(leaf.ndim > 1 for leaf in jax.tree.leaves(param_shapes(layer)))
+    return bool(_matrices(param_shapes(layer)))
 
 
 def begins_with_dense(block: Layer) -> bool:
@@ -147,7 +151,7 @@ def begins_with_dense(block: Layer) -> bool:
 
 
 def begins_with_linear(block: Layer) -> bool:
-    """Whether the layer that gives a block its weights is `fnn.dense` or `fnn.conv`."""
+    """Whether the layer that gives a block its weights is dense or a convolution."""
     return isinstance(_first_params(block), (Dense, Kernel))
 
 
@@ -162,6 +166,11 @@ def param_shapes(layer: Layer) -> Params:
     """The params of a layer as shapes and dtypes; computes no array."""
     key = jax.eval_shape(jax.random.key, 0)
     return jax.eval_shape(layer.init, key)
+
+
+def _matrices(params):
+    """The arrays of two axes and more."""
+    return [leaf for leaf in jax.tree.leaves(params) if leaf.ndim > 1]
 
 
 def _first_params(block):

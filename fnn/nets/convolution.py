@@ -3,7 +3,7 @@
 An image is `[batch, *space, channels]`, channels last as in Flax; `space` is `(length,)` or
 `(height, width)`. A window slides over the axes of space. Backward passes are written by hand: a
 convolution carries `dz` to `dx` by the transposed convolution, a pool gives it back to the numbers
-of each window.
+of each window. `conv_transpose` is the transposed convolution as a layer.
 
 Source: Dumoulin, Visin (2016), arXiv:1603.07285, for the arithmetic of sizes and paddings.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -20,20 +21,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.nn.initializers import he_normal, zeros
-from jaxtyping import Float
 
 from fnn import _validate
 from fnn.factors import Conv, PerExample, Window, total, widen
 from fnn.factors.base import sum_leaves
 from fnn.nets.layers import Initializer, as_rows, check_params, draw_param, sum_positions
-from fnn.types import Array, Layer, by_recipe, storable
+from fnn.types import Layer, by_recipe, storable
 
 Padding = Literal["SAME", "VALID"] | tuple[tuple[int, int], ...]
 
 
 @storable
 class Kernel(NamedTuple):
-    """Parameters of `conv`, or their gradients."""
+    """Parameters of `conv` and `conv_transpose`, or their gradients."""
 
     w: Any  # [*window, in / groups, out]
     b: Any  # [out]; None without a bias
@@ -83,42 +83,135 @@ def conv(
     >>> layer.apply(layer.init(jax.random.key(0)), jnp.ones((5, 28, 28, 1))).shape
     (5, 14, 14, 8)
     """
-    _validate.positive("in_channels", in_channels, whole=True)
-    _validate.positive("out_channels", out_channels, whole=True)
     slides = _window("kernel_size", kernel_size, strides, padding, dilation)
-    _check_groups(groups, in_channels, out_channels)
-    _validate.is_function("kernel_init", kernel_init, "(key, shape) -> array")
-    if bias_init is not None:
-        _validate.is_function("bias_init", bias_init, "(key, shape) -> array, or None")
     name = f"conv({in_channels}, {out_channels}, {slides.sizes})"
-    w_shape = *slides.sizes, in_channels // groups, out_channels
-    shapes = Kernel(w_shape, None if bias_init is None else (out_channels,))
 
-    def init(key):
-        _validate.is_key("key", key)
-        w_key, b_key = jax.random.split(key)
-        w = draw_param("kernel_init", kernel_init, w_key, shapes.w)
-        return Kernel(w, draw_param("bias_init", bias_init, b_key, shapes.b))
+    def product(w, x):
+        _check_fit(name, slides, x)
+        return _convolve(slides, groups, w, x)
 
-    def forward(params, x):
-        x = _check_image(name, x, slides, in_channels)
-        check_params(name, shapes, params)
-        _validate.same_dtype("x", x, "w", params.w)
-        z = _convolve(slides, groups, params.w, x)
-        if params.b is not None:
-            z = z + as_rows(params.b, z)
-        return z, x
+    def back(w, x, dz):
+        w = _turn(w, groups)
+        return _spread(slides, groups, w, dz, x.shape[1:-1])
 
-    def backward(params, x, dz, reduce=total):
-        # dw is the convolution of x with dz, dx the transposed convolution of dz with w
-        space = x.shape[1:-1]
-        bias = PerExample(sum_positions(dz))
-        window = _kernel_window(slides, groups, space, dz.shape[1:-1])
-        weight = Conv(x[:, None], dz[:, None], window)
-        b = None if params.b is None else reduce(bias)
-        return Kernel(reduce(weight), b), _transpose(slides, groups, params.w, dz, space)
+    def window(x, dz):
+        return _conv_window(slides, groups, x.shape[1:-1], dz.shape[1:-1])
 
-    return Layer(name, init, forward, backward)
+    channels = in_channels, out_channels, groups
+    inits = kernel_init, bias_init
+    maps = product, back, window
+    return _kernel_layer(name, slides, channels, inits, maps)
+
+
+@by_recipe
+def conv_transpose(
+    in_channels: int,
+    out_channels: int,
+    kernel_size: tuple[int, ...],
+    *,
+    strides: int | tuple[int, ...] = 1,
+    padding: Padding = "SAME",
+    dilation: int | tuple[int, ...] = 1,
+    groups: int = 1,
+    output_size: int | tuple[int, ...] | None = None,
+    kernel_init: Initializer = he_normal(),
+    bias_init: Initializer | None = zeros,
+) -> Layer[Kernel]:
+    """Transposed convolution: from the outputs of a `conv` to images of the size of its inputs.
+
+    Every number of `x` is multiplied by the kernel, and the products are added up, `strides` apart.
+    With "SAME" and "VALID" it is `flax.linen.ConvTranspose`: the convolution of `x`, with
+    `strides - 1` zeros between its numbers, with a kernel that is not flipped. So it is the
+    transpose of a `conv` with the flipped kernel.
+
+    Args:
+        in_channels: channels of `x`, at least 1.
+        out_channels: channels of the output, at least 1.
+        kernel_size: as for `conv`.
+        strides: of that `conv`: how far apart the numbers of `x` lie in the output.
+        padding: of that `conv`; so pairs cut the output.
+        dilation: as for `conv`.
+        groups: as for `conv`.
+        output_size: along each axis of space; a `conv` with strides gives the same size for several
+            sizes of images. None: `size * stride` for "SAME", else `size * stride +
+            max(span - stride, 0)` less the padding, where `span` is that of the window.
+        kernel_init: `(key, (*kernel_size, in_channels / groups, out_channels)) -> w`.
+        bias_init: `(key, (out_channels,)) -> b`; None for a layer without a bias.
+
+    Returns:
+        A layer from `[batch, *space, in_channels]` to `[batch, *output_size, out_channels]` with
+        `params = Kernel(w=[*kernel_size, in_channels / groups, out_channels], b=[out_channels])`.
+
+    Raises:
+        TypeError, ValueError: an argument is invalid; at the call, `x` or `params` do not fit.
+
+    Source: Dumoulin, Visin (2016), arXiv:1603.07285, chapter 4.
+
+    >>> layer = conv_transpose(8, 1, (3, 3), strides=2)
+    >>> layer.apply(layer.init(jax.random.key(0)), jnp.ones((5, 14, 14, 8))).shape
+    (5, 28, 28, 1)
+    """
+    slides = _window("kernel_size", kernel_size, strides, padding, dilation)
+    name = f"conv_transpose({in_channels}, {out_channels}, {slides.sizes})"
+    if output_size is not None:
+        output_size = _for_axes("output_size", output_size, len(slides.sizes))
+
+    def product(w, x):
+        space = output_size
+        if space is None:
+            space = slides.image_size(x.shape[1:-1])
+        _check_output(name, slides, x, space)
+        return _spread(slides, groups, w, x, space)
+
+    def back(w, x, dz):
+        w = _turn(w, groups)
+        return _convolve(slides, groups, w, dz)
+
+    def window(x, dz):
+        return _spread_window(slides, groups, dz.shape[1:-1], x.shape[1:-1])
+
+    channels = in_channels, out_channels, groups
+    inits = kernel_init, bias_init
+    maps = product, back, window
+    return _kernel_layer(name, slides, channels, inits, maps)
+
+
+def opposite(
+    layer: Layer,
+    kernel_init: Initializer,
+    output_size: tuple[int, ...] | None = None,
+) -> Layer[Kernel] | None:
+    """The `conv_transpose` from the outputs of a `conv` to its inputs, or the reverse.
+
+    Args:
+        layer: any layer.
+        kernel_init: of the layer that is returned.
+        output_size: of a `conv_transpose`.
+
+    Returns:
+        A layer with a kernel of its own; None if `layer` is neither.
+
+    >>> opposite(conv(1, 8, (3, 3)), he_normal()).name
+    'conv_transpose(8, 1, (3, 3))'
+    """
+    kind = layer.recipe[:1]
+    if kind == ("conv",):
+        make = partial(conv_transpose, output_size=output_size)
+    elif kind == ("conv_transpose",):
+        make = conv
+    else:
+        return None
+    inputs, outputs, size, strides, padding, dilation, groups, *_ = layer.recipe[1:]
+    return make(
+        outputs,
+        inputs,
+        size,
+        strides=strides,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+        kernel_init=kernel_init,
+    )
 
 
 @by_recipe
@@ -156,8 +249,10 @@ def max_pool(
     def forward(params, x):
         _no_weights(name, params)
         y = x = _check_image(name, x, slides)
+        _check_fit(name, slides, x)
         firsts = []
-        for axis in reversed(slides.axes(x)):  # a row after the other, then the rows
+        axes = slides.axes(x.shape[1:-1])
+        for axis in reversed(axes):  # a row after the other, then the rows
             parts = _parts(y, axis, -jnp.inf)
             y, first = _first_max(parts)
             firsts.append(first)
@@ -166,7 +261,8 @@ def max_pool(
     def backward(params, residuals, dy, reduce=total):
         x, firsts = residuals
         dx = widen(dy)
-        for axis, first in zip(slides.axes(x), reversed(firsts), strict=True):
+        axes = slides.axes(x.shape[1:-1])
+        for axis, first in zip(axes, reversed(firsts), strict=True):
             parts = [jnp.where(first == i, dx, 0) for i in range(axis.window)]
             dx = _put_back(parts, axis)
         return (), dx.astype(dy.dtype)
@@ -207,14 +303,16 @@ def mean_pool(
     def forward(params, x):
         _no_weights(name, params)
         x = _check_image(name, x, slides)
+        _check_fit(name, slides, x)
         y = widen(x)
-        for axis in slides.axes(x):
+        for axis in slides.axes(x.shape[1:-1]):
             y = sum_leaves(_parts(y, axis, 0))
         return (y / count).astype(x.dtype), x
 
     def backward(params, x, dy, reduce=total):
         dx = widen(dy) / count
-        for axis in reversed(slides.axes(x)):
+        axes = slides.axes(x.shape[1:-1])
+        for axis in reversed(axes):
             dx = _put_back([dx] * axis.window, axis)
         return (), dx.astype(dy.dtype)
 
@@ -249,6 +347,52 @@ def flatten() -> Layer[tuple[()]]:
         return (), dy.reshape(x.shape)
 
     return Layer(name, _no_params, forward, backward)
+
+
+def _kernel_layer(name, slides, channels, inits, maps):
+    """A layer with a kernel and a bias.
+
+    `channels` are those of `x` and of the output, and their groups; `inits` are those of `w` and
+    `b`; `maps` are `(w, x) -> z`, `(w, x, dz) -> dx` and `(x, dz) -> Window` of the gradient of w.
+    """
+    in_channels, out_channels, groups = channels
+    kernel_init, bias_init = inits
+    product, back, window = maps
+    _validate.positive("in_channels", in_channels, whole=True)
+    _validate.positive("out_channels", out_channels, whole=True)
+    _check_groups(groups, in_channels, out_channels)
+    _validate.is_function("kernel_init", kernel_init, "(key, shape) -> array")
+    if bias_init is not None:
+        _validate.is_function("bias_init", bias_init, "(key, shape) -> array, or None")
+    w_shape = *slides.sizes, in_channels // groups, out_channels
+    b_shape = None if bias_init is None else (out_channels,)
+    shapes = Kernel(w_shape, b_shape)
+
+    def init(key):
+        _validate.is_key("key", key)
+        w_key, b_key = jax.random.split(key)
+        w = draw_param("kernel_init", kernel_init, w_key, w_shape)
+        b = draw_param("bias_init", bias_init, b_key, b_shape)
+        return Kernel(w, b)
+
+    def forward(params, x):
+        x = _check_image(name, x, slides, in_channels)
+        check_params(name, shapes, params)
+        _validate.same_dtype("x", x, "w", params.w)
+        z = product(params.w, x)
+        if params.b is not None:
+            z = z + as_rows(params.b, z)
+        return z, x
+
+    def backward(params, x, dz, reduce=total):
+        # dw is a convolution of x with dz, dx the transposed map of dz
+        bias = PerExample(sum_positions(dz))
+        weight = Conv(x[:, None], dz[:, None], window(x, dz))
+        b = None if params.b is None else reduce(bias)
+        dx = back(params.w, x, dz)
+        return Kernel(reduce(weight), b), dx
+
+    return Layer(name, init, forward, backward)
 
 
 class Along(NamedTuple):
@@ -288,9 +432,21 @@ class Slides:
             return self.padding
         return tuple(lax.padtype_to_pads(space, self.spans, self.strides, self.padding))
 
-    def axes(self, x: Float[Array, "batch *space channels"]) -> list[Along]:
-        """The axes of space of an image, with the window along each."""
-        space = x.shape[1:-1]
+    def image_size(self, positions: Sequence[int]) -> tuple[int, ...]:
+        """The size of an image that has so many windows along each axis."""
+        found = []
+        for i, count in enumerate(positions):
+            stride = self.strides[i]
+            size = count * stride
+            if self.padding != "SAME":
+                size += max(self.spans[i] - stride, 0)
+            if not isinstance(self.padding, str):
+                size -= sum(self.padding[i])
+            found.append(size)
+        return tuple(found)
+
+    def axes(self, space: Sequence[int]) -> list[Along]:
+        """The axes of space of an image of this size, with the window along each."""
         columns = space, self.spans, self.strides, self.pads(space)
         found = []
         for i, (length, span, stride, (before, after)) in enumerate(zip(*columns, strict=True), 1):
@@ -312,28 +468,28 @@ def _convolve(slides, groups, w, x):
     )
 
 
-def _transpose(slides, groups, w, dz, space):
-    """The transposed convolution: a number of `dz` goes back to all that its window has seen.
+def _turn(w, groups):
+    """The kernel of the transpose: turned round, and with inputs and outputs exchanged."""
+    *sizes, inputs, outputs = w.shape
+    per_group = outputs // groups
+    w = jnp.flip(w, range(len(sizes)))
+    w = w.reshape(*sizes, inputs, groups, per_group)
+    w = w.swapaxes(-3, -1)
+    return w.reshape(*sizes, per_group, groups * inputs)
 
-    It is the convolution of `dz`, with strides as gaps, with the kernel turned round. The padding
-    is what makes position p of `x` meet `dz[q]` at the offset o, where p + before = q * stride + o.
+
+def _spread(slides, groups, w, x, space):
+    """The convolution of `x`, with strides as gaps, that gives an image of size `space`.
+
+    With a kernel that is turned it is the transposed convolution: a number of `x` goes to all that
+    its window sees.
     """
     axes = len(slides.sizes)
-    *sizes, inputs, outputs = w.shape
-    w = jnp.flip(w, range(axes))
-    w = w.reshape(*sizes, inputs, groups, outputs // groups)
-    w = w.swapaxes(-3, -1).reshape(*sizes, outputs // groups, groups * inputs)
-    pads = []
-    columns = space, dz.shape[1:-1], slides.spans, slides.strides, slides.pads(space)
-    for length, positions, span, stride, (before, _) in zip(*columns, strict=True):
-        first = span - 1 - before
-        last = length + before - (positions - 1) * stride - 1
-        pads.append((first, last))
     return lax.conv_general_dilated(
-        dz,
+        x,
         w,
         (1,) * axes,
-        pads,
+        _spread_pads(slides, space, x.shape[1:-1]),
         lhs_dilation=slides.strides,
         rhs_dilation=slides.dilation,
         dimension_numbers=_numbers(axes),
@@ -341,24 +497,49 @@ def _transpose(slides, groups, w, dz, space):
     )
 
 
-def _kernel_window(slides, groups, space, positions):
-    """How the gradient of the kernel is a convolution of `x` with `dz`.
+def _spread_pads(slides, space, positions):
+    """Zeros around numbers that lie strides apart.
+
+    They make position p of the image meet number q at the offset o of the turned kernel, where
+    p + before = q * stride + o.
+    """
+    pads = []
+    columns = space, positions, slides.spans, slides.strides, slides.pads(space)
+    for length, count, span, stride, (before, _) in zip(*columns, strict=True):
+        first = span - 1 - before
+        last = length + before - (count - 1) * stride - 1
+        pads.append((first, last))
+    return tuple(pads)
+
+
+def _conv_window(slides, groups, space, positions):
+    """How the gradient of the kernel of `conv` is a convolution of `x` with `dz`.
 
     Strides and dilation change places: the positions of `dz` lie strides apart, and the offsets of
     the window are the outputs.
     """
-    axes = len(slides.sizes)
     pads = []
     columns = space, positions, slides.spans, slides.strides, slides.pads(space)
     for length, count, span, stride, (before, _) in zip(*columns, strict=True):
         read = (count - 1) * stride + span
         pads.append((before, read - before - length))
+    ones = (1,) * len(slides.sizes)
+    return _kernel_window(slides, groups, tuple(pads), ones, slides.strides)
+
+
+def _spread_window(slides, groups, space, positions):
+    """The same for `conv_transpose`, where the numbers of `x` lie strides apart."""
+    pads = _spread_pads(slides, space, positions)
+    ones = (1,) * len(slides.sizes)
+    return _kernel_window(slides, groups, pads, slides.strides, ones)
+
+
+def _kernel_window(slides, groups, pads, gaps, steps):
+    """The convolution of `x`, with gaps, with `dz`, with steps, that gives a kernel."""
+    axes = len(slides.sizes)
     images = axes + 1, 0, *range(1, axes + 1)
     kernel = axes, axes + 1, *range(axes)
-    ones = (1,) * axes
-    return Window(
-        slides.dilation, tuple(pads), ones, slides.strides, (images, images, kernel), groups
-    )
+    return Window(slides.dilation, pads, gaps, steps, (images, images, kernel), groups)
 
 
 def _numbers(axes):
@@ -488,7 +669,7 @@ def _check_groups(groups, in_channels, out_channels):
 
 
 def _check_image(name, x, slides, channels=None):
-    """`x` as an array; raises unless it is a batch of images that the window fits into."""
+    """`x` as an array; raises unless it is a batch of images."""
     _validate.is_float("x", x)
     x = jnp.asarray(x)
     axes = len(slides.sizes)
@@ -497,7 +678,12 @@ def _check_image(name, x, slides, channels=None):
     if x.ndim != axes + 2 or channels not in (None, x.shape[-1]):
         mend = _image_mend(x.shape, axes, channels)
         raise ValueError(f"{name}: `x` has shape {x.shape}, expected {expected}.{mend}")
-    for along in slides.axes(x):
+    return x
+
+
+def _check_fit(name, slides, x):
+    """Raises unless the window fits into the images."""
+    for along in slides.axes(x.shape[1:-1]):
         if along.positions < 1:
             padded = along.before + along.length + along.after
             raise ValueError(
@@ -505,7 +691,17 @@ def _check_image(name, x, slides, channels=None):
                 f"{along.axis}, which has {padded} with its padding. Pass larger images, or "
                 'padding="SAME".'
             )
-    return x
+
+
+def _check_output(name, slides, x, space):
+    """Raises unless a `conv` of images of size `space` has outputs of the size of `x`."""
+    positions = tuple(along.positions for along in slides.axes(space))
+    if min(space) < 1 or positions != x.shape[1:-1]:
+        raise ValueError(
+            f"{name}: `x` has shape {x.shape}, but images of size {space} give a convolution with "
+            f"these strides and this padding outputs of size {positions}. Pass another "
+            "`output_size`, or less padding."
+        )
 
 
 def _image_mend(shape, axes, channels):

@@ -203,12 +203,12 @@ def _totals(factors, scales, weights, safe):
     totals = []
     kept = []
     for f, own in zip(factors, scales, strict=True):
-        single = f.single
         scaled = f.scaled(own)
-        totals.append(widen(scaled.total()))
+        total = f.exact_total(own) if f.one_by_one else scaled.total()
+        totals.append(widen(total))
         # a single product may be scaled before, so that no second copy of it is kept
-        kept.append(scaled if single else f)
-    risky = [i for i, f in enumerate(factors) if not f.sums_exactly]
+        kept.append(scaled if f.single else f)
+    risky = [i for i, f in enumerate(factors) if not (f.sums_exactly or f.one_by_one)]
     operands = [kept[i] for i in risky], [scales[i] for i in risky], weights
 
     @jax.jit

@@ -6,6 +6,7 @@ What all examples have in common is in a `Shared`, which `finish` takes off.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -51,6 +52,8 @@ def assemble(terms: Sequence[Term], shape: Shape, dtype: Any) -> Factor:
         shape: of the parameter.
         dtype: of the parameter.
     """
+    if 0 in shape:
+        terms = []
     layers, terms = _take_layers(terms)
     stacks, terms = _take_places(terms, shape)
     found = []
@@ -147,7 +150,11 @@ def _join(factors):
         whole = jnp.issubdtype(a.dtype, jnp.integer) and index
         return a.reshape(-1) if whole else a.reshape(-1, a.shape[-1])
 
-    return jax.tree.map(lambda *a: jnp.concatenate(list(map(positions, a))), *factors)
+    def join(*arrays):
+        widest = max((a.dtype for a in arrays), key=lambda dtype: dtype.itemsize)
+        return jnp.concatenate([positions(a).astype(widest) for a in arrays])
+
+    return jax.tree.map(join, *factors)
 
 
 def _lay(part, shape, dtype):
@@ -172,11 +179,12 @@ def _product_part(term, shape, dtype):
     first = term.holders(ends[0])[0] if ends else 0
     outer, inner = _outer(term, stack, ends, first)
     layout = _layout([*stack, *inner], flat, term.sizes, shape)
+    made = outer.dz.dtype
     if stack:
-        return _Part(Stacked(outer), layout, term.dtype)
+        return _Part(Stacked(outer), layout, made)
     widths = outer.a.shape[-1], outer.dz.shape[-1]
     natural = layout.order == tuple(range(len(flat))) and shape == widths
-    return _Part(outer, None if natural else layout, term.dtype)
+    return _Part(outer, None if natural else layout, made)
 
 
 def _outer(term, stack, ends, first):
@@ -210,10 +218,10 @@ def _rows_part(term, shape, dtype):
     features = [label for label in flat if label != term.row]
     groups = [list(term.index_labels), features]
     dy = _arrange(term.operands[0], term.labels[0], groups, sizes)
-    rows = Scatter(term.index.reshape(-1), dy, term.size)
+    rows = Scatter(term.index.reshape(-1).astype(jnp.int32), dy, term.size)
     layout = _layout([term.row, *features], flat, sizes, shape)
     natural = flat[0] == term.row and shape == (term.size, dy.shape[-1])
-    return _Part(rows, None if natural else layout, term.dtype)
+    return _Part(rows, None if natural else layout, dy.dtype)
 
 
 def _flat(term):
@@ -262,26 +270,19 @@ def _conv_part(term, shape, dtype):
         axes[k] = shape[i]
     natural = term.order == tuple(range(len(shape)))
     layout = None if natural else Layout(tuple(axes), term.order, shape)
-    return _Part(term.factor(), layout, term.dtype)
+    return _Part(term.factor(), layout, term.dz.dtype)
 
 
 def _constant_part(term, shape, dtype):
-    return _Part(Same(term.weight, term.array), None, term.dtype)
+    return _Part(Same(term.weight, term.array), None, term.array.array.dtype)
 
 
 def _chain_part(term, shape, dtype):
     inner = jax.eval_shape(term.of.gradient)
     of = assemble([term.of], inner.shape, inner.dtype)
-    if all(step.relocates for step in term.steps):
-        steps = term.steps
-
-        def layout(g):
-            for step in steps:
-                g = step(g)
-            return g
-
-        return _Part(of, layout, term.dtype)
-    return _Part(Mapped(of, term.operands, term.steps), None, term.dtype)
+    if term.map.relocates:
+        return _Part(of, functools.partial(term.map, operands={}), inner.dtype)
+    return _Part(Mapped(of, term.operands, term.map), None, term.dtype)
 
 
 def finish(value: Any, depth: int = 0) -> Any:

@@ -3,32 +3,33 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from fnn.factors.base import scan
 from fnn.tracing.terms import Chain, Constant, Layers, Patches, Product
-from fnn.tracing.walk import RULES, TERMS, VALUE, Rule, Scope, evaluate, fresh_product, plan
-
-CALLS = {"jit": "jaxpr", "closed_call": "call_jaxpr", "remat2": "jaxpr", "checkpoint": "jaxpr"}
-
-
-def open_jaxpr(jaxpr: Any) -> tuple[Jaxpr, Sequence]:
-    """A jaxpr and its constants."""
-    if isinstance(jaxpr, ClosedJaxpr):
-        return jaxpr.jaxpr, jaxpr.consts
-    return jaxpr, ()
+from fnn.tracing.walk import (
+    CALLS,
+    RULES,
+    TERMS,
+    VALUE,
+    Rule,
+    Scope,
+    evaluate,
+    fresh_product,
+    open_jaxpr,
+    open_loop,
+    plan,
+)
 
 
 def _call(eqn, scope):
     """What a call calls."""
     jaxpr, consts = open_jaxpr(eqn.params[CALLS[eqn.primitive.name]])
-    return Scope(jaxpr, list(map(scope.is_mapped, eqn.invars))), consts
+    flags = list(map(scope.is_mapped, eqn.invars))
+    return Scope(jaxpr, flags, list(map(scope.count_sources, eqn.invars))), consts
 
 
 def _asks_call(eqn, kinds, scope):
@@ -101,7 +102,7 @@ def _plain(terms):
     found = []
     for term in terms:
         if isinstance(term, (Chain, Constant)):
-            term = fresh_product(term.gradient())
+            term = fresh_product(term.gradient(), "cond")
         found.append(term)
     return found
 
@@ -121,13 +122,11 @@ class _Loop:
     """
 
     def __init__(self, eqn, kinds, scope):
-        jaxpr, self.body_consts = open_jaxpr(eqn.params["jaxpr"])
+        _, self.body_consts = open_jaxpr(eqn.params["jaxpr"])
         self.consts = eqn.params["num_consts"]
         self.carries = eqn.params["num_carry"]
-        flags = list(map(scope.is_mapped, eqn.invars))
         self.end = self.consts + self.carries
-        flags[self.consts : self.end] = [any(flags)] * self.carries
-        self.inner = Scope(jaxpr, flags)
+        self.inner = open_loop(eqn, list(map(scope.is_mapped, eqn.invars)))
         self.sums = set()
         self.kept = set()
         for i, kind in enumerate(kinds[: self.carries]):
@@ -195,7 +194,9 @@ class _Loop:
                 products[i], rest = _part(after[i])
                 after[i] = carry[i]
                 for term in rest:
-                    self.written[i] = eqn.primitive.name if getattr(term, "why", "") else ""
+                    inner = _without_layers(term)
+                    plain = isinstance(inner, Product) and not inner.why
+                    self.written[i] = "" if plain else "scan"
                     after[i] = after[i] + term.gradient()
             return after, (products, found[self.carries :])
 
@@ -234,12 +235,15 @@ def _part(terms):
     products = []
     rest = []
     for term in terms:
-        inner = term
-        while isinstance(inner, Layers):
-            inner = inner.each
+        inner = _without_layers(term)
         product = isinstance(inner, Patches) or (isinstance(inner, Product) and not inner.is_array)
         (products if product else rest).append(term)
     return products, rest
+
+
+def _without_layers(term):
+    """What every layer of a term is."""
+    return _without_layers(term.each) if isinstance(term, Layers) else term
 
 
 RULES.update(dict.fromkeys(CALLS, Rule(_asks_call, _apply_call)))

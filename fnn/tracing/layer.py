@@ -119,12 +119,13 @@ def _call(name, apply, params, x):
             "`batched=True`."
         )
         raise
-    if not isinstance(y, jax.Array):
+    if not hasattr(y, "dtype") or not jnp.issubdtype(y.dtype, jnp.floating):
+        came = y.dtype if hasattr(y, "dtype") else type(y).__name__
         raise TypeError(
-            f"{name}: `apply` must return an array, got {type(y).__name__}. New state or other "
+            f"{name}: `apply` must return an array of real numbers, got {came}. New state or other "
             "outputs? Return the array that the loss takes."
         )
-    return y
+    return jnp.asarray(y)
 
 
 def _check_params(name, shapes, params):

@@ -57,7 +57,7 @@ class Linear:
         """Whether the result has the same numbers, with zeros between them."""
         if self.name == "pad":
             return all(min(edges) >= 0 for edges in self.params["padding_config"])
-        return self.name in ("transpose", "reshape", "squeeze", "expand_dims")
+        return self.name in ("transpose", "reshape", "squeeze", "expand_dims", "rev")
 
 
 def linear_equation(eqn: Equation, position: int) -> Linear:
@@ -92,11 +92,7 @@ def pass_term(f: Linear, term: Term, others: Sequence[Array], *, shared: bool) -
         array = Shared(f(term.array.array, *others))
         return Constant(term.weight, array, dtype=f.dtype)
     if shared and not written:
-        operands = tuple(map(Shared, others))
-        if isinstance(term, Chain):
-            both = (*term.operands, operands), (*term.steps, f)
-            return Chain(term.of, *both, dtype=f.dtype)
-        return Chain(term, (operands,), (f,), dtype=f.dtype)
+        return Chain.begin(term).then(f, others, f.dtype)
     why = term.why if isinstance(term, Product) and written else f.name
     return fresh_product(f(term.gradient(), *others), why)
 
@@ -135,6 +131,12 @@ def simple_rule(change: Callable[[Any, Equation], Any]) -> Rule:
     return Rule(asks, apply)
 
 
+def _negate(term, eqn):
+    if isinstance(term, Chain):  # so that its first term stays the same, and chains of it add up
+        return pass_term(linear_equation(eqn, 0), term, (), shared=True)
+    return term.scaled(jnp.negative)
+
+
 def is_float(atom: Atom) -> bool:
     """Whether it holds real numbers."""
     return jnp.issubdtype(atom.aval.dtype, jnp.floating)
@@ -142,6 +144,32 @@ def is_float(atom: Atom) -> bool:
 
 def _first(eqn, scope):
     return 0 if len(eqn.invars) == 1 and eqn.invars[0].aval.shape else None
+
+
+def _first_by_shared(eqn, scope):
+    return None if any(map(scope.is_mapped, eqn.invars[1:])) else 0
+
+
+def _asks_select(eqn, kinds, scope):
+    which, *cases = eqn.invars
+    return None if scope.is_mapped(which) else [VALUE, *[TERMS] * len(cases)]
+
+
+def _select(eqn, kinds, scope, operands):
+    """A mask: every case keeps its numbers where it is chosen."""
+    which, *cases = operands
+    made = eqn.outvars[0].aval
+    found = []
+    for i, terms in enumerate(cases):
+
+        def keep(gradient, which, i=i):
+            choices = [jnp.zeros_like(gradient)] * len(cases)
+            choices[i] = gradient
+            return lax.select_n(which, *choices)
+
+        f = Linear("select_n", {}, made.shape, made.dtype, keep)
+        found = add_terms(found, [pass_term(f, t, [which], shared=True) for t in terms])
+    return [found]
 
 
 # mul, div ---------------------------------------------------------------------------------------
@@ -168,13 +196,21 @@ def _apply_factor(eqn, kinds, scope, operands):
     if not scope.is_number(eqn.invars[other]):
         operands[other] = _before_broadcast(eqn.invars[other], operands[other], scope)
         return _LINEAR_FACTOR.apply(eqn, kinds, scope, operands)
+    own = not scope.is_mapped(eqn.invars[other])
+    f = linear_equation(eqn, position)
     number = jnp.ravel(operands[other])[0]
     multiply = jnp.multiply if eqn.primitive.name == "mul" else jnp.divide
 
     def scale(array):
         return multiply(array, number.astype(array.dtype))
 
-    return [[term.scaled(scale) for term in operands[position]]]
+    found = []
+    for term in operands[position]:
+        if own and isinstance(term, Chain):
+            found.append(pass_term(f, term, [operands[other]], shared=True))
+        else:
+            found.append(term.scaled(scale))
+    return [found]
 
 
 def _before_broadcast(atom, value, scope):
@@ -257,15 +293,21 @@ def _split(eqn, kinds, scope, operands):
 # where gradients begin --------------------------------------------------------------------------
 
 
+def _is_linear_dot(eqn, scope):
+    """Whether a product is a linear map of one operand, and no outer product."""
+    contract, batch = (dims[0] for dims in eqn.params["dimension_numbers"])
+    return bool(contract or batch) and not all(map(scope.is_mapped, eqn.invars))
+
+
 def _asks_dot(eqn, kinds, scope):
-    if not all(map(scope.is_mapped, eqn.invars)):
+    if _is_linear_dot(eqn, scope):
         return _LINEAR_DOT.asks(eqn, kinds, scope)
     outer = eqn.outvars[0].aval.ndim > 1
     return [VALUE, VALUE] if outer else None
 
 
 def _apply_dot(eqn, kinds, scope, operands):
-    if not all(map(scope.is_mapped, eqn.invars)):
+    if _is_linear_dot(eqn, scope):
         return _LINEAR_DOT.apply(eqn, kinds, scope, operands)
     (contract, also), (batch, rows) = eqn.params["dimension_numbers"]
     left, right = (v.aval.ndim for v in eqn.invars)
@@ -387,9 +429,11 @@ def _apply_update(eqn, kinds, scope, operands):
 
 RULES.update(dict.fromkeys(UNARY, linear_rule(_first)))
 RULES.update(dict.fromkeys(SAME, simple_rule(lambda term, eqn: term)))
-RULES["neg"] = simple_rule(lambda term, eqn: term.scaled(jnp.negative))
+RULES["neg"] = simple_rule(_negate)
 RULES["convert_element_type"] = simple_rule(lambda term, eqn: term.cast(eqn.params["new_dtype"]))
-RULES["broadcast_in_dim"] = linear_rule(_first)
+RULES.update(dict.fromkeys(("broadcast_in_dim", "rev", "cumsum"), linear_rule(_first)))
+RULES.update(dict.fromkeys(("gather", "dynamic_slice"), linear_rule(_first_by_shared)))
+RULES["select_n"] = Rule(_asks_select, _select)
 RULES["pad"] = Rule(_asks_pad, _pad)
 RULES["mul"] = RULES["div"] = Rule(_LINEAR_FACTOR.asks, _apply_factor)
 RULES["add_any"] = RULES["add"] = Rule(_asks_sum, _apply_sum)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from fnn import _validate
 from fnn.factors import Factor, Zero
@@ -104,7 +105,7 @@ def read_gradients(
     _check_params(params)
     batch = jax.tree.map(jnp.asarray, batch)
     rows = _count_rows(batch)
-    numbers = _real_leaves(params)
+    numbers = _vary_like(_real_leaves(params), batch)
     first: Any = batch[0]
     given = _real_leaves(first) if inputs else []
 
@@ -157,8 +158,26 @@ def _over_examples(read: Callable, *batch: Any) -> tuple[list[Factor], Any]:
 
 
 def _of_one(batch):
-    """The shapes of one example."""
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), batch)
+    """The first example."""
+    return jax.tree.map(lambda a: a[0], batch)
+
+
+def _vary_like(numbers, batch):
+    """Numbers that in `shard_map` vary over all axes that the batch does.
+
+    So the gradient of an example is not summed over devices.
+    """
+
+    def axes(a):
+        kind = jax.typeof(a).manual_axis_type
+        return set() if kind is None else set(kind.varying)
+
+    wanted = set().union(*map(axes, jax.tree.leaves(batch)))
+    found = []
+    for number in numbers:
+        more = tuple(wanted - axes(number))
+        found.append(lax.pcast(number, more, to="varying") if more else number)
+    return found
 
 
 def _is_real(leaf):
@@ -181,6 +200,8 @@ def _check_params(params):
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         at = f"params{jax.tree_util.keystr(path)}"
         _validate.is_array(at, leaf)
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            raise TypeError(f"`{at}` holds random keys. Pass them with the batch, one per example.")
         if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
             raise TypeError(
                 f"`{at}` is complex ({leaf.dtype}); a loss has a gradient in real parameters. "

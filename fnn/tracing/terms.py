@@ -6,9 +6,10 @@ it, and takes part in the linear operations that follow. Where it cannot, `None`
 
 from __future__ import annotations
 
+import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar, dataclass_transform
 
@@ -417,19 +418,73 @@ class Layers(Term):
         return jax.vmap(lambda term: term.gradient())(self.each)
 
 
+@dataclass(frozen=True, eq=False)
+class Map:
+    """A linear map as a graph: an operation on the results of others.
+
+    Attributes:
+        f: `(*results of parents, *operands) -> result`; None for the gradient itself.
+        parents: what it is an operation on.
+        number: larger than those of the parents.
+    """
+
+    f: Any
+    parents: tuple[Map, ...]
+    number: int = field(default_factory=itertools.count().__next__)
+
+    def __call__(self, gradient: Array, operands: Mapping[int, Sequence]) -> Array:
+        """The result; `operands` of every operation are by its number."""
+        nodes: set[Map] = {self}
+        left: list[Map] = [self]
+        while left:
+            more = set(left.pop().parents) - nodes
+            nodes.update(more)
+            left.extend(more)
+        results = {}
+        for node in sorted(nodes, key=lambda node: node.number):
+            inputs = [results[parent] for parent in node.parents]
+            more = operands.get(node.number, ())
+            results[node] = node.f(*inputs, *more) if node.parents else gradient
+        return results[self]
+
+    @property
+    def relocates(self) -> bool:
+        """Whether the result has the same numbers as the gradient, with zeros between them."""
+        if not self.parents:
+            return True
+        return getattr(self.f, "relocates", False) and self.parents[0].relocates
+
+
+GRADIENT = Map(None, ())
+
+
 @pytree
 class Chain(Term):
     """A term behind linear operations that all examples share, for which it has no form."""
 
     of: Any
-    operands: tuple[tuple[Shared, ...], ...]
-    steps: tuple[Callable, ...] = static()  # (gradient, *operands) -> gradient
+    operands: dict[int, tuple[Shared, ...]]  # by the number of the operation
+    map: Map = static()
 
     def scaled(self, scale: Callable[[Array], Array]) -> Chain:
         return replace(self, of=self.of.scaled(scale))
 
     def gradient(self) -> Array:
-        found = self.of.gradient()
-        for step, operands in zip(self.steps, self.operands, strict=True):
-            found = step(found, *(shared.array for shared in operands))
-        return found.astype(self.dtype)
+        operands = {k: [shared.array for shared in v] for k, v in self.operands.items()}
+        return self.map(self.of.gradient(), operands).astype(self.dtype)
+
+    @staticmethod
+    def begin(term: Term) -> Chain:
+        """A term as a chain of no operation."""
+        return term if isinstance(term, Chain) else Chain(term, {}, GRADIENT, dtype=term.dtype)
+
+    def then(self, f: Callable, others: Sequence[Array], dtype: Any) -> Chain:
+        """The chain and an operation more."""
+        node = Map(f, (self.map,))
+        operands = {**self.operands, node.number: tuple(map(Shared, others))}
+        return Chain(self.of, operands, node, dtype=dtype)
+
+    def plus(self, other: Chain) -> Chain:
+        """The sum of two chains of one term."""
+        node = Map(jnp.add, (self.map, other.map))
+        return replace(self, operands={**self.operands, **other.operands}, map=node)

@@ -15,13 +15,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Jaxpr, Literal
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
-from fnn.tracing.terms import Constant, Product, Shared
+from fnn.factors.base import sum_leaves
+from fnn.tracing.terms import Chain, Constant, Product, Shared
 from fnn.types import Array
 
 VALUE = "value"
 TERMS = "terms"
+MOST_TERMS = 32  # of one gradient; a product that is rescaled again and again has more
 Kind = str | None  # VALUE, TERMS, or None for what nobody wants
 Atom = Any  # a Var or Literal; JAX's types do not say that these have a shape
 Equation = Any  # a Equation of them
@@ -42,17 +44,17 @@ class Scope:
         maker: the equation that makes a variable.
     """
 
-    def __init__(self, jaxpr: Jaxpr, flags: Sequence[bool]):
-        """`flags`: which of the inputs of the jaxpr differ from example to example."""
+    def __init__(self, jaxpr: Jaxpr, flags: Sequence[bool], sources: Sequence[int] = ()):
+        """Which of the inputs of the jaxpr differ between examples, and of how many numbers."""
         self.jaxpr = jaxpr
         self.mapped = {v for v, differs in zip(jaxpr.invars, flags, strict=True) if differs}
         self.maker: dict[Atom, Equation] = {}
-        self.sources: dict[Atom, int] = {}
+        self.sources: dict[Any, int] = dict(zip(jaxpr.invars, sources, strict=False))
         for eqn in jaxpr.eqns:
             self.maker.update(dict.fromkeys(eqn.outvars, eqn))
-            if any(map(self.is_mapped, eqn.invars)):
-                self.mapped.update(eqn.outvars)
-                self._count_sources(eqn)
+            differ = find_mapped(eqn, list(map(self.is_mapped, eqn.invars)))
+            self.mapped.update(v for v, yes in zip(eqn.outvars, differ, strict=True) if yes)
+            self._count_sources(eqn)
 
     def is_mapped(self, atom: Atom) -> bool:
         """Whether it differs from example to example."""
@@ -84,20 +86,59 @@ class Scope:
         eqn = None if isinstance(atom, Literal) else self.maker.get(atom)
         if eqn is None or sum(n > 1 for n in eqn.outvars[0].aval.shape) < 2:
             return ""
-        larger = eqn.outvars[0].aval.size > sum(map(self._sources, eqn.invars))
+        larger = eqn.outvars[0].aval.size > sum(map(self.count_sources, eqn.invars))
         return eqn.primitive.name if larger or has_jaxpr(eqn) else ""
 
-    def _sources(self, atom: Atom) -> int:
+    def count_sources(self, atom: Atom) -> Any:
+        """How many numbers that differ between examples it is made of."""
+        if not self.is_mapped(atom):
+            return 0
         aval: Any = atom.aval
-        return self.sources.get(atom, aval.size) if self.is_mapped(atom) else 0
+        return self.sources.get(atom, aval.size)
 
     def _count_sources(self, eqn):
-        """How many numbers that differ between examples a result is made of."""
         name = eqn.primitive.name
         product = name == "dot_general" and not all(map(self.is_mapped, eqn.invars))
         for v in eqn.outvars:
             if name in SHAPED and not product:
-                self.sources[v] = min(v.aval.size, sum(map(self._sources, eqn.invars)))
+                self.sources[v] = min(v.aval.size, sum(map(self.count_sources, eqn.invars)))
+
+
+CALLS = {"jit": "jaxpr", "closed_call": "call_jaxpr", "remat2": "jaxpr", "checkpoint": "jaxpr"}
+"""Operations that call a jaxpr once, and the parameter that holds it."""
+
+
+def open_jaxpr(jaxpr: Any) -> tuple[Jaxpr, Sequence]:
+    """A jaxpr and its constants."""
+    if isinstance(jaxpr, ClosedJaxpr):
+        return jaxpr.jaxpr, jaxpr.consts
+    return jaxpr, ()
+
+
+def find_mapped(eqn: Equation, flags: list[bool]) -> list[bool]:
+    """Which results differ from example to example, by which operands do."""
+    name = eqn.primitive.name
+    if name in CALLS:
+        inner = Scope(open_jaxpr(eqn.params[CALLS[name]])[0], flags)
+        return list(map(inner.is_mapped, inner.jaxpr.outvars))
+    if name == "scan":
+        inner = open_loop(eqn, flags)
+        return list(map(inner.is_mapped, inner.jaxpr.outvars))
+    return [any(flags)] * len(eqn.outvars)
+
+
+def open_loop(eqn: Equation, flags: list[bool]) -> Scope:
+    """The body of a scan; a carry that differs in any round counts as one that does in all."""
+    jaxpr, _ = open_jaxpr(eqn.params["jaxpr"])
+    first = eqn.params["num_consts"]
+    flags = list(flags)
+    while True:
+        inner = Scope(jaxpr, flags)
+        before = list(flags)
+        for i in range(eqn.params["num_carry"]):
+            flags[first + i] |= inner.is_mapped(jaxpr.outvars[i])
+        if flags == before:
+            return inner
 
 
 class Rule(NamedTuple):
@@ -227,13 +268,20 @@ def add_terms(terms: list[Any], more: list[Any]) -> list[Any]:
                 break
         else:
             found.append(term)
+    if len(found) > MOST_TERMS:
+        return [fresh_product(sum_leaves([term.gradient() for term in found]), "add_any")]
     return found
 
 
 def _together(term, other):
-    """Two products as one whose other array is a sum; None if they have no array in common."""
+    """Two terms as one, where they have something in common; else None."""
+    if isinstance(term, Chain) or isinstance(other, Chain):
+        one, two = Chain.begin(term), Chain.begin(other)
+        return one.plus(two) if one.of is two.of else None
     if not (isinstance(term, Product) and isinstance(other, Product)):
         return None
+    if term.is_array and other.is_array:
+        return fresh_product(term.gradient() + other.gradient(), term.why or other.why)
     blank = (None,) * len(term.operands)
     alike = len(other.operands) == len(blank) == 2 and term.index is None and other.index is None
     if not alike or replace(term, operands=blank) != replace(other, operands=blank):
