@@ -10,10 +10,17 @@ import re
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+
+
+class Times(NamedTuple):
+    """Medians, in seconds a call."""
+
+    wall: float
+    cpu: float  # of all threads of the process
 
 
 def interleaved(
@@ -23,22 +30,34 @@ def interleaved(
 
     Calls in random order, about `seconds` for each.
     """
+    return {name: times.wall for name, times in wall_and_cpu(functions, seconds, rng).items()}
+
+
+def wall_and_cpu(
+    functions: dict[str, Callable[[], Any]], seconds: float, rng: random.Random
+) -> dict[str, Times]:
+    """The same with the CPU time beside it, which other processes disturb less."""
     once = {}
     for name, f in functions.items():
         jax.block_until_ready(f())
-        start = time.perf_counter()
-        jax.block_until_ready(f())
-        once[name] = time.perf_counter() - start
+        once[name] = _seconds(f, 1).wall
     # short functions are called several times a reading
     calls = max(1, int(0.002 / max(once.values())))
-    times: dict[str, list[float]] = {name: [] for name in functions}
+    readings: dict[str, list[Times]] = {name: [] for name in functions}
     for _ in range(max(3, int(seconds / (calls * statistics.mean(once.values()))))):
         for name in rng.sample(list(functions), len(functions)):
-            start = time.perf_counter()
-            out = [functions[name]() for _ in range(calls)]
-            jax.block_until_ready(out)
-            times[name].append((time.perf_counter() - start) / calls)
-    return {name: statistics.median(t) for name, t in times.items()}
+            readings[name].append(_seconds(functions[name], calls))
+    return {
+        name: Times(*map(statistics.median, zip(*found, strict=True)))
+        for name, found in readings.items()
+    }
+
+
+def _seconds(f: Callable[[], Any], calls: int) -> Times:
+    wall, cpu = time.perf_counter(), time.process_time()
+    out = [f() for _ in range(calls)]
+    jax.block_until_ready(out)
+    return Times((time.perf_counter() - wall) / calls, (time.process_time() - cpu) / calls)
 
 
 def compile_times(

@@ -28,7 +28,7 @@ def apply(params, x):
 
 def as_dict(params):
     """Params of `NET` as those of `apply`."""
-    dense = [p for p in jax.tree.leaves(params, is_leaf=lambda p: hasattr(p, "w"))]
+    dense = jax.tree.leaves(params, is_leaf=lambda p: hasattr(p, "w"))
     return {f"layer {i}": {"w": p.w, "b": p.b} for i, p in enumerate(dense)}
 
 

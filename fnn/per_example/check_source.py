@@ -183,4 +183,9 @@ def _check_loss(value, shape, expected):
     if is_real and jnp.shape(value) == shape:
         return
     came = ", ".join(str(jax.typeof(leaf)) for leaf in leaves)
-    raise TypeError(f"{expected}, got {came} ({type(value).__name__}). {COUPLED}")
+    mend = COUPLED
+    if is_real:
+        mend = "Sum it over outputs. A loss of a whole batch? Say `batched=True`."
+    elif not is_array:
+        came = f"{type(value).__name__} of {came}"
+    raise TypeError(f"{expected}, got {came}. {mend}")

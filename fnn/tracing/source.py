@@ -65,8 +65,13 @@ def as_source(
     _validate.one_of("fallback", fallback, ("warn", "raise", "allow"))
     loss = loss_of_one(loss_fn, batched)
 
+    @jax.jit
+    def read(params, batch):
+        return read_gradients(loss, params, batch)[:2]
+
     def any_source(params, *batch):
-        values, factors, _ = read_gradients(loss, params, batch)
+        check_arguments(params, batch)
+        values, factors = read(params, batch)
         if fallback != "allow":
             _tell(report_factors(factors), fallback)
         return values, factors
@@ -102,9 +107,8 @@ def read_gradients(
     Returns:
         `[batch]`; a tree like `params`; a tree like `batch[0]`, None for what is no real number.
     """
-    _check_params(params)
     batch = jax.tree.map(jnp.asarray, batch)
-    rows = _count_rows(batch)
+    rows = jax.tree.leaves(batch)[0].shape[0]
     numbers = _vary_like(_real_leaves(params), batch)
     first: Any = batch[0]
     given = _real_leaves(first) if inputs else []
@@ -195,8 +199,8 @@ def _with_real(tree, new, otherwise=lambda leaf: leaf):
     return jax.tree.map(lambda leaf: next(left, leaf) if _is_real(leaf) else otherwise(leaf), tree)
 
 
-def _check_params(params):
-    """Raises unless all leaves are arrays of real or of whole numbers."""
+def check_arguments(params: Params, batch: tuple[Any, ...]) -> None:
+    """Raises unless params hold real or whole numbers, and a batch arrays of one length."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         at = f"params{jax.tree_util.keystr(path)}"
         _validate.is_array(at, leaf)
@@ -207,16 +211,14 @@ def _check_params(params):
                 f"`{at}` is complex ({leaf.dtype}); a loss has a gradient in real parameters. "
                 "Pass real and imaginary parts."
             )
-
-
-def _count_rows(batch):
-    """How many examples there are."""
-    lengths = {a.shape[0] if a.ndim else 0 for a in jax.tree.leaves(batch)}
+    lengths = set()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
+        _validate.is_array(f"batch{jax.tree_util.keystr(path)}", leaf)
+        lengths.add(leaf.shape[0] if leaf.ndim else 0)
     if len(lengths) != 1 or 0 in lengths:
         raise ValueError(
             f"The arrays of a batch must have one length of at least 1, got {sorted(lengths)} rows."
         )
-    return lengths.pop()
 
 
 def _trace(f, *shapes):

@@ -33,6 +33,7 @@ SHAPED = (
     *("reshape", "squeeze", "expand_dims", "broadcast_in_dim", "convert_element_type", "transpose"),
     *("mul", "neg", "slice", "unstack", "gather", "rev", "select_n", "add_any", "dot_general"),
 )
+PRODUCTS = ("dot_general", "conv_general_dilated")
 
 
 class Scope:
@@ -86,8 +87,11 @@ class Scope:
         eqn = None if isinstance(atom, Literal) else self.maker.get(atom)
         if eqn is None or sum(n > 1 for n in eqn.outvars[0].aval.shape) < 2:
             return ""
+        name = eqn.primitive.name
+        if name in PRODUCTS and not all(map(self.is_mapped, eqn.invars)):
+            return ""  # an error that a weight carries back, say
         larger = eqn.outvars[0].aval.size > sum(map(self.count_sources, eqn.invars))
-        return eqn.primitive.name if larger or has_jaxpr(eqn) else ""
+        return name if larger or has_jaxpr(eqn) else ""
 
     def count_sources(self, atom: Atom) -> Any:
         """How many numbers that differ between examples it is made of."""
@@ -98,7 +102,7 @@ class Scope:
 
     def _count_sources(self, eqn):
         name = eqn.primitive.name
-        product = name == "dot_general" and not all(map(self.is_mapped, eqn.invars))
+        product = name in PRODUCTS and not all(map(self.is_mapped, eqn.invars))
         for v in eqn.outvars:
             if name in SHAPED and not product:
                 self.sources[v] = min(v.aval.size, sum(map(self.count_sources, eqn.invars)))
