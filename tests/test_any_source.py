@@ -28,14 +28,13 @@ def by_vmap(case, loss=None):
     return np.asarray(values).astype(np.float64), np.concatenate(rows, 1)
 
 
-def check_feedback(case):
+def check_feedback(case, values, g):
     """With the params as feedback, the gradient is that of backprop."""
     run = rewire(case.loss)
 
     def through_feedback(params, *example):
         return run(params, case.params, *example)
 
-    values, g = by_vmap(case)
     again, h = by_vmap(case, through_feedback)
     np.testing.assert_allclose(again, values, rtol=1e-12)
     np.testing.assert_allclose(h, g, rtol=0, atol=case.tolerance * np.abs(g).max())
@@ -95,7 +94,7 @@ def expected(values, g, w):
 
 
 def check(case):
-    """All statistics are those of the gradients by `vmap(grad)`."""
+    """All statistics are those of the gradients by `vmap(grad)`, which it returns."""
     source = fnn.as_source(case.loss, fallback="allow")
     values, g = by_vmap(case)
     found, w = statistics(case, source)
@@ -111,6 +110,7 @@ def check(case):
             np.testing.assert_allclose(a, b, rtol=0, atol=case.tolerance * size, err_msg=name)
     report = per_example.report(source, case.params, *case.batch)
     assert {path: report[path] for path in case.kinds} == case.kinds
+    return values, g
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -127,8 +127,7 @@ def test_statistics_of_an_unmodified_model(name, x64):
         pytest.skip(str(error))
     dtypes, ranks = ("standard", "allow") if case.standard else ("strict", "raise")
     with jax.numpy_dtype_promotion(dtypes), jax.numpy_rank_promotion(ranks):
-        check(case)
-        check_feedback(case)
+        check_feedback(case, *check(case))
 
 
 NET = fnn.mlp((4, 5, 3), activation="tanh")

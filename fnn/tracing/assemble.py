@@ -151,8 +151,7 @@ def _join(factors):
         return a.reshape(-1) if whole else a.reshape(-1, a.shape[-1])
 
     def join(*arrays):
-        widest = max((a.dtype for a in arrays), key=lambda dtype: dtype.itemsize)
-        return jnp.concatenate([positions(a).astype(widest) for a in arrays])
+        return jnp.concatenate(list(map(positions, arrays)))
 
     return jax.tree.map(join, *factors)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -83,8 +84,9 @@ def as_layer(
 def _gradients(of_one, params, carriers, x, dy):
     """The factors of the params, and `dx`, which comes through the carriers."""
     run = of_one
-    pairs = zip(jax.tree.leaves(params), jax.tree.leaves(carriers), strict=False)
-    if not all(p is c for p, c in pairs):
+    own = jax.tree.leaves(params)
+    others = jax.tree.leaves(carriers)
+    if len(own) != len(others) or not all(map(operator.is_, own, others)):
         run = functools.partial(_run_with, rewire(of_one), carriers)
 
     def along(params, x, dy):

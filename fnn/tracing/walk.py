@@ -280,20 +280,25 @@ def add_terms(terms: list[Any], more: list[Any]) -> list[Any]:
 def _together(term, other):
     """Two terms as one, where they have something in common; else None."""
     if isinstance(term, Chain) or isinstance(other, Chain):
-        one, two = Chain.begin(term), Chain.begin(other)
+        one = Chain.begin(term)
+        two = Chain.begin(other)
         return one.plus(two) if one.of is two.of else None
     if not (isinstance(term, Product) and isinstance(other, Product)):
         return None
     if term.is_array and other.is_array:
         return fresh_product(term.gradient() + other.gradient(), term.why or other.why)
-    blank = (None,) * len(term.operands)
-    alike = len(other.operands) == len(blank) == 2 and term.index is None and other.index is None
-    if not alike or replace(term, operands=blank) != replace(other, operands=blank):
+    return _add_products(term, other)
+
+
+def _add_products(term, other):
+    """Two products with one array in common as one; None if they have none."""
+    forms = [replace(product, operands=(), index=None) for product in (term, other)]
+    rows = term.row is not None or other.row is not None
+    if rows or forms[0] != forms[1]:
         return None
-    for mine, i in ((0, 1), (1, 0)):
-        same = term.operands[mine] is other.operands[mine]
-        if same and term.operands[i].shape == other.operands[i].shape:
-            arrays = list(term.operands)
-            arrays[i] = arrays[i] + other.operands[i]
-            return replace(term, operands=tuple(arrays))
+    (a, d), (b, e) = term.operands, other.operands
+    if a is b and d.shape == e.shape:
+        return replace(term, operands=(a, d + e))
+    if d is e and a.shape == b.shape:
+        return replace(term, operands=(a + b, d))
     return None
