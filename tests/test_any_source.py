@@ -169,6 +169,11 @@ def test_fit_trains_a_private_rule_of_a_source(as_users_run):
         fnn.evaluate(rule, PARAMS, data)
 
 
+def test_a_setting_in_the_place_of_the_loss_is_refused():
+    with pytest.raises(TypeError, match="It takes none: name the settings"):
+        rules.private_sgd(fnn.as_source(loss_of_net), 1.0)
+
+
 def test_whole_numbers_among_params_do_not_move():
     def loss(params, x):
         return (x @ params["w"]).sum() * params["step"].astype(jnp.float32)

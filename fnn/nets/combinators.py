@@ -222,7 +222,10 @@ def residual(layer: Layer[P]) -> Layer[P]:
 def check_net(net: Layer) -> None:
     """Raises a TypeError unless `net` is a `Layer`."""
     if not isinstance(net, Layer):
-        raise TypeError(f"`net` must be a Layer, got {net!r:.80}. Make one: `fnn.mlp((3, 5, 2))`.")
+        mend = "Make one: `fnn.mlp((3, 5, 2))`."
+        if callable(net):
+            mend = "A function or a model? Make it a layer: `fnn.as_layer(model.apply)`."
+        raise TypeError(f"`net` must be a Layer, got {net!r:.80}. {mend}")
 
 
 def _check_layer(name, value):

@@ -25,6 +25,12 @@ def source_of(rule: str, net: Layer | Source, loss: Loss | None) -> tuple[Source
         TypeError: both are none of this.
     """
     if isinstance(net, Layer) or loss is not None:
+        if not isinstance(net, Layer) and callable(net):
+            raise TypeError(
+                f"`net` must be a Layer where there is a loss, got {net!r:.60}. A source? It takes "
+                f"none: name the settings, `{rule}(source, max_norm=1.0)`. A model? Make it a "
+                "layer: `fnn.as_layer(model.apply)`."
+            )
         layer = cast(Layer, net)
         measure = cast(Loss, loss)
         check_net_and_loss(layer, measure)

@@ -31,7 +31,8 @@ def as_layer(
     meets something that depends on `x`, the error goes through the same entry of that tree.
 
     Args:
-        apply: `(params, x) -> y`, of one example: `x` is a tree of arrays, `y` an array.
+        apply: `(params, x) -> y`, of one example: `x` is a tree of arrays (`fnn.fit` takes one
+            array), `y` an array.
         init: `(key) -> params`; None for a layer whose params come from elsewhere.
         batched: whether `apply` needs a batch axis; it is then asked for batches of one.
         name: for errors and tables; that of `apply`, if None.

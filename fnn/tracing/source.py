@@ -211,13 +211,16 @@ def check_arguments(params: Params, batch: tuple[Any, ...]) -> None:
                 f"`{at}` is complex ({leaf.dtype}); a loss has a gradient in real parameters. "
                 "Pass real and imaginary parts."
             )
-    lengths = set()
+    lengths = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
-        _validate.is_array(f"batch{jax.tree_util.keystr(path)}", leaf)
-        lengths.add(leaf.shape[0] if leaf.ndim else 0)
-    if len(lengths) != 1 or 0 in lengths:
+        at = f"batch{jax.tree_util.keystr(path)}"
+        _validate.is_array(at, leaf)
+        lengths[at] = leaf.shape[0] if leaf.ndim else 0
+    if len(set(lengths.values())) != 1 or 0 in lengths.values():
+        came = ", ".join(f"`{at}` has {rows}" for at, rows in lengths.items())
         raise ValueError(
-            f"The arrays of a batch must have one length of at least 1, got {sorted(lengths)} rows."
+            f"The arrays of a batch must have one length of at least 1, one row an example: {came}."
+            " One key for all? Pass `jax.random.split(key, batch)`."
         )
 
 
