@@ -157,3 +157,54 @@ def test_errors(wrong):
     if wrong == "batched":
         with pytest.raises(ValueError, match="Leave out `batched=True`"):
             fnn.as_layer(lambda w, x: x.sum(0) @ w, batched=True).apply(jnp.ones((3, 2)), x)
+
+
+def flax_pair(kind):
+    """A Flax model as a layer, the same net of ours, its params as Flax has them, and an input."""
+    nn = pytest.importorskip("flax.linen")
+    if kind == "mlp":
+        model = nn.Sequential([nn.Dense(7), nn.relu, nn.Dense(3)])
+        net = fnn.serial(fnn.dense(5, 7), fnn.activations.relu, fnn.dense(7, 3))
+        names = {0: "layers_0", 2: "layers_2"}
+        shape = (5,)
+    else:
+        model = nn.Sequential(
+            [
+                nn.Conv(4, (3, 3)),
+                nn.tanh,
+                lambda x: nn.avg_pool(x, (2, 2), (2, 2)),
+                lambda x: x.reshape(-1),
+                nn.Dense(3),
+            ]
+        )
+        layers = fnn.conv(2, 4, (3, 3)), fnn.activations.tanh, fnn.mean_pool((2, 2)), fnn.flatten()
+        net = fnn.serial(*layers, fnn.dense(36, 3))
+        names = {0: "layers_0", 4: "layers_4"}
+        shape = (6, 6, 2)
+
+    def as_flax(params):
+        found = {name: {"kernel": params[i].w, "bias": params[i].b} for i, name in names.items()}
+        return {"params": found}
+
+    layer = fnn.as_layer(model.apply, lambda key: as_flax(net.init(key)))
+    return layer, net, as_flax, shape
+
+
+@pytest.mark.parametrize("kind", ["mlp", "cnn"])
+def test_feedback_alignment_of_a_flax_model_is_that_of_our_net(kind, x64, as_users_run):
+    layer, net, as_flax, shape = flax_pair(kind)
+    x = jax.random.normal(KEYS[0], (4, *shape))
+    targets = jax.random.normal(KEYS[1], (4, 3))
+    params, feedback = (net.init(key) for key in KEYS[2:])
+
+    @jax.jit
+    def both(params, feedback):
+        ours = rules.feedback_alignment(layer, losses.l2_loss)
+        right = rules.feedback_alignment(net, losses.l2_loss)
+        with jax.numpy_rank_promotion("allow"):
+            one = ours.value_and_grad(as_flax(params), as_flax(feedback), x, targets)[:2]
+        value, grads, _ = right.value_and_grad(params, feedback, x, targets)
+        return one, (value, as_flax(grads))
+
+    ours, right = both(params, feedback)
+    assert gap(ours, right) < 1e-12
