@@ -8,7 +8,9 @@ has not seen (jax 0.10).
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -106,6 +108,21 @@ def cast(tree: Any, dtype: Any) -> Any:
     return jax.tree.map(
         lambda a: a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a, tree
     )
+
+
+def array_shapes(jaxpr: Any) -> Iterator[tuple[int, ...]]:
+    """The shapes of all results in a jaxpr, loops and calls included."""
+    for eqn in jaxpr.eqns:
+        yield from (v.aval.shape for v in eqn.outvars)
+        for value in jax.tree.leaves(list(eqn.params.values())):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from array_shapes(inner)
+
+
+def largest_array(f: Any, *arguments: Any) -> int:
+    """How many numbers the largest array of a program has."""
+    return max(map(math.prod, array_shapes(jax.make_jaxpr(f)(*arguments).jaxpr)))
 
 
 def wide(tree: Any) -> list[np.ndarray]:

@@ -170,7 +170,7 @@ def test_fit_trains_a_private_rule_of_a_source(as_users_run):
 
 
 def test_a_setting_in_the_place_of_the_loss_is_refused():
-    with pytest.raises(TypeError, match="It takes none: name the settings"):
+    with pytest.raises(TypeError, match="A source takes no loss: name the settings"):
         rules.private_sgd(fnn.as_source(loss_of_net), 1.0)
 
 
@@ -255,6 +255,8 @@ def descend(w):
     return w
 
 
+WRITTEN = "PerExample written out at scan"
+
 MAPS = {
     "mask": (lambda w, x: squares(x @ jnp.where(MASK, w, jnp.zeros_like(w))), "Mapped(Outer)"),
     "tril": (lambda w, x: squares(x @ jnp.tril(w)), "Mapped(Outer)"),
@@ -274,6 +276,33 @@ def test_a_weight_that_is_made_of_params_alone_is_a_linear_map(name, x64):
     check(case)
     report = per_example.report(fnn.as_source(loss, fallback="raise"), w, x)
     assert len(report[""]) < 200
+
+
+def test_a_table_in_a_table(x64):
+    def loss(w, i, x):
+        return squares(jnp.take(jnp.take(w, i[0], axis=0), i[1], axis=0) * x) + squares(w[i[1]][2])
+
+    w = jax.random.normal(jax.random.key(0), (3, 4, 5), jnp.float64)
+    i = jnp.array([[0, 1], [2, 2], [1, 0], [0, 1]])
+    x = jax.random.normal(jax.random.key(1), (4, 5), jnp.float64)
+    check(any_cases.AnyCase("tables", loss, w, (i, x), {}))
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_recurrent_weight_that_is_written_out_is_reported(first):
+    def loss(w, x, outer):
+        def step(h, _):
+            parts = [
+                lambda: jnp.tanh(h @ jnp.where(MASK, w, 0) + x),
+                lambda: (w * outer).sum(0),
+            ]
+            return parts[first]() + parts[1 - first](), None
+
+        return squares(jax.lax.scan(step, x, None, length=2)[0])
+
+    w, x = jnp.ones((5, 5)), jnp.ones((4, 5))
+    source = fnn.as_source(loss, fallback="allow")
+    assert per_example.report(source, w, x, jnp.ones((4, 5, 5)))[""] == WRITTEN
 
 
 @pytest.mark.parametrize("layers", [3, 4])

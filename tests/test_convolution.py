@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import cast
+from cases import cast, largest_array
 from jax import lax
 
 import fnn
@@ -382,19 +382,6 @@ def kernel_factor(batch, size, window, inputs, outputs, dtype=float):
     ones = (1, 1)
     numbers = images, images, (2, 3, 0, 1)
     return cast(Conv(x, dz, Window(ones, pads, ones, ones, numbers, 1)), dtype)
-
-
-def largest_array(f, *arguments):
-    """How many numbers the largest array of a program has, loops included."""
-
-    def sizes(jaxpr):
-        for eqn in jaxpr.eqns:
-            yield from (np.prod(v.aval.shape) for v in eqn.outvars)
-            for inner in jax.tree.leaves(eqn.params, is_leaf=lambda p: hasattr(p, "eqns")):
-                if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
-                    yield from sizes(getattr(inner, "jaxpr", inner))
-
-    return max(sizes(jax.make_jaxpr(f)(*arguments).jaxpr))
 
 
 @pytest.mark.parametrize(

@@ -1,20 +1,30 @@
 """Factors and reducers: all the answers are those of the per-example gradients written out."""
 
+from dataclasses import replace
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import SHAPES, case, cast, error, wide
+from cases import SHAPES, case, cast, error, largest_array, wide
 
 import fnn
 from fnn import per_example
 from fnn.factors import (
     REDUCERS,
+    Conv,
+    Layout,
+    Mapped,
     Outer,
     PerExample,
+    Same,
     Scatter,
     Stacked,
+    Sum,
+    View,
+    Window,
+    Zero,
     is_factor,
     keep,
     squared_norm,
@@ -88,6 +98,40 @@ def scatter(*shape, size=5):
     )
 
 
+def conv(size, features, batch=5):
+    """Of images with kernels of 2 x 2, one `[size, size, in]` for each example."""
+    images, ones = (3, 0, 1, 2), (1, 1)
+    window = Window(ones, ((0, 0), (0, 0)), ones, ones, (images, images, (2, 3, 0, 1)), 1)
+    inputs, outputs = features
+    return lambda seed=0: Conv(
+        normal(batch, 1, size, size, inputs, seed=seed),
+        normal(batch, 1, size - 1, size - 1, outputs, seed=seed + 1),
+        window,
+    )
+
+
+def view(of, axes, order, shape):
+    """A maker of views: the axes of a gradient in another order, as another shape."""
+    return lambda seed=0: View(of(seed), Layout(axes, order, shape), jnp.dtype("float64"))
+
+
+def times_mask(gradient, operands):
+    return gradient * operands[0][0]
+
+
+def mapped(of, *shape):
+    """A maker of factors behind a map that is alike in all uses."""
+    return lambda seed=0: Mapped(of(seed), {0: (normal(*shape, seed=7),)}, times_mask)
+
+
+def same(*shape):
+    return lambda seed=0: Same(normal(6, seed=seed), normal(*shape, seed=7))
+
+
+def both(one, other):
+    return lambda seed=0: Sum((one(seed), other(seed + 3)))
+
+
 FACTORS = {
     "outer": outer(6),
     "outer of one example": outer(1),
@@ -111,6 +155,19 @@ FACTORS = {
     "stacked, many positions": lambda seed=0: Stacked(outer(3, 6, 7)(seed)),
     "stacked, per example": lambda seed=0: Stacked(PerExample(normal(3, 6, 4, seed=seed))),
     "stacked, scatter": lambda seed=0: Stacked(scatter(2, 4, 3)(seed)),
+    "conv": conv(4, (2, 3)),
+    "conv, few positions": conv(3, (6, 5)),  # through the Gram matrices
+    "view": view(outer(6), (5, 2, 2), (1, 0, 2), (2, 10)),
+    "view of stacked": view(
+        lambda seed=0: Stacked(outer(3, 6)(seed)), (3, 5, 4), (1, 0, 2), (5, 12)
+    ),
+    "mapped": mapped(outer(6), 5, 4),
+    "mapped conv": mapped(conv(4, (2, 3)), 2, 2, 2, 3),
+    "same": same(4, 3),
+    "zero": lambda seed=0: Zero(jnp.zeros(6), (4, 3), jnp.dtype("float64")),
+    "sum, with few positions": both(scatter(6, 2), outer(6, 2)),
+    "sum, with few positions, of what all share": both(same(5, 4), outer(6)),
+    "sum of what has no product": both(outer(6), mapped(outer(6), 5, 4)),
 }
 by_name = pytest.mark.parametrize("name", FACTORS)
 
@@ -124,6 +181,10 @@ def by_hand(factor):
         )
     if isinstance(factor, PerExample):
         return np.asarray(factor.gradient, np.float64)
+    if type(factor) in MADE_OF_OTHERS:
+        return MADE_OF_OTHERS[type(factor)](factor)
+    if isinstance(factor, Conv):
+        return conv_by_hand(factor)
     if isinstance(factor, Outer):
         a, dz = np.asarray(factor.a, np.float64), np.asarray(factor.dz, np.float64)
         if a.ndim == 1:
@@ -142,6 +203,25 @@ def by_hand(factor):
     return out
 
 
+def conv_by_hand(factor):
+    """The sum over positions of what a kernel of 2 x 2 sees of `x`, times `dz`."""
+    x, dz = (np.asarray(a, np.float64)[:, 0] for a in (factor.x, factor.dz))
+    size = dz.shape[1]
+    seen = [[x[:, i : i + size, j : j + size] for j in (0, 1)] for i in (0, 1)]
+    return np.einsum("hwbxyi,bxyo->bhwio", np.array(seen), dz)
+
+
+MADE_OF_OTHERS = {
+    View: lambda f: np.stack([f.layout(g) for g in by_hand(f.of)]),
+    Mapped: lambda f: by_hand(f.of) * np.asarray(f.operands[0][0], np.float64),
+    Sum: lambda f: sum(map(by_hand, f.parts)),
+    Same: lambda f: np.multiply.outer(
+        *(np.asarray(a, np.float64) for a in (f.weights, f.gradient))
+    ),
+    Zero: lambda f: np.zeros((len(f.weights), *f.shape)),
+}
+
+
 def some_of(batch):
     """Weights `[batch]` of either sign, shares that add up to 1, and who is present.
 
@@ -152,11 +232,16 @@ def some_of(batch):
     return rng.normal(size=batch), share / share.sum(), present
 
 
-def poisoned(factor, present):
+def poisoned(factor, present, depth=0):
     """NaN in every floating-point array where an example is not present."""
-    depth = 0
-    while isinstance(factor, Stacked):
-        factor, depth = factor.factor, depth + 1
+    if isinstance(factor, Stacked):
+        return Stacked(poisoned(factor.factor, present, depth + 1))
+    if isinstance(factor, (View, Mapped)):
+        return replace(factor, of=poisoned(factor.of, present, depth))
+    if isinstance(factor, Sum):
+        return Sum(tuple(poisoned(f, present, depth) for f in factor.parts))
+    if isinstance(factor, (Same, Zero)):
+        return replace(factor, weights=jnp.where(present, factor.weights, jnp.nan))
 
     def poison(a):
         if not jnp.issubdtype(a.dtype, jnp.floating) or a.ndim == 1:
@@ -164,10 +249,16 @@ def poisoned(factor, present):
         row = present.reshape(*(1,) * depth, -1, *(1,) * (a.ndim - depth - 1))
         return jnp.where(jnp.broadcast_to(row, a.shape), a, jnp.full_like(a, jnp.nan))
 
-    factor = jax.tree.map(poison, factor)
-    for _ in range(depth):
-        factor = Stacked(factor)
-    return factor
+    return jax.tree.map(poison, factor)
+
+
+def as_dtype(factor, dtype):
+    """A factor in another dtype, and those that it is made of."""
+    if isinstance(factor, View):
+        return View(as_dtype(factor.of, dtype), factor.layout, jnp.dtype(dtype))
+    if isinstance(factor, Zero):
+        return replace(cast(factor, dtype), dtype=jnp.dtype(dtype))
+    return cast(factor, dtype)
 
 
 @by_name
@@ -323,7 +414,7 @@ def test_factors_keep_their_dtype_and_squares_are_wide(x64, name):
     factor = FACTORS[name]()
     found = jax.jit(
         lambda factor: {
-            kind: [r(cast(factor, kind)) for r in REDUCERS]
+            kind: [r(as_dtype(factor, kind)) for r in REDUCERS]
             for kind in ("bfloat16", "float16", "float32", "float64")
         }
     )(factor)
@@ -389,19 +480,6 @@ def test_the_narrow_product_is_the_product_also_under_vmap_and_grad(x64, batch, 
     close(*both(a, dz))
     narrow = "reduce_precision" in str(jax.make_jaxpr(f)(a[0], dz[0]))
     assert narrow == (out <= 16 < inputs and jax.default_backend() == "cpu")
-
-
-def largest_array(f, *arguments):
-    """How many numbers the largest array of a program has, loops included."""
-
-    def sizes(jaxpr):
-        for eqn in jaxpr.eqns:
-            yield from (np.prod(v.aval.shape) for v in eqn.outvars)
-            for inner in jax.tree.leaves(eqn.params, is_leaf=lambda p: hasattr(p, "eqns")):
-                if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
-                    yield from sizes(getattr(inner, "jaxpr", inner))
-
-    return max(sizes(jax.make_jaxpr(f)(*arguments).jaxpr))
 
 
 @pytest.mark.parametrize("positions", [3, 30])

@@ -45,8 +45,8 @@ class Factor(ABC):
     Attributes:
         single: whether an example is one product, in which nothing cancels.
         sums_exactly: whether `scaled(weights).total()` is `exact_total(weights)`.
-        one_by_one: whether its norms form the gradient of one example after the other, so that
-            its sums have to as well: nothing tells what cancels.
+        one_by_one: whether its norms form the gradient of one example after the other. Nothing
+            tells what cancels in them, so its weighted sums do the same.
         layers: the axes of layers that `repeat` puts in front.
     """
 
@@ -220,7 +220,8 @@ class PerExample(Factor):
     """
 
     gradient: Array  # [batch, *parameter shape]
-    why: str = field(default="", metadata={"static": True})  # what needs it, if it is a waste
+    # the operation that writes it out, where that takes more memory than the factors would
+    why: str = field(default="", metadata={"static": True})
     sums_exactly = True
 
     def total(self) -> Array:

@@ -217,11 +217,6 @@ class Conv(OneByOne):
         return positions * (inputs + outputs) <= 1.2 * inputs * outputs
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """That of the kernel."""
-        return jax.eval_shape(lambda f: f.total(), self).shape
-
-    @property
     def _sizes(self):
         """Those of the window."""
         _, _, (_, _, *space) = self.window.numbers

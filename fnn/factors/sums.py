@@ -86,13 +86,14 @@ class Zero(Factor):
         return jnp.zeros((*self.weights.shape, *self.shape), self.dtype)
 
     def squared_norm(self) -> Array:
-        return jnp.zeros_like(self.weights)
+        return jnp.zeros_like(widen(self.weights))
 
     def inner(self, other) -> Array:
-        return jnp.zeros((self.weights.shape[0], other.weights.shape[0]), self.weights.dtype)
+        shape = self.weights.shape[0], other.weights.shape[0]
+        return jnp.zeros(shape, widen(self.weights).dtype)
 
     def moments(self, shares) -> tuple[Array, Array]:
-        zeros = jnp.zeros(self.shape, self.weights.dtype)
+        zeros = jnp.zeros(self.shape, widen(self.weights).dtype)
         return zeros, zeros
 
     def exact_total(self, weights) -> Array:

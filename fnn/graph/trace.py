@@ -18,6 +18,7 @@ from fnn import _validate
 from fnn.graph.gates import find_gate
 from fnn.graph.sweep import Graph, Node
 from fnn.graph.text import write_value
+from fnn.tracing.jaxprs import apply_equation
 from fnn.types import Array
 
 CALLS = (primitives.jit_p.name, primitives.remat_p.name)
@@ -133,14 +134,14 @@ def _evaluate_equation(eqn, inputs, nodes):
         if inputs[0].value.dtype == eqn.params["new_dtype"]:
             return inputs  # it only changes how the dtype is promoted
     values = [node.value for node in inputs]
-    results = _apply(eqn, *values)
+    results = apply_equation(eqn, *values)
     if all(node.primitive == "constant" for node in inputs):
         return [_constant(value) for value in results]
     places = [place for place, node in enumerate(inputs) if node.is_variable]
 
     def apply(i, *point):
         moved = dict(enumerate(values)) | dict(zip(places, point, strict=True))
-        return _apply(eqn, *moved.values())[i]
+        return apply_equation(eqn, *moved.values())[i]
 
     gate = find_gate(name, eqn.params, values)
     label = name
@@ -155,14 +156,6 @@ def _evaluate_equation(eqn, inputs, nodes):
         outputs.append(node)
     nodes.extend(outputs)
     return outputs
-
-
-def _apply(eqn, *values):
-    """The outputs of an equation at some values."""
-    params = eqn.primitive.get_bind_params(eqn.params)
-    with eqn.ctx.manager:
-        results = eqn.primitive.bind(*values, **params)
-    return results if eqn.primitive.multiple_results else [results]
 
 
 def _constant(value):

@@ -24,7 +24,7 @@ class _State(NamedTuple):
     """What the microbatches so far amount to; None for what a result does not have."""
 
     weight: Float[Array, ""]  # the sum of the weights
-    total: Any = None  # sums; means too, since weights of both signs may sum to 0 on the way
+    total: Any = None  # sums; of means too, since the first weights may sum to 0
     mean: Any = None
     variance: Any = None
 

@@ -183,11 +183,11 @@ def _check_loss(value, shape, expected):
     if is_real and jnp.shape(value) == shape:
         return
     came = ", ".join(str(jax.typeof(leaf)) for leaf in leaves)
+    if not is_array:
+        came = f"{type(value).__name__} of {came}"
     mend = COUPLED
     if is_real:
         mend = "Sum it over outputs. A loss of a whole batch? Say `batched=True`."
     if is_real and shape:
         mend = "Return the loss of each example: no mean over the batch."
-    elif not is_array:
-        came = f"{type(value).__name__} of {came}"
     raise TypeError(f"{expected}, got {came}. {mend}")

@@ -22,14 +22,14 @@ def source_of(rule: str, net: Layer | Source, loss: Loss | None) -> tuple[Source
         loss: takes the outputs of the layer; None for a source.
 
     Raises:
-        TypeError: both are none of this.
+        TypeError: they are neither a layer with a loss nor a source alone.
     """
     if isinstance(net, Layer) or loss is not None:
         if not isinstance(net, Layer) and callable(net):
             raise TypeError(
-                f"`net` must be a Layer where there is a loss, got {net!r:.60}. A source? It takes "
-                f"none: name the settings, `{rule}(source, max_norm=1.0)`. A model? Make it a "
-                "layer: `fnn.as_layer(model.apply)`."
+                f"`net` must be a Layer if there is a loss, got {net!r:.60}. A source takes no "
+                f"loss: name the settings, as in `{rule}(source, max_norm=1.0)`. A model? Make it "
+                "a layer: `fnn.as_layer(model.apply)`."
             )
         layer = cast(Layer, net)
         measure = cast(Loss, loss)

@@ -166,7 +166,7 @@ def _lay(part, shape, dtype):
 
 def _product_part(term, shape, dtype):
     if term.is_array:
-        why = term.why if sum(n > 1 for n in shape) > 1 else ""  # a vector is no waste
+        why = term.why if sum(n > 1 for n in shape) > 1 else ""  # a vector takes little memory
         return _Part(PerExample(term.gradient().astype(dtype), why), None, dtype)
     if len(term.operands) == 1:
         return _rows_part(term, shape, dtype)

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from fnn.factors.base import scan
+from fnn.tracing.jaxprs import CALLS, open_jaxpr
 from fnn.tracing.terms import Chain, Constant, Layers, Patches, Product
 from fnn.tracing.walk import (
-    CALLS,
     RULES,
     TERMS,
     VALUE,
@@ -19,7 +19,6 @@ from fnn.tracing.walk import (
     Scope,
     evaluate,
     fresh_product,
-    open_jaxpr,
     open_loop,
     plan,
 )
@@ -34,7 +33,7 @@ def _call(eqn, scope):
 
 def _asks_call(eqn, kinds, scope):
     inner, _ = _call(eqn, scope)
-    need = plan(inner, kinds)
+    need = plan(inner, kinds).need
     return [need.get(v) for v in inner.jaxpr.invars]
 
 
@@ -61,13 +60,13 @@ def _branches(eqn):
 def _asks_cond(eqn, kinds, scope):
     wanted: set[int] = set()
     for inner, _ in _branches(eqn):
-        need = plan(inner, kinds)
+        need = plan(inner, kinds).need
         wanted |= {i for i, v in enumerate(inner.jaxpr.invars) if v in need}
     return [VALUE, *(VALUE if i in wanted else None for i in range(len(eqn.invars) - 1))]
 
 
 def _apply_cond(eqn, kinds, scope, operands):
-    """Every branch hands on its own terms, and zeros for those of the others."""
+    """Every branch returns its own terms, and zeros in the place of those of the others."""
     which, *args = operands
 
     def run(inner, consts):
@@ -142,7 +141,7 @@ class _Loop:
         while True:
             carried = [self._kind(i) for i in range(self.carries)]
             self.kinds = [*carried, *kinds_of_outputs]
-            self.need = plan(self.inner, self.kinds)
+            self.need = plan(self.inner, self.kinds).need
             read = {i for i, v in enumerate(starts) if v in self.need}
             more = read - self.kept - self.sums
             if not more:
@@ -196,7 +195,7 @@ class _Loop:
                 for term in rest:
                     inner = _without_layers(term)
                     plain = isinstance(inner, Product) and not inner.why
-                    self.written[i] = "" if plain else "scan"
+                    self.written[i] = self.written.get(i, "") or ("" if plain else "scan")
                     after[i] = after[i] + term.gradient()
             return after, (products, found[self.carries :])
 

@@ -88,17 +88,16 @@ def _gradients(of_one, params, carriers, x, dy):
     own = jax.tree.leaves(params)
     others = jax.tree.leaves(carriers)
     if len(own) != len(others) or not all(map(operator.is_, own, others)):
-        run = functools.partial(_run_with, rewire(of_one), carriers)
+        through_carriers = rewire(of_one)
+
+        def run(params, x):
+            return through_carriers(params, carriers, x)
 
     def along(params, x, dy):
         return (run(params, x) * dy).sum()
 
     _, factors, dx = read_gradients(along, params, (x, dy), inputs=True)
     return factors, dx
-
-
-def _run_with(run, carriers, params, x):
-    return run(params, carriers, x)
 
 
 def _call_batched(name, apply, params, x):

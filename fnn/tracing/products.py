@@ -11,23 +11,24 @@ import numpy as np
 from jax import lax
 
 from fnn.factors.conv import Window
+from fnn.tracing.jaxprs import Equation, apply_equation
 from fnn.tracing.terms import Chain, Constant, Patches, Product, Shared, Term
 from fnn.tracing.walk import (
     RULES,
     TERMS,
     VALUE,
-    Atom,
-    Equation,
     Rule,
     Scope,
     add_terms,
-    apply_equation,
     fresh_product,
 )
 from fnn.types import Array
 
 SAME = ("copy", "copy_p", "sharding_constraint")
-UNARY = (*SAME, "transpose", "reshape", "squeeze", "expand_dims", "neg", "reduce_sum", "slice")
+UNARY = (
+    *("transpose", "reshape", "squeeze", "expand_dims", "broadcast_in_dim"),
+    *("reduce_sum", "slice", "rev", "cumsum"),
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,7 +124,7 @@ def simple_rule(change: Callable[[Any, Equation], Any]) -> Rule:
     """The rule of an operation on one operand that any term can do."""
 
     def asks(eqn, kinds, scope):
-        return [TERMS] if is_float(eqn.invars[0]) else None
+        return [TERMS] if jnp.issubdtype(eqn.invars[0].aval.dtype, jnp.floating) else None
 
     def apply(eqn, kinds, scope, operands):
         return [[change(term, eqn) for term in operands[0]]]
@@ -135,11 +136,6 @@ def _negate(term, eqn):
     if isinstance(term, Chain):  # so that its first term stays the same, and chains of it add up
         return pass_term(linear_equation(eqn, 0), term, (), shared=True)
     return term.scaled(jnp.negative)
-
-
-def is_float(atom: Atom) -> bool:
-    """Whether it holds real numbers."""
-    return jnp.issubdtype(atom.aval.dtype, jnp.floating)
 
 
 def _first(eqn, scope):
@@ -227,7 +223,7 @@ def _before_broadcast(atom, value, scope):
 
 
 def _asks_sum(eqn, kinds, scope):
-    shapes = {np.shape(atom.aval) for atom in eqn.invars}
+    shapes = {atom.aval.shape for atom in eqn.invars}
     return [TERMS, TERMS] if len(shapes) == 1 else None
 
 
@@ -387,7 +383,7 @@ def _apply_rows(eqn, kinds, scope, operands):
         index = jnp.clip(index, 0, size - 1)
     found = []
     for term in terms:
-        if index.ndim or not isinstance(term, Product):
+        if index.ndim or not _may_have_row(term):
             term = fresh_product(term.gradient())
         lead = [k for k in range(len(term.out)) if k not in numbers.update_window_dims]
         labels = tuple(term.labels[0][k] for k in lead)
@@ -397,6 +393,10 @@ def _apply_rows(eqn, kinds, scope, operands):
         row = replace(term, out=tuple(rest)).at_row(axis, size, index, labels=labels)
         found.append(row)
     return [found]
+
+
+def _may_have_row(term):
+    return isinstance(term, Product) and term.row is None
 
 
 def _asks_update(eqn, kinds, scope):
@@ -416,14 +416,9 @@ def _apply_update(eqn, kinds, scope, operands):
     place = int(place) if isinstance(place, (int, np.integer, np.ndarray)) else None
     found = []
     for term in terms:
-        row = None
-        if isinstance(term, Product):
-            row = term.at_row(axis, whole[axis], jnp.asarray(index), place)
-        if row is None:
-            row = fresh_product(term.gradient()).at_row(
-                axis, whole[axis], jnp.asarray(index), place
-            )
-        found.append(row)
+        if not _may_have_row(term):
+            term = fresh_product(term.gradient())
+        found.append(term.at_row(axis, whole[axis], jnp.asarray(index), place))
     return [found]
 
 
@@ -431,7 +426,6 @@ RULES.update(dict.fromkeys(UNARY, linear_rule(_first)))
 RULES.update(dict.fromkeys(SAME, simple_rule(lambda term, eqn: term)))
 RULES["neg"] = simple_rule(_negate)
 RULES["convert_element_type"] = simple_rule(lambda term, eqn: term.cast(eqn.params["new_dtype"]))
-RULES.update(dict.fromkeys(("broadcast_in_dim", "rev", "cumsum"), linear_rule(_first)))
 RULES.update(dict.fromkeys(("gather", "dynamic_slice"), linear_rule(_first_by_shared)))
 RULES["select_n"] = Rule(_asks_select, _select)
 RULES["pad"] = Rule(_asks_pad, _pad)

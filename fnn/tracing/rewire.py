@@ -32,6 +32,7 @@ from jax.extend.core import ClosedJaxpr, Literal, primitives
 from jaxtyping import PyTree, Shaped
 
 from fnn import _validate
+from fnn.tracing.jaxprs import CALLS, apply_equation
 from fnn.types import Array
 
 
@@ -155,20 +156,12 @@ def _evaluate_equation(eqn, operands):
     if _Kind.PARAMS in kinds and largest == _Kind.INPUTS:
         rule = _RULES.get(eqn.primitive.name, _mix)
         return rule(eqn, operands)
-    results = _bind(eqn, _read_actual(operands))
+    results = apply_equation(eqn, *_read_actual(operands))
     others = [None] * len(results)
     if largest == _Kind.PARAMS:
-        others = _bind(eqn, _read_feedback(operands))
+        others = apply_equation(eqn, *_read_feedback(operands))
     kinds = [largest] * len(results)
     return list(map(_Value, results, others, kinds))
-
-
-def _bind(eqn, arrays):
-    """The results of an equation as arrays, given its operands as arrays."""
-    params = eqn.primitive.get_bind_params(eqn.params)
-    with eqn.ctx.manager:
-        results = eqn.primitive.bind(*arrays, **params)
-    return results if eqn.primitive.multiple_results else [results]
 
 
 def _read_actual(values):
@@ -202,7 +195,7 @@ def _mix(eqn, operands):
 
     @jax.custom_jvp
     def mix(operands):
-        return _bind(eqn, _read_actual(operands))
+        return apply_equation(eqn, *_read_actual(operands))
 
     def differentiate(primals, tangents):
         (operands,) = primals
@@ -217,7 +210,7 @@ def _mix(eqn, operands):
             terms.append(_push_forward(eqn, _read_actual(operands), own))
         if through:
             terms.append(_push_forward(eqn, _read_feedback(operands), through))
-        results = _bind(eqn, _read_actual(operands))
+        results = apply_equation(eqn, *_read_actual(operands))
         return results, list(map(_add, *terms))
 
     mix.defjvp(differentiate, symbolic_zeros=True)
@@ -229,7 +222,7 @@ def _push_forward(eqn, arrays, tangents):
 
     def apply(moved):
         operands = dict(enumerate(arrays)) | moved
-        return _bind(eqn, operands.values())
+        return apply_equation(eqn, *operands.values())
 
     primals = {i: arrays[i] for i in tangents}
     _, pushed = jax.jvp(apply, (primals,), (tangents,))
@@ -246,7 +239,7 @@ def _add(tangent, *more):
 
 def _call(eqn, operands):
     """The results of a call, without the call."""
-    body = eqn.params.get("jaxpr") or eqn.params["call_jaxpr"]
+    body = eqn.params[CALLS[eqn.primitive.name]]
     return _evaluate(body, operands)
 
 

@@ -418,6 +418,9 @@ class Layers(Term):
         return jax.vmap(lambda term: term.gradient())(self.each)
 
 
+_NUMBERS = itertools.count()
+
+
 @dataclass(frozen=True, eq=False)
 class Map:
     """A linear map as a graph: an operation on the results of others.
@@ -430,7 +433,7 @@ class Map:
 
     f: Any
     parents: tuple[Map, ...]
-    number: int = field(default_factory=itertools.count().__next__)
+    number: int = field(default_factory=lambda: next(_NUMBERS))
 
     def __call__(self, gradient: Array, operands: Mapping[int, Sequence]) -> Array:
         """The result; `operands` of every operation are by its number."""

@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jax.extend.core import Jaxpr, Literal
 
 from fnn.factors.base import sum_leaves
+from fnn.tracing.jaxprs import CALLS, Atom, Equation, apply_equation, open_jaxpr
 from fnn.tracing.terms import Chain, Constant, Product, Shared
 from fnn.types import Array
 
@@ -25,8 +26,6 @@ VALUE = "value"
 TERMS = "terms"
 MOST_TERMS = 32  # of one gradient; a product that is rescaled again and again has more
 Kind = str | None  # VALUE, TERMS, or None for what nobody wants
-Atom = Any  # a Var or Literal; JAX's types do not say that these have a shape
-Equation = Any  # a Equation of them
 
 # results whose numbers are those of the operands, or products of two of them
 SHAPED = (
@@ -43,10 +42,18 @@ class Scope:
         jaxpr: what is read.
         mapped: the variables that differ from example to example.
         maker: the equation that makes a variable.
+        sources: of how many numbers that differ between examples a variable is made, where that
+            may be fewer than it has.
     """
 
     def __init__(self, jaxpr: Jaxpr, flags: Sequence[bool], sources: Sequence[int] = ()):
-        """Which of the inputs of the jaxpr differ between examples, and of how many numbers."""
+        """Reads a jaxpr.
+
+        Args:
+            jaxpr: any.
+            flags: which of its inputs differ between examples.
+            sources: of how many such numbers each input is made; their sizes, if left out.
+        """
         self.jaxpr = jaxpr
         self.mapped = {v for v, differs in zip(jaxpr.invars, flags, strict=True) if differs}
         self.maker: dict[Atom, Equation] = {}
@@ -108,17 +115,6 @@ class Scope:
                 self.sources[v] = min(v.aval.size, sum(map(self.count_sources, eqn.invars)))
 
 
-CALLS = {"jit": "jaxpr", "closed_call": "call_jaxpr", "remat2": "jaxpr", "checkpoint": "jaxpr"}
-"""Operations that call a jaxpr once, and the parameter that holds it."""
-
-
-def open_jaxpr(jaxpr: Any) -> tuple[Jaxpr, Sequence]:
-    """A jaxpr and its constants."""
-    if isinstance(jaxpr, ClosedJaxpr):
-        return jaxpr.jaxpr, jaxpr.consts
-    return jaxpr, ()
-
-
 def find_mapped(eqn: Equation, flags: list[bool]) -> list[bool]:
     """Which results differ from example to example, by which operands do."""
     name = eqn.primitive.name
@@ -163,9 +159,17 @@ RULES: dict[str, Rule] = {}
 """By the name of the operation; `products` and `control` fill it."""
 
 
-def plan(scope: Scope, kinds: Sequence[Kind]) -> dict[Atom, Kind]:
+class Plan(NamedTuple):
+    """How the variables of a jaxpr are wanted."""
+
+    need: dict[Atom, Kind]  # of every variable
+    asked: list[Sequence[Kind] | None]  # of the operands of every equation; None: all are values
+
+
+def plan(scope: Scope, kinds: Sequence[Kind]) -> Plan:
     """How every variable is wanted, where the results of the jaxpr are wanted as `kinds`."""
     need: dict[Atom, Kind] = {}
+    asked = []
 
     def want(atom, kind):
         if kind is None or isinstance(atom, Literal):
@@ -177,19 +181,19 @@ def plan(scope: Scope, kinds: Sequence[Kind]) -> dict[Atom, Kind]:
         want(atom, kind)
     for eqn in reversed(scope.jaxpr.eqns):
         wanted = [need.get(v) for v in eqn.outvars]
-        if not any(wanted):
-            continue
-        asked = ask_rule(eqn, wanted, scope)
-        if asked is None:
+        operands = _ask(eqn, wanted, scope)
+        asked.append(operands)
+        if operands is None:
             need.update({v: VALUE for v in eqn.outvars if v in need})
-            asked = [VALUE] * len(eqn.invars)
-        for atom, kind in zip(eqn.invars, asked, strict=True):
+            operands = [VALUE if any(wanted) else None] * len(eqn.invars)
+        for atom, kind in zip(eqn.invars, operands, strict=True):
             want(atom, kind)
-    return need
+    asked.reverse()
+    return Plan(need, asked)
 
 
-def ask_rule(eqn: Equation, kinds: Sequence[Kind], scope: Scope) -> Sequence[Kind] | None:
-    """What an equation wants of its operands; None if all of it is values."""
+def _ask(eqn, kinds, scope):
+    """What an equation wants of its operands; None if all of it is values, or nobody wants it."""
     rule = RULES.get(eqn.primitive.name)
     differs = any(map(scope.is_mapped, eqn.invars))
     if rule is None or TERMS not in kinds or not differs:
@@ -206,7 +210,7 @@ def evaluate(scope: Scope, kinds: Sequence[Kind], consts: Sequence, args: Sequen
         consts: arrays.
         args: arrays, lists of terms, or None for what nobody wants.
     """
-    need = plan(scope, kinds)
+    need, all_asked = plan(scope, kinds)
     inputs = [*scope.jaxpr.constvars, *scope.jaxpr.invars]
     found = dict(zip(inputs, [*consts, *args], strict=True))
 
@@ -225,11 +229,10 @@ def evaluate(scope: Scope, kinds: Sequence[Kind], consts: Sequence, args: Sequen
             return [fresh_product(value, scope.reason(atom))]
         return [Constant(jnp.ones((), value.dtype), Shared(value), dtype=value.dtype)]
 
-    for eqn in scope.jaxpr.eqns:
+    for eqn, asked in zip(scope.jaxpr.eqns, all_asked, strict=True):
         wanted = [need.get(v) for v in eqn.outvars]
         if not any(wanted):
             continue
-        asked = ask_rule(eqn, wanted, scope)
         kinds_in = [VALUE] * len(eqn.invars) if asked is None else asked
         operands = [read(v, kind) for v, kind in zip(eqn.invars, kinds_in, strict=True)]
         if asked is None:
@@ -245,14 +248,6 @@ def fresh_product(value: Array, why: str = "") -> Product:
     labels = tuple(range(value.ndim))
     out = tuple((k,) if n > 1 else () for k, n in zip(labels, value.shape, strict=True))
     return Product((value,), (labels,), out, dtype=value.dtype, why=why)
-
-
-def apply_equation(eqn: Equation, *values: Any) -> list[Any]:
-    """The results of an equation at some values."""
-    params = eqn.primitive.get_bind_params(eqn.params)
-    with eqn.ctx.manager:
-        results = eqn.primitive.bind(*values, **params)
-    return results if eqn.primitive.multiple_results else [results]
 
 
 def has_jaxpr(eqn: Equation) -> bool:

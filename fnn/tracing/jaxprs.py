@@ -1,0 +1,33 @@
+"""What all who read a jaxpr have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from jax.extend.core import ClosedJaxpr, Jaxpr, primitives
+
+Atom = Any  # a Var or Literal; JAX's types do not say that these have a shape
+Equation = Any  # a JaxprEqn of them
+
+CALLS = {
+    primitives.jit_p.name: "jaxpr",
+    primitives.closed_call_p.name: "call_jaxpr",
+    primitives.remat_p.name: "jaxpr",
+}
+"""Operations that call a jaxpr once, and the parameter that holds it."""
+
+
+def open_jaxpr(jaxpr: Any) -> tuple[Jaxpr, Sequence]:
+    """A jaxpr and its constants."""
+    if isinstance(jaxpr, ClosedJaxpr):
+        return jaxpr.jaxpr, jaxpr.consts
+    return jaxpr, ()
+
+
+def apply_equation(eqn: Equation, *values: Any) -> list[Any]:
+    """The results of an equation at some values."""
+    params = eqn.primitive.get_bind_params(eqn.params)
+    with eqn.ctx.manager:
+        results = eqn.primitive.bind(*values, **params)
+    return results if eqn.primitive.multiple_results else [results]
