@@ -264,7 +264,7 @@ def _check(layer, params, key, x, *targets) -> CheckReport:
         return Gradient(grads, dx if floating else ())
 
     rng = np.random.default_rng(int(jax.random.bits(key)))
-    y, _ = layer.forward(params, x, *targets)
+    y = jax.jit(lambda *inputs: layer.forward(params, *inputs)[0])(x, *targets)
     dy = rng.normal(size=y.shape)
     gradient = jax.jit(jax.grad(product))
     right = gradient(point)
@@ -331,26 +331,30 @@ def _check_slopes(product, size, point, directions, slopes) -> LeafComparison:
 
 def _check_examples(compare, pull, *batch) -> list[LeafComparison]:
     """Tests that each of up to 4 examples has the gradient that it has alone."""
-    few = [jnp.concatenate([a, a])[:4] for a in batch]
-    rows = [jnp.split(a, len(a)) for a in few]
+    few = [np.concatenate([a, a])[:4] for a in batch]
+    rows = [np.split(a, len(a)) for a in few]
     # one by one: XLA for the CPU (jaxlib 0.10.2) aborts at some products under `vmap`
     ones = map(partial(pull, total), *rows)
-    alone = jax.tree.map(lambda *arrays: jnp.stack(arrays), *ones)
+    alone = jax.tree.map(lambda *arrays: np.stack(arrays), *ones)
     dx = jax.tree.map(lambda a: a[:, 0], alone.dx)
     alone = alone._replace(dx=dx)
+
+    def write_out(f):
+        return materialise(f) if is_factor(f) else f  # an array did not go through `reduce`
+
+    @jax.jit
+    def write_all_out(*batch):
+        factors = pull(keep, *batch)  # what statistics ask for
+        gradients = jax.tree.map(write_out, factors.params, is_leaf=is_factor)
+        return factors._replace(params=gradients)
+
     try:
-        factors = pull(keep, *few)  # what statistics ask for
+        found = write_all_out(*few)
     except (AttributeError, TypeError) as error:
         raise TypeError(
             f"`backward` must return what `reduce` returns, unchanged ({error}). Scale, transpose "
             "or add arrays before: `reduce(Outer(x, 0.5 * dz))`."
         ) from error
-
-    def written_out(f):
-        return materialise(f) if is_factor(f) else f  # an array did not go through `reduce`
-
-    gradients = jax.tree.map(written_out, factors.params, is_leaf=is_factor)
-    found = factors._replace(params=gradients)
     slip = "is the example coupled with others, or what `reduce` returns changed afterwards?"
     return compare("examples alone", found, alone, slip=slip)
 
