@@ -42,9 +42,9 @@ from experiments._run import (
     progress,
     save_metrics,
 )
-from fnn import activations, steps
-from fnn.data import shuffled_batches
+from fnn import activations, training
 from fnn.nets.activations import Name
+from fnn.training import shuffled_batches
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def epoch_function(rule: fnn.Rule, activation: Name, data: Dataset) -> Callable[
 
     def one_epoch(state: Any, rate: Any, batches: Any) -> tuple[Any, Any]:
         if batches is not None:
-            state, _, _ = steps.epoch(rule, optax.sgd(rate))(state, batches, x, t)
+            state, _, _ = training.epoch(rule, optax.sgd(rate))(state, batches, x, t)
         first = state.params[0][0]
         z, residuals = layer.forward((), x @ first.w + first.b[None, :])
         return state, (layer.backward((), residuals, jnp.ones_like(z))[1] == 0).all(0)
@@ -179,7 +179,7 @@ def train(
     epoch."""
     rate, ((first, _), last) = jnp.float32(setting.rate), start
     params = ((first._replace(b=jnp.full_like(first.b, setting.bias)), ()), last)
-    state, dead = one_epoch(steps.init(rule, optax.sgd(1.0), params, fnn.key(0)), rate, None)
+    state, dead = one_epoch(training.init(rule, optax.sgd(1.0), params, fnn.key(0)), rate, None)
     masks, weights = [np.asarray(dead)], [incoming(state.params)]
     for e in range(config.epochs):
         state, dead = one_epoch(

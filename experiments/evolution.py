@@ -39,7 +39,7 @@ from jax import lax
 import fnn
 from experiments._data import load
 from experiments._run import COLOURS, figure, folder, mean_std, print_table, progress, save_metrics
-from fnn import _validate, steps
+from fnn import _validate, training
 from fnn.factors import PerExample, total
 from fnn.rules.evolution import evolution_strategies, genetic_algorithm, snes
 
@@ -212,7 +212,7 @@ def walk(config: Config, name: str) -> Walk:
         name, 1.0
     )
     optimizer, start = optax.sgd(rate), jnp.array(START)
-    one_step = steps.step(rule, optimizer)
+    one_step = training.step(rule, optimizer)
 
     def body(state: Any, _: None) -> tuple[Any, Any]:
         members = (
@@ -224,7 +224,7 @@ def walk(config: Config, name: str) -> Walk:
         return after, (after.params, members)
 
     def way(key: Any) -> Any:
-        first: Any = steps.init(rule, optimizer, start, key)
+        first: Any = training.init(rule, optimizer, start, key)
         path, clouds = lax.scan(body, first, length=config.generations)[1]
         return jnp.concatenate([start[None, :], path]), clouds
 

@@ -42,7 +42,7 @@ from experiments._run import (
     progress,
     save_metrics,
 )
-from fnn import steps
+from fnn import training
 from fnn.nets.layers import Dense
 
 # columns: the directions of the two curvatures
@@ -130,14 +130,14 @@ def descend(curvatures: np.ndarray, rates: np.ndarray, count: int) -> np.ndarray
 
     def path(rate: Any) -> Any:
         rule, optimizer = fnn.rules.backprop(fnn.dense(2, 1, bias_init=None), LOSS), optax.sgd(rate)
-        one_step = steps.step(rule, optimizer)
+        one_step = training.step(rule, optimizer)
 
         def body(state: Any, _: None) -> tuple[Any, Any]:
             return one_step(state, jnp.asarray(x), jnp.asarray(x @ BEST[:, None]))[
                 0
             ], state.params.w[:, 0]
 
-        state = steps.init(rule, optimizer, Dense(jnp.asarray(START[:, None]), None), fnn.key(0))
+        state = training.init(rule, optimizer, Dense(jnp.asarray(START[:, None]), None), fnn.key(0))
         return lax.scan(body, state, length=count + 1)[1]
 
     with jax.enable_x64(True):

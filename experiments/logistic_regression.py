@@ -34,7 +34,7 @@ from sklearn.linear_model import LogisticRegression
 
 import fnn
 from experiments._run import COLOURS, check_positive, figure, folder, print_table, save_metrics
-from fnn import _validate, steps
+from fnn import _validate, training
 from fnn.nets.layers import Dense
 
 LOSS = fnn.losses.sigmoid_binary_cross_entropy
@@ -157,13 +157,15 @@ def descend(x: np.ndarray, targets: np.ndarray, config: Config) -> np.ndarray:
         fnn.rules.backprop(fnn.dense(x.shape[1], 1), LOSS),
         optax.sgd(config.learning_rate),
     )
-    one_step = steps.step(rule, optimizer)
+    one_step = training.step(rule, optimizer)
 
     def body(state: Any, _: None) -> tuple[Any, Any]:
         state = one_step(state, x, targets)[0]
         return state, jnp.linalg.norm(state.params.w)
 
-    state = steps.init(rule, optimizer, Dense(jnp.zeros((x.shape[1], 1)), jnp.zeros(1)), fnn.key(0))
+    state = training.init(
+        rule, optimizer, Dense(jnp.zeros((x.shape[1], 1)), jnp.zeros(1)), fnn.key(0)
+    )
     norms = np.append(
         0.0, jax.jit(lambda state: lax.scan(body, state, length=config.steps))(state)[1]
     )

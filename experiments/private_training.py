@@ -28,7 +28,7 @@ import optax
 import fnn
 from experiments import _data, _run
 from fnn import _validate, activations
-from fnn.data import poisson_batches, shuffled_batches
+from fnn.training import poisson_batches, shuffled_batches
 
 
 @dataclass(frozen=True)

@@ -375,7 +375,7 @@ def _train(
     if mesh is not None:
         settings |= {"mesh": mesh, "plan": PLANS[config.plan](mesh, params)}
     data = (
-        fnn.sharding.own_batches(train, config.batch_size, fit_key, config.epochs)
+        fnn.training.own_batches(train, config.batch_size, fit_key, config.epochs)
         if config.distributed
         else train
     )

@@ -41,7 +41,7 @@ from experiments._run import (
     progress,
     save_metrics,
 )
-from fnn import steps
+from fnn import training
 from fnn.nets.activations import Name
 
 ACTIVATIONS: tuple[Name, ...] = ("sigmoid", "relu")
@@ -118,10 +118,10 @@ def train(config: Config, activation: Name, start: str, x: np.ndarray, y: np.nda
         fnn.rules.backprop(net, fnn.losses.sigmoid_binary_cross_entropy),
         optax.sgd(config.learning_rate),
     )
-    step = steps.step(rule, optimizer)
+    step = training.step(rule, optimizer)
     init_key, rule_key = jax.random.split(fnn.key(config.seed))
 
-    def body(state: steps.TrainState, _: None) -> tuple[steps.TrainState, Any]:
+    def body(state: training.TrainState, _: None) -> tuple[training.TrainState, Any]:
         after, value = step(state, jnp.asarray(x), jnp.asarray(y))
         return after, (value, state.params)
 
@@ -129,7 +129,7 @@ def train(config: Config, activation: Name, start: str, x: np.ndarray, y: np.nda
     def descend() -> Any:
         return jax.lax.scan(
             body,
-            steps.init(rule, optimizer, net.init(init_key), rule_key),
+            training.init(rule, optimizer, net.init(init_key), rule_key),
             None,
             length=config.steps,
         )

@@ -209,3 +209,14 @@ def inside(place: str) -> Iterator[None]:
         if place not in str(error):
             error.args = (f"{place}: {error}",)
         raise
+
+
+def is_params(params: Any) -> None:
+    """Raises a TypeError unless all leaves are arrays, or shapes of some."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
+            at = f"`params{jax.tree_util.keystr(path)}`"
+            raise TypeError(
+                f"Leaves of `params` must be arrays, got {type(leaf).__name__} at {at}. "
+                "Pass what `net.init(key)` returns."
+            )

@@ -22,7 +22,7 @@ import fnn
 from fnn import activations, losses, per_example, rules
 from fnn.factors import PerExample
 from fnn.nets.layers import Dense, Norm
-from fnn.steps import init as train_state
+from fnn.training import init as train_state
 
 KEY = jax.random.key(0)
 LEGACY = np.zeros(2, np.uint32)  # what `jax.random.PRNGKey` gives

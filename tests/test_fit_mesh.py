@@ -13,7 +13,8 @@ from test_checkpoint import raw
 import fnn
 from fnn import losses, rules
 from fnn.checkpoint import Checkpointer, steps
-from fnn.sharding import PLANS, fully_sharded, make_mesh, own_batches, replicated, tensor_parallel
+from fnn.sharding import PLANS, fully_sharded, make_mesh, replicated, tensor_parallel
+from fnn.training import own_batches
 
 pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="8 devices: JAX_NUM_CPU_DEVICES=8")
 NET = fnn.mlp((6, 16, 8, 3), "tanh")

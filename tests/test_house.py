@@ -28,19 +28,23 @@ ORDER = [
     "tracing",
     "graph",
     "verify",
-    "data",
     "sharding",
-    "steps",
-    "epochs",
-    "history",
-    "resume",
     "rules",
     "alignment",
-    "train",
-    "many",
+    "training",
     "__init__",
 ]
-PACKAGES = {"checkpoint", "factors", "nets", "per_example", "graph", "rules", "sharding", "tracing"}
+PACKAGES = {
+    "checkpoint",
+    "factors",
+    "nets",
+    "per_example",
+    "graph",
+    "rules",
+    "sharding",
+    "tracing",
+    "training",
+}
 FILES = sorted((ROOT / "fnn").rglob("*.py"))
 
 

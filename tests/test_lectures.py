@@ -28,7 +28,7 @@ from experiments.computation_graph import (
     polynomial,
     product_plus_sine,
 )
-from fnn import losses, steps
+from fnn import losses, training
 from fnn.graph import trace
 from fnn.nets.activations import identity, leaky_relu, relu, sigmoid, softmax, softplus, step, tanh
 from fnn.nets.layers import Dense
@@ -82,8 +82,8 @@ def descend(net, loss, params, x, y, *, rate, count):
     The parameters after them, and the losses before each.
     """
     rule, optimizer = fnn.rules.backprop(net, loss), optax.sgd(rate)
-    one_step = steps.step(rule, optimizer)
-    state = steps.init(rule, optimizer, params, fnn.key(0))
+    one_step = training.step(rule, optimizer)
+    state = training.init(rule, optimizer, params, fnn.key(0))
     state, values = jax.jit(
         lambda state: lax.scan(lambda state, _: one_step(state, x, y), state, length=count)
     )(state)

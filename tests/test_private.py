@@ -17,8 +17,8 @@ from test_train import KEY, LOSS, NET, PARAMS, blobs
 
 import fnn
 from experiments import privacy_audit
-from fnn.data import poisson_batches, shuffled_batches
 from fnn.rules import PrivateState, private_sgd
+from fnn.training import poisson_batches, shuffled_batches
 
 TINY = fnn.mlp((2, 2))  # 6 parameters
 TINY_PARAMS = jax.jit(TINY.init)(jax.random.key(3))

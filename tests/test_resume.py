@@ -20,7 +20,7 @@ import pytest
 from test_checkpoint import raw
 
 import fnn
-from fnn import epochs, losses, rules
+from fnn import losses, rules
 from fnn.checkpoint import Checkpointer, CheckpointError, Stopped, manifest, running, steps
 
 NET = fnn.mlp((5, 6, 3), "tanh")
@@ -85,7 +85,7 @@ def same(a, b):
 def short_parts(monkeypatch):
     """Arrays are gone through in parts of five steps, and not in as many as half a second has."""
     monkeypatch.setattr(
-        fnn.train,
+        sys.modules["fnn.training.fit"],
         "paced",
         lambda: lambda first, n: ((i, min(i + 5, n)) for i in range(first, n, 5)),
     )
@@ -512,6 +512,7 @@ def test_threads_may_train_too(tmp_path):
 
 
 def test_parts_grow_until_they_take_their_time(monkeypatch):
+    epochs = sys.modules["fnn.training.epoch"]
     clock = [0.0]
     monkeypatch.setattr(epochs.time, "monotonic", lambda: clock[0])
     segments, found = epochs.paced(1.0), []

@@ -15,7 +15,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 import fnn
-from fnn import losses, per_example, rules, sharding, steps
+from fnn import losses, per_example, rules, sharding, training
 from fnn.backprop import weighted_mean
 from fnn.nets.layers import Dense
 from fnn.sharding.plans import PLANS
@@ -169,9 +169,9 @@ def test_a_step_of_every_rule_is_that_of_one_device_and_its_state_stays_where_it
     params = jax.tree.map(jnp.asarray, params_of(net))
     batch = (*batch_of(net, params, LABELS, 7), np.array([1, 2, 1, 1, 0.5, 0, 1]))
     made = rule(net, LABELS)
-    state = steps.init(made, optimizer, params, jax.random.key(5))
+    state = training.init(made, optimizer, params, jax.random.key(5))
     plan = sharding.follow(EDITED, params, state)
-    step, there = steps.step(made, optimizer), sharding.shardings(mesh, plan)
+    step, there = training.step(made, optimizer), sharding.shardings(mesh, plan)
     # some draw random numbers for every row of the batch
     expected, expected_value = jax.jit(step)(
         state, *(np.asarray(a) for a in sharding.place_batch(mesh, batch))

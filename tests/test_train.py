@@ -10,8 +10,9 @@ import pytest
 from cases import error, wide
 
 import fnn
-from fnn import losses, rules, steps
-from fnn.data import epoch_seeds, padded, shuffled_batches
+from fnn import losses, rules, training
+from fnn.sharding.placing import padded
+from fnn.training.data import epoch_seeds, shuffled_batches
 
 LOSS = losses.softmax_cross_entropy_with_integer_labels
 NET = fnn.mlp((5, 6, 3), "tanh")
@@ -63,8 +64,8 @@ def test_an_iterable_of_batches_is_the_same_loop():
     batches = [(x[i : i + 4], t[i : i + 4]) for i in range(0, len(x), 4)]
     rows = np.append(np.arange(len(x), dtype=np.int32), 0).reshape(-1, 4).astype(np.int32)
     present = (np.arange(24) < 23).astype(np.float32).reshape(-1, 4)
-    state = steps.init(RULE, optax.sgd(0.3), PARAMS, KEY)
-    state, step_loss, mean = jax.jit(steps.epoch(RULE, optax.sgd(0.3)))(
+    state = training.init(RULE, optax.sgd(0.3), PARAMS, KEY)
+    state, step_loss, mean = jax.jit(training.epoch(RULE, optax.sgd(0.3)))(
         state, (rows, present), x, t
     )
     for data in (batches, lambda epoch: iter(batches)):

@@ -8,7 +8,7 @@ the parameters after some steps, and all that is computed from them alone, are
 `PrivateRule.epsilon`, on these terms.
 
 - Batches are Poisson samples: every step takes every example independently with the same
-  probability (`fit(..., sampler=fnn.data.poisson_batches)`), and `epsilon` gets that probability
+  probability (`fit(..., sampler=fnn.training.poisson_batches)`). `epsilon` gets that probability
   and the number of all steps. It does not hold for shuffled batches. The number of examples, and
   with it the probability, counts as public.
 - B does not depend on the data: pass the *expected* batch size.
@@ -46,13 +46,13 @@ from optax import tree
 
 from fnn import _validate, per_example
 from fnn.backprop import weighted_mean
-from fnn.data import CUT_OFF
 from fnn.per_example.clipping import layer_count
 from fnn.rules._sources import source_of
 from fnn.types import Array, Key, Layer, Loss, Rule, Source, by_recipe
 
 Accountant = Literal["pld", "rdp"]
 Schedule = Callable[[Any], Any]  # step, from 0 -> number
+CUT_OFF = 1e-12  # greatest probability that a step of `poisson_batches` leaves examples out
 
 
 class PrivateState(NamedTuple):
@@ -81,7 +81,7 @@ class PrivateRule(Rule):
         """The epsilon of (epsilon, delta)-differential privacy after some steps.
 
         One example is added or removed. `delta` is charged with the probability that
-        `fnn.data.poisson_batches` cuts off a batch that is too large, times 1 + e^epsilon.
+        `fnn.training.poisson_batches` cuts off a batch that is too large, times 1 + e^epsilon.
 
         Args:
             steps: all steps: epochs times `ceil(examples / batch_size)` for `poisson_batches`.

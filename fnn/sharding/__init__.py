@@ -7,11 +7,11 @@ is a tree like the params with a `PartitionSpec` for each array: data, to be loo
 
     mesh = make_mesh(model=2)
     plan = tensor_parallel(mesh, params)
-    # of a `TrainState` of `fnn.steps`: params, the optimiser's state, the rule's state
+    # of a `TrainState` of `fnn.training`: params, the optimiser's state, the rule's state
     where = follow(plan, params, state)
     # without `out_shardings` XLA may move them
     out = (shardings(mesh, where), None)
-    step = jax.jit(fnn.steps.step(rule, optimizer), out_shardings=out)
+    step = jax.jit(fnn.training.step(rule, optimizer), out_shardings=out)
     state, value = step(place(mesh, state, where), *place_batch(mesh, (x, targets)))
 
 With several processes every function here is called by all of them alike.
@@ -28,4 +28,3 @@ from fnn.sharding.plans import fully_sharded as fully_sharded
 from fnn.sharding.plans import replicated as replicated
 from fnn.sharding.plans import shardings as shardings
 from fnn.sharding.plans import tensor_parallel as tensor_parallel
-from fnn.sharding.training import own_batches as own_batches

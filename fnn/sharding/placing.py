@@ -12,7 +12,6 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from fnn import _validate
-from fnn.data import padded
 from fnn.sharding.mesh import DATA, check_mesh, size_of
 from fnn.sharding.plans import Plan, planned, replicated, shardings
 from fnn.types import Array, Params
@@ -81,6 +80,32 @@ def place_batch(mesh: Mesh, batch: tuple[Any, ...]) -> tuple[Array, Array, Array
         return jax.make_array_from_process_local_data(sharding, part, (total, *part.shape[1:]))
 
     return split(x), split(targets), None if weights is None else split(weights)
+
+
+def padded(batch: tuple[Any, Any, Any], batch_size: int) -> tuple[Any, Any, Any]:
+    """A batch filled up to `batch_size` by copies of its first row with weight 0.
+
+    >>> padded((np.array([[5.0], [6.0]]), np.array([1, 2]), None), 3)[1:]
+    (array([1, 2, 1]), array([1., 1., 0.], dtype=float32))
+    """
+    x, targets, weights = batch
+    missing = batch_size - x.shape[0]
+    if missing < 0:
+        raise ValueError(
+            f"A batch has {x.shape[0]} examples, more than `batch_size` {batch_size}. "
+            f"Pass `batch_size={x.shape[0]}`."
+        )
+    weights = np.ones(x.shape[0], np.float32) if weights is None else weights
+    if not missing:
+        return x, targets, weights
+    rows = np.concatenate([np.arange(x.shape[0]), np.zeros(missing, int)])
+    return (
+        x[rows],
+        targets[rows],
+        np.where(np.arange(batch_size) < x.shape[0], np.asarray(weights)[rows], 0).astype(
+            weights.dtype
+        ),
+    )
 
 
 def _put(leaf: Any, sharding: NamedSharding) -> Array:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from fnn.data import check_params
+from fnn import _validate
 from fnn.nets.layers import Dense
 from fnn.sharding.mesh import DATA, MODEL, check_mesh, size_of
 from fnn.types import Params
@@ -43,7 +43,7 @@ def replicated(mesh: Mesh, params: Params) -> Plan:
     (P(),)
     """
     check_mesh(mesh)
-    check_params(params)
+    _validate.is_params(params)
     return jax.tree.map(lambda leaf: P(), params)
 
 
@@ -109,7 +109,7 @@ def fully_sharded(mesh: Mesh, params: Params) -> Plan:
     (P(None, 'data'),)
     """
     size = size_of(mesh, DATA)
-    check_params(params)
+    _validate.is_params(params)
 
     def spec(leaf: Any) -> P:
         axes = [a for a in range(max(leaf.ndim - 2, 0), leaf.ndim) if leaf.shape[a] % size == 0]
@@ -173,7 +173,7 @@ def shardings(mesh: Mesh, plan: Plan) -> Any:
 
 def planned(params: Params, plan: Plan) -> list[tuple[tuple[Any, ...], Any, P]]:
     """Path, array and spec of every leaf; raises where the plan has not one for each."""
-    check_params(params)
+    _validate.is_params(params)
     arrays, specs = (dict(jax.tree_util.tree_leaves_with_path(tree)) for tree in (params, plan))
     mend = "Edit one of `fnn.sharding.replicated(mesh, params)`."
     for path in [path for path in arrays if path not in specs]:

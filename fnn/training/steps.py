@@ -17,7 +17,7 @@ import optax
 from jax import lax
 
 from fnn.backprop import weighted_mean
-from fnn.data import take
+from fnn.training.data import take
 from fnn.types import Array, Key, Params, Rule
 
 
@@ -84,14 +84,14 @@ def epoch(
     Returns:
         A pure function `(state, batches, x, targets, weights=None) -> (state, losses [steps], mean
         loss)` for `jax.jit`. `batches` are `(rows [steps, batch], present [steps, batch] or None)`
-        as from `fnn.data.shuffled_batches`, or in an order of your own. The mean is over examples,
-        by their weights, not over batches.
+        as from `fnn.training.shuffled_batches`, or in an order of your own. The mean is over
+        examples, by their weights, not over batches.
 
     >>> import fnn
     >>> net, optimizer = fnn.mlp((3, 2)), optax.sgd(0.1)
     >>> rule = fnn.rules.backprop(net, fnn.losses.l2_loss)
     >>> state = init(rule, optimizer, net.init(jax.random.key(0)), jax.random.key(1))
-    >>> batches = fnn.data.shuffled_batches(2, 5, 2)
+    >>> batches = fnn.training.data.shuffled_batches(2, 5, 2)
     >>> x, targets = jnp.ones((5, 3)), jnp.ones((5, 2))
     >>> state, losses, mean = jax.jit(epoch(rule, optimizer))(state, batches, x, targets)
     >>> losses.shape

@@ -12,10 +12,10 @@ import numpy as np
 import optax
 
 from fnn import _validate
-from fnn.data import check_data, epoch_seeds, shuffled_batches
-from fnn.history import History
-from fnn.steps import TrainState, epoch, init
-from fnn.train import check_settings
+from fnn.training.data import check_data, epoch_seeds, shuffled_batches
+from fnn.training.fit import check_settings
+from fnn.training.history import History
+from fnn.training.steps import TrainState, epoch, init
 from fnn.types import Array, ArrayLike, Key, Params, Rule
 
 
@@ -86,7 +86,7 @@ def fit_many(
     )
 
 
-# Kept per rule, as the compiled functions of `fnn.steps`.
+# Kept per rule, as the compiled functions of `fnn.training.steps`.
 @functools.lru_cache(maxsize=64)
 def _many_functions(
     rule: Rule, make: Any, init_params: Any

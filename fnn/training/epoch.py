@@ -20,10 +20,11 @@ from jax import lax
 
 from fnn import _validate
 from fnn._processes import greatest
-from fnn.data import check_data, padded, take
 from fnn.sharding import place_batch
+from fnn.sharding.placing import padded
 from fnn.sharding.training import Placement
-from fnn.steps import TrainState, batch_of, batch_weight, step, step_with_grads
+from fnn.training.data import check_data, take
+from fnn.training.steps import TrainState, batch_of, batch_weight, step, step_with_grads
 from fnn.types import Array, Params, Rule
 
 Record = Callable[..., Any]  # (params, rule_state, x, targets, weights) -> a tree of arrays

@@ -5,7 +5,7 @@ And batches of one size, filled up with weight 0.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -13,13 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from fnn import _validate
+from fnn.rules.private_sgd import CUT_OFF
 from fnn.types import Array, Key, Params, Rule
 
 # (seed, examples, batch_size) -> (rows, present), as `shuffled_batches`
 Sampler = Callable[[Any, int, int], tuple[Any, Any]]
-
-
-CUT_OFF = 1e-12  # greatest probability that a step of `poisson_batches` leaves examples out
 
 
 def check_data(
@@ -57,7 +55,7 @@ def check_data(
     ValueError: `targets` must be labels in 0 ... 1 for 2 outputs, got 2 in row 1. Labels that count
         from 1? Pass `targets - 1`.
     """
-    check_params(params)
+    _validate.is_params(params)
     rows = _check_arrays(data, name)
     x, targets = jnp.asarray(data[0]), jnp.asarray(data[1])
     if jnp.issubdtype(x.dtype, jnp.integer) and not np.array_equal(
@@ -189,35 +187,46 @@ def epoch_seeds(key: Key, epochs: int) -> np.ndarray:
     return np.asarray(jax.random.key_data(jax.random.split(key, epochs)))
 
 
+def own_batches(
+    data: tuple[Any, ...], batch_size: int, key: Key, epochs: int
+) -> Callable[[int], Iterator[tuple[Any, ...]]]:
+    """The batches of `fit`, of each of which every process takes its own rows alone.
+
+    Args:
+        data: `(x, targets)` or `(x, targets, weights)`, arrays `[examples, ...]` on the host, the
+            same in every process; such as `numpy.memmap`, of which only the rows that are taken are
+            read.
+        batch_size: of `fit`, all processes together.
+        key: of `fit`; the order of the examples is then the one in which `fit` goes through arrays.
+        epochs: of `fit`.
+
+    Returns:
+        A function of the epoch, for `fit`'s `data`, that returns an iterator of `(x, targets,
+        weights)`.
+
+    >>> batches = own_batches((np.arange(5.0), np.arange(5)), 2, jax.random.key(0), epochs=1)
+    >>> [weights.tolist() for x, targets, weights in batches(0)]
+    [[1.0, 1.0], [1.0, 1.0], [1.0, 0.0]]
+    """
+    seeds, examples = epoch_seeds(jax.random.split(key)[1], epochs + 1), data[0].shape[0]
+    each = -(-batch_size // jax.process_count())
+    own = slice(jax.process_index() * each, (jax.process_index() + 1) * each)
+
+    def batches(epoch: int) -> Iterator[tuple[Any, ...]]:
+        rows, present = shuffled_batches(seeds[epoch], examples, batch_size)
+        present = np.ones(rows.shape, np.float32) if present is None else present
+        missing = ((0, 0), (0, each * jax.process_count() - batch_size))
+        for r, w in zip(
+            np.pad(rows, missing)[:, own], np.pad(present, missing)[:, own], strict=True
+        ):
+            yield data[0][r], data[1][r], w * data[2][r] if len(data) == 3 else w
+
+    return batches
+
+
 def take(a: Array, rows: Array) -> Array:
     """Rows that are known to exist."""
     return a.at[rows].get(mode="promise_in_bounds")
-
-
-def padded(batch: tuple[Any, Any, Any], batch_size: int) -> tuple[Any, Any, Any]:
-    """A batch filled up to `batch_size` by copies of its first row with weight 0.
-
-    >>> padded((np.array([[5.0], [6.0]]), np.array([1, 2]), None), 3)[1:]
-    (array([1, 2, 1]), array([1., 1., 0.], dtype=float32))
-    """
-    x, targets, weights = batch
-    missing = batch_size - x.shape[0]
-    if missing < 0:
-        raise ValueError(
-            f"A batch has {x.shape[0]} examples, more than `batch_size` {batch_size}. "
-            f"Pass `batch_size={x.shape[0]}`."
-        )
-    weights = np.ones(x.shape[0], np.float32) if weights is None else weights
-    if not missing:
-        return x, targets, weights
-    rows = np.concatenate([np.arange(x.shape[0]), np.zeros(missing, int)])
-    return (
-        x[rows],
-        targets[rows],
-        np.where(np.arange(batch_size) < x.shape[0], np.asarray(weights)[rows], 0).astype(
-            weights.dtype
-        ),
-    )
 
 
 def check_rule(rule: Any) -> None:
@@ -250,17 +259,6 @@ def check_batches(data: Any, epochs: int) -> None:
             f"but `epochs` is {epochs}. "
             "Pass a list, or a function of the epoch that returns one: `lambda epoch: ...`."
         )
-
-
-def check_params(params: Any) -> None:
-    """Raises a TypeError unless all leaves are arrays, or shapes of some."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
-            at = f"`params{jax.tree_util.keystr(path)}`"
-            raise TypeError(
-                f"Leaves of `params` must be arrays, got {type(leaf).__name__} at {at}. "
-                "Pass what `net.init(key)` returns."
-            )
 
 
 def _check_arrays(data: Any, name: str) -> int:

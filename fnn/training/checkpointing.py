@@ -17,13 +17,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from fnn import checkpoint, history
+from fnn import checkpoint
 from fnn._processes import greatest, on_host
 from fnn.checkpoint import Checkpointer, CheckpointError, Stopped
 from fnn.checkpoint.layout import MANIFEST, find
 from fnn.checkpoint.running import Saver, saving, sign
-from fnn.history import Log
-from fnn.steps import TrainState
+from fnn.training import history
+from fnn.training.history import Log
+from fnn.training.steps import TrainState
 from fnn.types import Key
 
 Keep = Callable[..., None]  # (state, log, metrics=None, last=False, ended=False)

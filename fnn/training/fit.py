@@ -1,10 +1,10 @@
-"""Training: `fit` and `evaluate`; many nets at once are in `fnn.many`.
+"""Training: `fit` and `evaluate`; many nets at once are in `fnn.training.many`.
 
 Data flows one way: key -> init -> params -> forward -> loss.grad -> backward -> grads -> optax ->
 params. Data are a tuple `(x, targets)` or `(x, targets, weights)` of arrays `[examples, ...]`,
 which stay on the device (the order of each epoch is drawn on the host), or an iterable of such
-tuples, one a batch, where they do not fit. The steps are in `fnn.steps`, the epochs in
-`fnn.epochs`.
+tuples, one a batch, where they do not fit. The steps are in `fnn.training.steps`, the epochs in
+`fnn.training.epoch`.
 """
 
 from __future__ import annotations
@@ -20,17 +20,22 @@ from jax.sharding import Mesh
 
 from fnn import _validate
 from fnn.checkpoint import Checkpointer
-from fnn.data import (
+from fnn.factors import widen
+from fnn.sharding import place
+from fnn.sharding.placing import padded
+from fnn.sharding.plans import Plan
+from fnn.sharding.training import Placement, placed_order, placed_state
+from fnn.training.checkpointing import begin, saver_of
+from fnn.training.data import (
     Sampler,
     check_batches,
     check_data,
     check_rule,
     drawn,
     epoch_seeds,
-    padded,
     shuffled_batches,
 )
-from fnn.epochs import (
+from fnn.training.epoch import (
     Loop,
     NonFiniteStep,
     Part,
@@ -42,13 +47,8 @@ from fnn.epochs import (
     run_arrays,
     run_iterable,
 )
-from fnn.factors import widen
-from fnn.history import History, Log, add, end_epoch, history
-from fnn.resume import begin, saver_of
-from fnn.sharding import place
-from fnn.sharding.plans import Plan
-from fnn.sharding.training import Placement, placed_order, placed_state
-from fnn.steps import TrainState, init
+from fnn.training.history import History, Log, add, end_epoch, history
+from fnn.training.steps import TrainState, init
 from fnn.types import Array, ArrayLike, Key, Params, Rule
 
 Callback = Callable[[int, dict[str, float]], Any]
@@ -114,7 +114,7 @@ def fit(
         callback: `(epoch, metrics) -> stop`, called after every epoch, counted from 0; training
             stops where it returns something true.
         sampler: `(seed, examples, batch_size) -> (rows, present)`, an epoch's batches of arrays;
-            `fnn.data.poisson_batches` is another.
+            `fnn.training.poisson_batches` is another.
         record: `(params, rule_state, x, targets, weights) -> tree of arrays`, such as those of
             `fnn.alignment`, called inside the compiled epoch before the steps 0, `record_every`,
             2 `record_every`, ... of every epoch; `history.records` has them. It is compiled in:
@@ -240,7 +240,7 @@ def evaluate(
     return {name: s / sums["weight"] for name, s in sums.items() if name != "weight"}
 
 
-# Kept per rule, as the compiled functions of `fnn.epochs`.
+# Kept per rule, as the compiled functions of `fnn.training.epoch`.
 @functools.lru_cache(maxsize=64)
 def _sums_function(rule: Rule) -> Callable[..., dict[str, Array]]:
     def sums(params: Params, x: Array, targets: Array, weights: Array) -> dict[str, Array]:
@@ -268,7 +268,7 @@ def _epoch_runner(
     _validate.is_function(
         "sampler",
         sampler,
-        "(seed, examples, batch_size) -> (rows, present), such as `fnn.data.poisson_batches`",
+        "(seed, examples, batch_size) -> (rows, present), such as `fnn.training.poisson_batches`",
     )
     if not isinstance(data, tuple):
         if sampler is not shuffled_batches:
