@@ -20,25 +20,21 @@ def greatest(*numbers: int) -> list[int]:
     """
     if jax.process_count() == 1:
         return [int(number) for number in numbers]
-    return (
-        np.asarray(multihost_utils.process_allgather(np.array(numbers, np.int32))).max(0).tolist()
-    )
+    gathered = multihost_utils.process_allgather(np.array(numbers, np.int32))
+    return np.asarray(gathered).max(0).tolist()
 
 
 def on_host(tree: Any) -> Any:
     """Arrays that span processes as NumPy arrays, whole, in every process; others as they are."""
+    return jax.tree.map(_whole, tree)
 
-    def whole(leaf: Any) -> Any:
-        if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
-            return leaf
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            return jax.random.wrap_key_data(
-                whole(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf)
-            )
-        return np.asarray(
-            leaf
-            if leaf.is_fully_replicated
-            else multihost_utils.process_allgather(leaf, tiled=True)
-        )
 
-    return jax.tree.map(whole, tree)
+def _whole(leaf: Any) -> Any:
+    if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
+        return leaf
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        data = _whole(jax.random.key_data(leaf))
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+    if leaf.is_fully_replicated:
+        return np.asarray(leaf)
+    return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))

@@ -1,7 +1,4 @@
-"""Checkpoints of a run that goes on.
-
-Saved in the background, the newest and the best kept, a last one where a signal says stop.
-"""
+"""What `fit` needs to save: `Checkpointer`, saves in the background, and signals that stop it."""
 
 from __future__ import annotations
 
@@ -9,7 +6,6 @@ import contextlib
 import math
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -17,19 +13,25 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
 from fnn import _validate
-from fnn.checkpoint.layout import PREFIX, UNFINISHED, CheckpointError, every, number
-from fnn.checkpoint.reading import manifest
-from fnn.checkpoint.writing import Leaf, leaves_of, tidy, to_json, write
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl: Any = None
+from fnn.checkpoint.files import (
+    PREFIX,
+    UNFINISHED,
+    CheckpointError,
+    Folder,
+    alone,
+    checkpoints,
+    local,
+    prepare,
+    score,
+    tidy,
+    to_json,
+    write,
+)
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -50,6 +52,8 @@ class Checkpointer:
         wait: whether training waits where a checkpoint is due while another is still being written;
             else it is left out, unless it is the best or the last.
         metadata: whatever JSON can hold, such as the configuration; every manifest has it.
+        on_change: what `fit` does with a checkpoint of other settings: "refuse" raises a
+            `CheckpointError`, "warn" goes on from it with a warning.
 
     Raises:
         TypeError, ValueError: a setting is invalid.
@@ -58,7 +62,7 @@ class Checkpointer:
     3
     """
 
-    folder: str | os.PathLike[str]
+    folder: Folder
     every: int = 1
     seconds: float | None = 600.0
     keep: int = 3
@@ -66,20 +70,28 @@ class Checkpointer:
     mode: str | None = None
     wait: bool = False
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    on_change: str = "refuse"
 
     def __post_init__(self) -> None:
         """Raises a TypeError or a ValueError where a setting is invalid."""
         if not isinstance(self.folder, (str, os.PathLike)):
             raise TypeError(f"`folder` must be a path, got {self.folder!r}.")
+        local(self.folder)
         _validate.positive("every", self.every, whole=True)
         _validate.positive("keep", self.keep, whole=True)
-        if self.seconds is not None:
-            _validate.positive("seconds", self.seconds)
-        if self.mode is not None:
-            _validate.one_of("mode", self.mode, ("min", "max"))
+        _validate.positive("seconds", math.pi if self.seconds is None else self.seconds)
+        _validate.one_of("mode", self.mode or "min", ("min", "max"))
+        _validate.one_of("on_change", self.on_change, ("refuse", "warn"))
         if not isinstance(self.metadata, Mapping):
             raise TypeError(f"`metadata` must be a dict, got {self.metadata!r:.80}.")
-        to_json(dict(self.metadata))
+        to_json(self.choice)
+
+    @property
+    def choice(self) -> dict[str, Any]:
+        """What every manifest has of these settings."""
+        accuracy = (self.best or "").endswith("accuracy")
+        mode = self.mode or ("max" if accuracy else "min")
+        return {"metadata": dict(self.metadata), "best": self.best, "mode": mode}
 
 
 class Stopped(SystemExit):
@@ -89,249 +101,129 @@ class Stopped(SystemExit):
     """
 
 
-class Saver(NamedTuple):
-    """What `fit` needs of a `Checkpointer` while it runs."""
+class Saver:
+    """Saves in the background while `fit` runs, one checkpoint after the other.
 
-    # (tree, step, metadata): in the background, after the one before
-    save: Callable[[Any, int, dict[str, Any]], None]
-    due: Callable[[], bool]  # whether it is time for a checkpoint within an epoch
-    # whether the one before is still being written; raises its error where it failed
-    busy: Callable[[], bool]
-    told: Callable[[], int]  # the signal that told the process to stop; 0 if none did
+    Of several processes of one training only the first writes.
+
+    Attributes:
+        told: gives the signal that told the process to stop; 0 if none did.
+    """
+
+    def __init__(
+        self, settings: Checkpointer, pool: ThreadPoolExecutor, told: Callable[[], int]
+    ) -> None:
+        """Begins the time to the first checkpoint within an epoch."""
+        self.told = told
+        self._settings = settings
+        self._home = local(settings.folder).absolute()  # wherever the process goes
+        self._pool = pool
+        self._pending: Future[None] | None = None
+        self._last = time.monotonic()
+
+    def save(self, tree: Any, step: int, metadata: dict[str, Any]) -> None:
+        """Saves a tree, after the save before; raises its error."""
+        self.wait()
+        self._last = time.monotonic()
+        if jax.process_index() == 0:
+            content = prepare(tree, step, metadata | self._settings.choice)
+            self._pending = self._pool.submit(
+                _write_and_prune, self._settings, self._home, *content
+            )
+
+    def wait(self) -> None:
+        """Waits for the last save; raises its error."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def due(self) -> bool:
+        """Whether it is time for a checkpoint within an epoch."""
+        seconds = self._settings.seconds
+        return seconds is not None and time.monotonic() - self._last >= seconds
+
+    def busy(self) -> bool:
+        """Whether the last save goes on; raises its error where it failed."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
+        return self._pending is not None
 
 
 @contextlib.contextmanager
 def saving(settings: Checkpointer) -> Iterator[Saver]:
-    """A folder that is this process's alone, a thread that saves into it, and ears for signals.
-
-    All is written when the block ends.
-
-    Of several processes of one training only the first writes.
-    """
-    # wherever the process goes
-    home, writes = Path(settings.folder).absolute(), jax.process_index() == 0
-    with _alone(home) if writes else contextlib.nullcontext(), _stop_signals() as told:
-        with _background() as (submit, busy):
-            save_soon, due = _saver(settings, home, writes, submit)
-            yield Saver(save_soon, due, busy, told)
-        if told():  # while the last checkpoint was written
+    """Locks the folder, and yields what saves into it; the last save ends with the block."""
+    writes = jax.process_index() == 0
+    lock = alone(local(settings.folder).absolute()) if writes else contextlib.nullcontext()
+    with lock, _stop_signals() as told:
+        with ThreadPoolExecutor(1, "fnn-checkpoint", _lower_priority) as pool:
+            saver = Saver(settings, pool, told)
+            try:
+                yield saver
+            finally:
+                saver.wait()
+        if told():  # during the last save
+            name = signal.Signals(told()).name
             raise Stopped(
-                f"{signal.Signals(told()).name}: stopped after the last epoch; "
-                f"all is saved in {settings.folder}."
+                f"{name}: stopped after the last epoch; all is saved in {settings.folder}."
             )
 
 
-def _saver(settings: Checkpointer, home: Path, writes: bool, submit: Callable[..., None]) -> Any:
-    """`save` and `due` of a `Saver`."""
-    last = time.monotonic()
-
-    def save_soon(tree: Any, step: int, metadata: dict[str, Any]) -> None:
-        nonlocal last
-        last = time.monotonic()
-        if writes:
-            submit(
-                _write_and_prune,
-                settings,
-                home,
-                leaves_of(tree),
-                step,
-                {**metadata, "metadata": dict(settings.metadata)},
-            )
-
-    def due() -> bool:
-        return settings.seconds is not None and time.monotonic() - last >= settings.seconds
-
-    return save_soon, due
-
-
-def _write_and_prune(
-    settings: Checkpointer, home: Path, leaves: list[Leaf], step: int, metadata: dict[str, Any]
-) -> None:
-    write(home, leaves, step, metadata)
-    kept = {*every(home)[-settings.keep :], *_best(settings, home)}
-    for path in set(every(home)) - kept:
-        # at once: a half-removed checkpoint is none
-        path.rename(path.with_name(path.name.replace(PREFIX, UNFINISHED)))
-    tidy(home)
-
-
-def sign(settings: Checkpointer) -> int:
-    """1 where the best value of the metric is the least, -1 where it is the greatest."""
-    return (
-        -1
-        if (settings.mode or ("max" if (settings.best or "").endswith("accuracy") else "min"))
-        == "max"
-        else 1
-    )
-
-
-def _best(settings: Checkpointer, home: Path) -> list[Path]:
-    """The checkpoint that is best by the metric, the oldest of equals; none without a metric."""
-    if settings.best is None:
-        return []
-    found = []
-    for path in every(home):
-        value = _metrics(path).get(settings.best)
-        if value is not None and math.isfinite(value):
-            found.append((sign(settings) * value, number(path), path))
-    return [min(found)[-1]] if found else []
-
-
-def _metrics(path: Path) -> dict[str, Any]:
-    try:
-        return manifest(path).metadata.get("metrics", {})
-    except CheckpointError:  # damaged: it stays until it is among the old ones
-        return {}
-
-
-@contextlib.contextmanager
-def _background() -> Iterator[tuple[Callable[..., None], Callable[[], bool]]]:
-    """`submit(function, *arguments)`.
-
-    Calls it in another thread, after the one before, whose errors come here; and whether it is
-    busy.
-    """
-    pending: list[Future[None]] = []
-    with ThreadPoolExecutor(1, "fnn-checkpoint", _step_aside) as pool:
-
-        def submit(function: Callable[..., None], *arguments: Any) -> None:
-            while pending:
-                pending.pop().result()
-            pending.append(pool.submit(function, *arguments))
-
-        def busy() -> bool:
-            if pending and pending[0].done():
-                pending.pop().result()
-            return bool(pending)
-
-        try:
-            yield submit, busy
-        finally:
-            while pending:
-                pending.pop().result()
-
-
-def _step_aside() -> None:
-    """This thread takes the time that the training leaves.
-
-    Where the system has no priorities of threads, its share.
-    """
+def _lower_priority() -> None:
+    """Leaves the time to the training, where the system has priorities of threads."""
     if sys.platform == "linux":
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
-_IN_CHILDREN: list[Callable[[], None]] = []  # what a child that is forked meanwhile must undo
+def _write_and_prune(
+    settings: Checkpointer, home: Path, content: dict[str, Any], arrays: list[Any]
+) -> None:
+    write(home, content, arrays)
+    paths = [*checkpoints(home).values()]
+    scores = {path: _score(path, settings) for path in paths if settings.best}
+    best = min(scores, key=scores.__getitem__, default=None)
+    for path in paths[: -settings.keep]:
+        if path != best or scores[path] == math.inf:
+            # at once: a half-removed checkpoint is none
+            path.rename(home / path.name.replace(PREFIX, UNFINISHED))
+    tidy(home)
 
 
-def _undo_in_child() -> None:
-    while _IN_CHILDREN:
-        _IN_CHILDREN.pop()()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_undo_in_child)
+def _score(path: Path, settings: Checkpointer) -> float:
+    """The score; that of a damaged checkpoint, which stays until it is old, is infinite."""
+    try:
+        return score(path, settings.choice)
+    except CheckpointError:
+        return math.inf
 
 
 @contextlib.contextmanager
 def _stop_signals() -> Iterator[Callable[[], int]]:
-    """Yields a function that gives the signal's number, once one came.
-
-    A second one ends the process at once, whatever it is at.
-    """
+    """Yields a function that gives the signal's number, once one came; a second is Python's own."""
     came: list[int] = []
-    # only the main thread may ask for signals
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: 0
-        return
-    ear, mouth = socket.socketpair()
-    mouth.setblocking(False)
-    listener = threading.Thread(target=_listen, args=(ear, came), name="fnn-signals", daemon=True)
-    listener.start()
-    # told at once, and not when XLA returns
-    wakeup = signal.set_wakeup_fd(mouth.fileno(), warn_on_full_buffer=False)
-    heard = [each for each in SIGNALS if signal.getsignal(each) is not signal.SIG_IGN]
-    handlers = {each: signal.signal(each, lambda *_: None) for each in heard}
+    process = os.getpid()
+    before: dict[signal.Signals, Any] = {}
 
-    def restore(wakeup: int = wakeup) -> None:
-        for each, handler in handlers.items():
+    def restore() -> None:
+        for each, handler in before.items():
             signal.signal(each, signal.SIG_DFL if handler is None else handler)
-        signal.set_wakeup_fd(wakeup)
 
-    def in_child() -> None:
-        restore(-1)
-        ear.close()
-        mouth.close()
+    def handle(number: int, frame: Any) -> None:
+        restore()
+        if os.getpid() != process:  # a worker that was forked, such as a loader's
+            os.kill(os.getpid(), number)
+            return
+        came.append(number)
+        name = signal.Signals(number).name
+        with contextlib.suppress(OSError):  # nobody may be there to read it
+            os.write(
+                2, f"{name}: finishing the step and saving; once more to exit at once.\n".encode()
+            )
 
-    _IN_CHILDREN.append(in_child)
+    if threading.current_thread() is threading.main_thread():
+        for each in SIGNALS:
+            if signal.getsignal(each) is not signal.SIG_IGN:
+                before[each] = signal.signal(each, handle)
     try:
         yield lambda: came[0] if came else 0
     finally:
-        _IN_CHILDREN.remove(in_child)
         restore()
-        mouth.shutdown(socket.SHUT_RDWR)  # what a child has of it does not keep it open
-        mouth.close()
-        listener.join()
-        ear.close()
-
-
-def _listen(ear: socket.socket, came: list[int]) -> None:
-    """Takes down the signals that C's handler tells; exits at the second."""
-    while number := ear.recv(1):
-        if number[0] in SIGNALS and came:
-            os._exit(128 + number[0])
-        if number[0] in SIGNALS:
-            came.append(number[0])
-            with contextlib.suppress(OSError, ValueError):  # nobody may be there to read it
-                name = signal.Signals(number[0]).name
-                print(
-                    f"{name}: finishing the step and saving; once more to exit at once.",
-                    file=sys.stderr,
-                    flush=True,
-                )
-
-
-@contextlib.contextmanager
-def _alone(home: Path) -> Iterator[None]:
-    """Makes the folder, locks it where the system can, and clears it.
-
-    The lock goes with the process, however it ends.
-    """
-    home.mkdir(parents=True, exist_ok=True)
-    descriptor = _locked(home)
-    if descriptor is None:
-        tidy(home)
-        yield
-        return
-
-    def close() -> None:
-        os.close(descriptor)
-
-    _IN_CHILDREN.append(close)
-    try:
-        tidy(home)
-        yield
-    finally:
-        _IN_CHILDREN.remove(close)
-        fcntl.flock(descriptor, fcntl.LOCK_UN)
-        close()
-
-
-def _locked(home: Path) -> int | None:
-    """A descriptor of the folder that no other process can have.
-
-    None where the system has no such locks.
-    """
-    if fcntl is None:
-        return None
-    descriptor = os.open(home, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise CheckpointError(
-            home, "another process saves its run here. Wait for it, or choose another folder."
-        ) from None
-    except OSError:  # some file systems of networks
-        os.close(descriptor)
-        return None
-    return descriptor

@@ -1,33 +1,43 @@
 """How `fit` goes on from a checkpoint, and what it puts into one.
 
 A checkpoint of a training holds the state of parameters, optimiser and rule, the key, and all that
-was measured, up to a step of an epoch: what follows is computed from these alone, so that a
-training that was stopped gives, bit for bit, what one that was not gives.
+was measured, up to a step of an epoch. What follows is computed from these alone, so a training
+that was stopped resumes bit for bit.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
-from collections.abc import Callable
+import re
+import sys
+import warnings
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from signal import Signals
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
+from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from fnn import checkpoint
 from fnn._processes import greatest, on_host
 from fnn.checkpoint import Checkpointer, CheckpointError, Stopped
-from fnn.checkpoint.layout import MANIFEST, find
-from fnn.checkpoint.running import Saver, saving, sign
+from fnn.checkpoint.files import MANIFEST, difference, find, local
+from fnn.checkpoint.running import Saver, saving
+from fnn.tracing.jaxprs import open_jaxpr
 from fnn.training import history
 from fnn.training.history import Log
 from fnn.training.steps import TrainState
-from fnn.types import Key
+from fnn.types import Key, Rule
 
-Keep = Callable[..., None]  # (state, log, metrics=None, last=False, ended=False)
+SAMPLED_BYTES = 2**22  # of an array, for its fingerprint
 
 
 class Begun(NamedTuple):
@@ -36,7 +46,7 @@ class Begun(NamedTuple):
     state: TrainState
     log: Log
     ended: bool  # its callback has stopped it
-    keep: Keep  # keeps where it is
+    keep: Callable[..., None]  # (state, log, metrics=None, last=False, ended=False)
 
 
 def saver_of(checkpointer: Checkpointer | None) -> contextlib.AbstractContextManager[Saver | None]:
@@ -44,6 +54,7 @@ def saver_of(checkpointer: Checkpointer | None) -> contextlib.AbstractContextMan
 
     Raises:
         TypeError: `checkpointer` is none.
+        CheckpointError: the folder cannot be written, or another training saves there.
     """
     if checkpointer is None:
         return contextlib.nullcontext()
@@ -65,21 +76,21 @@ def begin(
 ) -> Begun:
     """Where a training goes on.
 
-    A function that is done, and no block, so that nothing holds the first state while others
-    follow.
+    A function that returns, not a block, so that nothing holds the first state while others follow.
 
     Args:
         checkpointer: None for a training without checkpoints.
         saver: its `saver_of`.
         state: that before the first step, as it was then.
         key: `fit`'s.
-        settings: what must be as it was, by name.
+        settings: what must be as it was, by name, as JSON has it.
         epochs: `fit`'s.
 
     Returns:
         `(state, log, ended, keep)`. `keep(state, log)` after some steps saves where it is time;
         `keep(state, log, metrics, last, ended)` after an epoch saves every so many epochs. Both
-        save, and raise `Stopped`, where the process was told to stop.
+        save, and raise `Stopped`, where the process was told to stop. Where a save failed they
+        raise a `CheckpointError` with the params and the history.
 
     Raises:
         CheckpointError: what is there is damaged, or is of another training.
@@ -92,79 +103,92 @@ def begin(
             Path(checkpointer.folder),
             "another process sees a newer checkpoint: all must share the folder.",
         )
-    keep = _keep(checkpointer, saver, key, settings, newest)
+    keep = Keep(checkpointer, saver, key, settings, newest)
     if newest < 0:
         return Begun(state, Log(), False, keep)
     return Begun(*_restored(checkpointer, state, key, settings, epochs), keep)
 
 
-def _keep(
-    checkpointer: Checkpointer, saver: Saver, key: Key, settings: dict[str, Any], saved: int
-) -> Keep:
-    """The function that `begin` returns; `saved` is the step of the newest checkpoint."""
+@dataclass
+class Keep:
+    """The function that `begin` returns."""
 
-    def keep(
+    checkpointer: Checkpointer
+    saver: Saver
+    key: Key
+    settings: dict[str, Any]
+    saved: int  # the step of the newest checkpoint
+
+    def __call__(
+        self,
         state: TrainState,
         log: Log,
         metrics: dict[str, float] | None = None,
         last: bool = False,
         ended: bool = False,
     ) -> None:
-        nonlocal saved
-        step, epochs = log.steps, len(log.loss)
-        # of all processes, which must do the same
-        told, is_time, busy = greatest(saver.told(), saver.due(), saver.busy())
-        must = told or last or ended or (metrics is not None and _is_best(checkpointer, log))
-        due = is_time if metrics is None else epochs % checkpointer.every == 0
-        if (must or (due and (checkpointer.wait or not busy))) and (
-            step > saved or metrics is not None
-        ):
-            numbers = {
-                name: value if math.isfinite(value) else None
-                for name, value in (metrics or {}).items()
-            }
-            tree = on_host({"state": state, "key": key, "log": history.to_tree(log)})
-            position = {"epoch": epochs, "step_in_epoch": log.at_hand, "ended": ended}
-            position |= {
-                "measures": [*tree["log"]["validation"]],
-                "recorded": len(tree["log"]["records"]),
-            }
-            saver.save(tree, step, {**position, "metrics": numbers, "settings": settings})
-            saved = step
+        """Saves where it is time, and stops where the process was told to."""
+        try:
+            # of all processes, which must do the same
+            told, due, busy = greatest(self.saver.told(), self.saver.due(), self.saver.busy())
+            final = bool(told or last or ended)
+            must = final or (metrics is not None and _is_best(self.checkpointer, log))
+            if metrics is not None:
+                due = len(log.loss) % self.checkpointer.every == 0
+            due = due and (self.checkpointer.wait or not busy)
+            if (must or due) and (log.steps > self.saved or metrics is not None):
+                self._save(state, log, metrics or {}, ended)
+            if final:
+                self.saver.wait()
+        except CheckpointError as error:
+            error.params = state.params
+            error.history = history.history(log)
+            raise
         if told:
             raise Stopped(
-                f"{Signals(told).name}: stopped in epoch {epochs} after {log.at_hand} steps of it; "
-                f"all is saved in {checkpointer.folder}. The same call goes on from there."
+                f"{Signals(told).name}: stopped in epoch {len(log.loss)} after {log.at_hand} steps "
+                f"of it; all is saved in {self.checkpointer.folder}. The same call goes on from "
+                "there."
             )
 
-    return keep
+    def _save(self, state: TrainState, log: Log, metrics: dict[str, float], ended: bool) -> None:
+        tree = on_host({"state": state, "key": self.key, "log": history.to_tree(log)})
+        metadata = {
+            "epoch": len(log.loss),
+            "step_in_epoch": log.at_hand,
+            "ended": ended,
+            "measures": [*tree["log"]["validation"]],
+            "recorded": len(tree["log"]["records"]),
+            "metrics": {k: v if math.isfinite(v) else None for k, v in metrics.items()},
+            "settings": self.settings,
+        }
+        self.saver.save(tree, log.steps, metadata)
+        self.saved = log.steps
 
 
 def _is_best(checkpointer: Checkpointer, log: Log) -> bool:
     """Whether the epoch that has ended is the best so far by the metric that counts."""
-    if checkpointer.best is None:
+    metric = checkpointer.best
+    if metric is None:
         return False
-    name = checkpointer.best.removeprefix("validation_")
-    values = [
-        sign(checkpointer) * v
-        for v in (log.loss if name == checkpointer.best else [m[name] for m in log.validation])
-    ]
-    return bool(
-        values[-1]
-        < min((value for value in values[:-1] if not math.isnan(value)), default=math.inf)
-    )
+    name = metric.removeprefix("validation_")
+    values = log.loss if name == metric else [epoch[name] for epoch in log.validation]
+    sign = -1 if checkpointer.choice["mode"] == "max" else 1
+    *before, last = [sign * float(value) for value in values]
+    return last < min([value for value in before if not math.isnan(value)], default=math.inf)
 
 
 def _restored(
     checkpointer: Checkpointer, state: TrainState, key: Key, settings: dict[str, Any], epochs: int
 ) -> tuple[TrainState, Log, bool]:
     """Where the newest checkpoint of a run is, if it is of this training."""
-    folder = Path(checkpointer.folder)
-    path, metadata = find(folder, None), checkpoint.manifest(folder).metadata
-    before = metadata.get("settings", {})
-    for name in settings.keys() & before.keys() if before else settings:
-        if before.get(name) != settings[name]:
-            raise _of_another(path, f"`{name}` was {before.get(name)!r} and is {settings[name]!r}")
+    path = find(local(checkpointer.folder), None)
+    found = checkpoint.manifest(path)
+    metadata = found.metadata
+    names, leaves = dict.fromkeys(metadata["measures"], ...), [...] * metadata["recorded"]
+    log = {"loss": ..., "validation": names, "step_loss": ..., "counts": ..., "records": leaves}
+    like = {"state": state, "key": key, "log": log}
+    _check_settings(checkpointer, path, metadata["settings"], settings, difference(found, like))
     done, more = metadata["epoch"], metadata["step_in_epoch"]
     if done + (more > 0) > epochs:
         raise CheckpointError(
@@ -172,12 +196,37 @@ def _restored(
             f"is of {done} epochs and {more} steps, but `epochs` is {epochs}. "
             "Pass more epochs, or another folder.",
         )
-    names, leaves = dict.fromkeys(metadata["measures"], ...), [...] * metadata["recorded"]
-    log = {"loss": ..., "validation": names, "step_loss": ..., "counts": ..., "records": leaves}
-    tree = checkpoint.restore(folder, like={"state": state, "key": key, "log": log})
+    tree = checkpoint.restore(path, like)
     if not np.array_equal(jax.random.key_data(tree["key"]), jax.random.key_data(key)):
         raise _of_another(path, "its key was another one")
+    if metadata["ended"] or done == epochs:
+        under = ", ".join(f"{name} {value}" for name, value in metadata["settings"].items())
+        print(
+            f"{checkpointer.folder}: this run is finished after {done} epochs; nothing is trained. "
+            f"Its settings: {under}.",
+            file=sys.stderr,
+        )
     return tree["state"], history.from_tree(tree["log"]), metadata["ended"]
+
+
+def _check_settings(
+    checkpointer: Checkpointer,
+    path: Path,
+    before: dict[str, Any],
+    settings: dict[str, Any],
+    differs: str,
+) -> None:
+    """Raises, or warns, where settings changed; `differs` says how the tree did."""
+    changed = [
+        f"`{name}` was {before.get(name)!r} and is {settings.get(name)!r}"
+        for name in before | settings
+        if before.get(name) != settings.get(name)
+    ]
+    if changed and checkpointer.on_change == "warn":
+        warnings.warn(f"{path} is of another training: {'; '.join(changed)}.", stacklevel=2)
+        changed = []
+    if changed or differs:
+        raise _of_another(path, "; ".join([*changed, differs] if differs else changed))
 
 
 def _of_another(path: Path, difference: str) -> CheckpointError:
@@ -185,3 +234,96 @@ def _of_another(path: Path, difference: str) -> CheckpointError:
         path / MANIFEST,
         f"is of another training: {difference}. Pass what it was begun with, or another folder.",
     )
+
+
+# What tells whether a resumed run is the same
+
+
+def fingerprints(
+    rule: Rule, optimizer: optax.GradientTransformation, state: TrainState, batch: tuple[Any, ...]
+) -> dict[str, str]:
+    """Hashes of the programs of a training's step; equal in every process.
+
+    They change with the net, the loss, the rule, the optimiser, and all numbers in these, such as
+    the learning rate and its schedule.
+
+    Args:
+        rule: of the training.
+        optimizer: of the training.
+        state: before the first step.
+        batch: `(x, targets)` or `(x, targets, weights)`: arrays, or their shapes and dtypes.
+
+    Returns:
+        The hashes of "rule" and "optimizer".
+
+    >>> import fnn
+    >>> net, x = fnn.mlp((3, 2)), np.ones((4, 3), np.float32)
+    >>> rule = fnn.rules.backprop(net, fnn.losses.l2_loss)
+    >>> key, optimizer = jax.random.key(0), optax.sgd(0.1)
+    >>> state = fnn.training.init(rule, optimizer, net.init(key), key)
+    >>> sorted(fingerprints(rule, optimizer, state, (x, x[:, :2])))
+    ['optimizer', 'rule']
+    """
+    update = optax.with_extra_args_support(optimizer).update
+
+    def gradient(params: Any, batch: tuple[Any, ...]) -> Any:
+        return rule.value_and_grad(params, state.rule, *batch)
+
+    def updated(grads: Any, optimizer_state: Any, params: Any, value: Any) -> Any:
+        def value_fn(params: Any, *args: Any, **kwargs: Any) -> Any:
+            return value
+
+        extra = {"value": value, "grad": grads, "value_fn": value_fn}
+        with jax.numpy_dtype_promotion("standard"):  # as in a step
+            return update(grads, optimizer_state, params, **extra)
+
+    value, grads, _ = jax.eval_shape(gradient, state.params, batch)
+    scalars = [leaf for leaf in jax.tree.leaves(state.optimizer) if not jnp.ndim(leaf)]
+    return {
+        "rule": _hash(gradient, state.params, batch),
+        "optimizer": _hash(updated, grads, state.optimizer, state.params, value, numbers=scalars),
+    }
+
+
+def _hash(function: Callable[..., Any], *args: Any, numbers: Iterable[Any] = ()) -> str:
+    """Of a function's jaxpr, its constants, and some numbers more."""
+    program = jax.make_jaxpr(function)(*args)
+    digest = hashlib.sha256(re.sub(r" at 0x[0-9a-f]+", "", str(program)).encode())
+    for array in (*_constants(program), *numbers):
+        is_key = jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
+        digest.update(np.asarray(jax.random.key_data(array) if is_key else array).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _constants(program: Any) -> Iterator[Any]:
+    """The constants of a jaxpr, and of those inside it."""
+    jaxpr, constants = open_jaxpr(program)
+    yield from constants
+    for equation in jaxpr.eqns:
+        for inner in jax.tree.leaves([*equation.params.values()]):
+            if isinstance(inner, (ClosedJaxpr, Jaxpr)):
+                yield from _constants(inner)
+
+
+def data_fingerprint(data: tuple[Any, ...]) -> str:
+    """The shapes and dtypes of arrays, and a CRC of rows that are spread over each.
+
+    Args:
+        data: arrays `[examples, ...]`, or None.
+
+    Returns:
+        One line of text.
+
+    >>> data_fingerprint((np.zeros((5, 2), np.float32), None))
+    'float32[5, 2] 0xe9ec3db1'
+    """
+    return ", ".join(_array_fingerprint(array) for array in data if array is not None)
+
+
+def _array_fingerprint(array: Any) -> str:
+    rows = array.shape[0]
+    bytes_of_row = max(1, array.dtype.itemsize * array.size // rows)
+    count = min(rows, max(1, SAMPLED_BYTES // bytes_of_row))
+    chosen = np.linspace(0, rows - 1, count).astype(int)
+    crc = zlib.crc32(np.asarray(array[chosen]).tobytes())
+    return f"{array.dtype}{[*array.shape]} {crc:#010x}"

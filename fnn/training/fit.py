@@ -25,7 +25,7 @@ from fnn.sharding import place
 from fnn.sharding.placing import padded
 from fnn.sharding.plans import Plan
 from fnn.sharding.training import Placement, placed_order, placed_state
-from fnn.training.checkpointing import begin, saver_of
+from fnn.training.checkpointing import begin, data_fingerprint, fingerprints, saver_of
 from fnn.training.data import (
     Sampler,
     check_batches,
@@ -165,6 +165,11 @@ def fit(
     if mesh is not None:
         data = place(mesh, data) if isinstance(data, tuple) else data
         validation = jax.device_get(validation)  # for evaluate, which puts it where the params are
+    if checkpoint is not None and isinstance(data, tuple):
+        batch = tuple(array if array is None else array[:batch_size] for array in data)
+        programs = fingerprints(rule, optimizer, state, batch)
+        settings |= {f"program of the {name}": value for name, value in programs.items()}
+        settings |= {"data": data_fingerprint(data)}
     loop = Loop(rule, optimizer, recorder, placement)
     run = _epoch_runner(
         data, order_key, epochs, batch_size, sampler, paced() if checkpoint else None, placement
