@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import itertools
 import json
-import math
 import os
 import shutil
 import tempfile
@@ -34,9 +33,12 @@ except ImportError:  # Windows, where a folder can be neither locked nor flushed
 FORMAT = 2
 ARRAYS, MANIFEST, SUMS = "arrays.safetensors", "manifest.json", "SHA256SUMS"
 PREFIX, UNFINISHED, REPLACED = "step-", ".unfinished-", ".replaced-"
-NUMBERS = {bool: np.bool_, int: np.int64, float: np.float64}
+# The dtypes that a manifest knows, and how the file stores those that are not NumPy's.
+NUMBERS = {"Python bool": "bool", "Python int": "int64", "Python float": "float64"}
+KEYS = {"key<fry>": "threefry2x32", "key<rbg>": "rbg", "key<urbg>": "unsafe_rbg"}
 DTYPES = "bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64 bfloat16"
 DTYPES = (*DTYPES.split(), "float8_e4m3fn", "float8_e5m2", "complex64")
+STORED = NUMBERS | dict.fromkeys(KEYS, "uint32") | {name: name for name in DTYPES}
 Folder = str | os.PathLike[str]
 # What `restore_params` makes of a list of children.
 NODES: dict[str, Callable[[list[Any]], Any]] = {
@@ -79,7 +81,7 @@ class Manifest(NamedTuple):
 
     step: int
     metadata: dict[str, Any]
-    leaves: list[dict[str, Any]]  # path, kind, shape and dtype of each, in the order of the tree
+    leaves: list[dict[str, Any]]  # path, dtype and shape of each, in the order of the tree
     tree: Any  # the structure, with the numbers of the leaves
     sha256: str  # of the arrays, as `sha256sum` prints it
 
@@ -173,12 +175,15 @@ def restore_params(folder: Folder, *, best: bool = False) -> Any:
     """
     path = find(local(folder), None)
     if best:
-        path = _best(path)
+        step = _manifest(path).metadata.get("best_step")
+        if step is None:
+            raise CheckpointError(path, "names no best epoch. Train with `Checkpointer(best=...)`.")
+        path = find(path.parent, step)
     found = _whole(path)
     tree = found.tree
-    if "state" in tree.get("keys", ()):  # a checkpoint of `fit`
-        state = tree["children"][tree["keys"].index("state")]
-        tree = state["children"][state["keys"].index("params")]
+    if found.metadata.get("of") == "fit":
+        for name in ("state", "params"):
+            tree = tree["children"][tree["keys"].index(name)]
     return _rebuilt(path, tree, _reader(path, found))
 
 
@@ -258,24 +263,6 @@ def find(home: Path, step: int | None) -> Path:
     raise CheckpointError(home, f"no checkpoint{which} is there; steps that are: {last}.")
 
 
-def _best(newest: Path) -> Path:
-    """The best checkpoint beside the newest, by the metric that the newest names."""
-    settings = _manifest(newest).metadata
-    scores = {path: score(path, settings) for path in checkpoints(newest.parent).values()}
-    best = min(scores, key=scores.__getitem__, default=newest)
-    if scores.get(best, math.inf) == math.inf:
-        raise CheckpointError(best, "has no metric. Train with `Checkpointer(best=...)`.")
-    return best
-
-
-def score(path: Path, settings: Mapping[str, Any]) -> float:
-    """A checkpoint's metric `best`, such that less is better; infinite without one."""
-    value = _manifest(path).metadata.get("metrics", {}).get(settings.get("best"))
-    if value is None:
-        return math.inf
-    return -value if settings["mode"] == "max" else value
-
-
 # Reading
 
 
@@ -312,51 +299,49 @@ def _manifest(path: Path) -> Manifest:
     return Manifest(**content)
 
 
-def _whole(path: Path, offer: bool = True) -> Manifest:
-    """The manifest, after a check of all bytes. An error says which older checkpoint is whole."""
+def _checked(path: Path) -> Manifest:
+    """The manifest, after a check of all bytes."""
+    found = _manifest(path)
+    _compare(path / ARRAYS, found.sha256.encode(), MANIFEST)
+    return found
+
+
+def _whole(path: Path) -> Manifest:
+    """`_checked`, with an error that says which older checkpoint is whole."""
     try:
-        found = _manifest(path)
-        _compare(path / ARRAYS, found.sha256.encode(), MANIFEST)
-        return found
+        return _checked(path)
     except CheckpointError as error:
-        for older in reversed(checkpoints(path.parent).values()) if offer else ():
-            if older.name[-12:] < path.name[-12:]:
-                with contextlib.suppress(CheckpointError):
-                    _whole(older, offer=False)
-                    mend = f"An older one is whole: restore({str(older)!r}, ...); "
-                    mend += f"or remove {path} to go on from it."
-                    error = CheckpointError(error.path, f"{error.reason} {mend}")
-                    break
-        raise error from None
+        there = checkpoints(path.parent)
+        for step in reversed(there):
+            if step < int(path.name[-12:]) and _is_whole(there[step]):
+                mend = f"An older one is whole: restore({str(there[step])!r}, ...); "
+                mend += f"or remove {path} to go on from it."
+                raise CheckpointError(error.path, f"{error.reason} {mend}") from None
+        raise
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        return bool(_checked(path))
+    except CheckpointError:
+        return False
 
 
 def difference(found: Manifest, like: Any) -> str:
     """How the tree of a checkpoint differs from `like`; empty if it does not."""
     wanted = {keystr(path): leaf for path, leaf in tree_leaves_with_path(like)}
     there = {entry["path"]: entry for entry in found.leaves}
-    said = []
-    if more := there.keys() - wanted:
-        said.append(f"only in the checkpoint: {', '.join(sorted(more)[:5])}")
-    if more := wanted.keys() - there:
-        said.append(f"only in `like`: {', '.join(sorted(more)[:5])}")
-    if said or [*wanted] != [*there]:
-        said = "; ".join(said) or "the order differs"
-        return f"the tree is another one than `like` ({said})."
+    if [*wanted] != [*there]:
+        sides = {"the checkpoint": there.keys() - wanted, "`like`": wanted.keys() - there}
+        said = [f"only in {side}: {', '.join(sorted(of)[:5])}" for side, of in sides.items() if of]
+        return f"the tree is another one than `like` ({'; '.join(said) or 'the order differs'})."
     for path, entry in there.items():
-        if not _fits(entry, wanted[path]):
-            kept = f"{entry['kind']} {entry['dtype']}{entry['shape']}"
-            return f"leaf {path} is {kept}, but `like` has {_validate.describe(wanted[path])}."
+        leaf, dtype = wanted[path], entry["dtype"]
+        fits = dtype in DTYPES if leaf is ... else _described(path, leaf) == entry
+        if not fits:
+            kept = f"{dtype}{entry['shape']}"
+            return f"leaf {path} is {kept}, but `like` has {_validate.describe(leaf)}."
     return ""
-
-
-def _fits(entry: dict[str, Any], leaf: Any) -> bool:
-    """Whether a leaf of the checkpoint can be read as that of `like`."""
-    if leaf is ...:
-        return entry["kind"] == "array"
-    try:
-        return _described(entry["path"], leaf)[0] == entry
-    except TypeError:
-        return False
 
 
 def _reader(path: Path, found: Manifest) -> Callable[..., Any]:
@@ -366,38 +351,38 @@ def _reader(path: Path, found: Manifest) -> Callable[..., Any]:
         header = json.loads(file.read(length))
 
     def read(i: int, leaf: Any = None) -> Any:
-        entry = found.leaves[i]
-        array = np.empty(entry["shape"], jnp.dtype(entry["dtype"]))
+        dtype = found.leaves[i]["dtype"]
+        entry = header[str(i)]
+        array = np.empty(entry["shape"], jnp.dtype(STORED[dtype]))
         with open(path / ARRAYS, "rb") as file:
-            file.seek(8 + length + header[str(i)]["data_offsets"][0])
+            file.seek(8 + length + entry["data_offsets"][0])
             file.readinto(array.reshape(-1).view(np.uint8).data)
+        if dtype in NUMBERS:
+            return array.item()
         if leaf is ...:
             return array
-        if isinstance(leaf, np.ndarray):
-            return array.astype(leaf.dtype, copy=False)  # its byte order
         if isinstance(leaf, np.generic):
             return array[()]
-        if entry["kind"] in ("bool", "int", "float"):
-            return array.item()
+        if isinstance(leaf, np.ndarray):
+            return array.astype(leaf.dtype, copy=False)  # its byte order
         if _validate.canonical_dtype(array) != array.dtype:
-            reason = f"leaf {entry['path']} is {array.dtype}, but JAX's 64-bit mode is off. "
+            reason = f"leaf {found.leaves[i]['path']} is {dtype}, but JAX's 64-bit mode is off. "
             reason += "Turn it on: `jax.config.update('jax_enable_x64', True)`."
             raise CheckpointError(path / MANIFEST, reason)
-        return _placed(entry["kind"], array, leaf)
+        placed = _placed(array, leaf)
+        return jax.random.wrap_key_data(placed, impl=KEYS[dtype]) if dtype in KEYS else placed
 
     return read
 
 
-def _placed(kind: str, array: np.ndarray, leaf: Any) -> jax.Array:
+def _placed(array: np.ndarray, leaf: Any) -> jax.Array:
     """The array on the devices of `leaf`."""
-    made: Any = array
+    made = array
     if getattr(leaf, "weak_type", False):  # as 0.1 it does not decide on the dtype of a product
         made = jnp.full(array.shape, leaf.dtype.type(0).item()).at[...].set(array)
     if isinstance(leaf, jax.Array) and leaf.committed:
-        made = jax.device_put(made, leaf.sharding)
-    if kind == "array":
-        return jnp.asarray(made)
-    return jax.random.wrap_key_data(made, impl=kind.removeprefix("key:"))
+        return jax.device_put(made, leaf.sharding)
+    return jnp.asarray(made)
 
 
 def _rebuilt(path: Path, node: Any, read: Callable[[int], Any]) -> Any:
@@ -406,7 +391,7 @@ def _rebuilt(path: Path, node: Any, read: Callable[[int], Any]) -> Any:
         return read(node)
     name = node["type"]
     children = [_rebuilt(path, child, read) for child in node["children"]]
-    if name == "dict" and "keys" in node:
+    if name == "dict" and node["keys"] is not None:
         return dict(zip(node["keys"], children, strict=True))
     if name not in NODES:
         reason = f"the params have a {name}, which is none of fnn's. Use `restore(folder, like)`."
@@ -419,42 +404,39 @@ def _rebuilt(path: Path, node: Any, read: Callable[[int], Any]) -> Any:
 
 def prepare(tree: Any, step: int, metadata: Mapping[str, Any]) -> tuple[dict[str, Any], list[Any]]:
     """The manifest of a tree, and its arrays, for `write`; nothing waits for the devices here."""
-    leaves = [_described(keystr(path), leaf) for path, leaf in tree_leaves_with_path(tree)]
+    leaves = [(keystr(path), leaf) for path, leaf in tree_leaves_with_path(tree)]
     content = {
         "format": FORMAT,
         "step": step,
         "metadata": dict(metadata),
-        "leaves": [entry for entry, _ in leaves],
+        "leaves": [_described(path, leaf) for path, leaf in leaves],
         "tree": _structure(tree, itertools.count()),
     }
     to_json(content)  # before anything is written
-    return content, [array for _, array in leaves]
+    return content, [_stored(path, leaf) for path, leaf in leaves]
 
 
-def _described(path: str, leaf: Any) -> tuple[dict[str, Any], Any]:
-    """What the manifest says of a leaf, and its array."""
-    kind = "array"
-    came = f"{leaf!r:.80} ({type(leaf).__name__})" if not hasattr(leaf, "dtype") else ""
-    if type(leaf) in NUMBERS:
-        kind = type(leaf).__name__
-        if kind == "int" and not -(2**63) <= leaf < 2**63:
-            raise ValueError(f"`tree{path}` must fit into 64 bits, got {leaf}.")
-        leaf = NUMBERS[type(leaf)](leaf)
-    elif came:
+def _described(path: str, leaf: Any) -> dict[str, Any]:
+    """What the manifest says of a leaf."""
+    name = f"Python {type(leaf).__name__}"
+    if hasattr(leaf, "dtype"):
+        name = leaf.dtype.name  # without the byte order
+    return {"path": path, "dtype": name, "shape": [*np.shape(leaf)]}
+
+
+def _stored(path: str, leaf: Any) -> Any:
+    """The array that the file has of a leaf."""
+    dtype = _described(path, leaf)["dtype"]
+    if dtype not in STORED:
         raise TypeError(
-            f"`tree{path}` must be an array, a key or a number, got {came}. Put it into `metadata`."
+            f"`tree{path}` must be an array of a known dtype, a key or a number, got "
+            f"{_validate.describe(leaf)}. Put text into `metadata`. Dtypes: {', '.join(DTYPES)}."
         )
-    elif jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        kind = f"key:{jax.random.key_impl(jnp.empty((0,), leaf.dtype))}"
-        concrete = isinstance(leaf, jax.Array)
-        leaf = jax.random.key_data(leaf) if concrete else jax.eval_shape(jax.random.key_data, leaf)
-    dtype = leaf.dtype.name  # without the byte order
-    if dtype not in DTYPES:
-        raise TypeError(
-            f"`tree{path}` has the dtype {leaf.dtype}, which safetensors has no name for. "
-            f"Known: {', '.join(DTYPES)}."
-        )
-    return {"path": path, "kind": kind, "shape": [*leaf.shape], "dtype": dtype}, leaf
+    if dtype == "Python int" and not -(2**63) <= leaf < 2**63:
+        raise ValueError(f"`tree{path}` must fit into 64 bits, got {leaf}.")
+    if dtype in NUMBERS:
+        return np.asarray(leaf)
+    return jax.random.key_data(leaf) if dtype in KEYS else leaf
 
 
 def _structure(tree: Any, numbers: Iterator[int]) -> Any:
@@ -462,13 +444,11 @@ def _structure(tree: Any, numbers: Iterator[int]) -> Any:
     level = default_registry.flatten_one_level(tree)
     if level is None:
         return next(numbers)
-    children = [_structure(child, numbers) for child in level[0]]
-    node = {"type": type(tree).__name__, "children": children}
+    keys = getattr(tree, "_fields", None)
     if isinstance(tree, dict) and all(isinstance(key, str) for key in tree):
-        node["keys"] = sorted(tree)
-    elif hasattr(tree, "_fields"):
-        node["keys"] = [*type(tree)._fields]
-    return node
+        keys = sorted(tree)
+    children = [_structure(child, numbers) for child in level[0]]
+    return {"type": type(tree).__name__, "keys": keys, "children": children}
 
 
 def to_json(content: dict[str, Any]) -> bytes:

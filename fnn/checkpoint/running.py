@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,20 +16,8 @@ from typing import Any
 import jax
 
 from fnn import _validate
-from fnn.checkpoint.files import (
-    PREFIX,
-    UNFINISHED,
-    CheckpointError,
-    Folder,
-    alone,
-    checkpoints,
-    local,
-    prepare,
-    score,
-    tidy,
-    to_json,
-    write,
-)
+from fnn.checkpoint import files
+from fnn.checkpoint.files import Folder
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -76,22 +62,17 @@ class Checkpointer:
         """Raises a TypeError or a ValueError where a setting is invalid."""
         if not isinstance(self.folder, (str, os.PathLike)):
             raise TypeError(f"`folder` must be a path, got {self.folder!r}.")
-        local(self.folder)
+        files.local(self.folder)
         _validate.positive("every", self.every, whole=True)
         _validate.positive("keep", self.keep, whole=True)
-        _validate.positive("seconds", math.pi if self.seconds is None else self.seconds)
-        _validate.one_of("mode", self.mode or "min", ("min", "max"))
+        if self.seconds is not None:
+            _validate.positive("seconds", self.seconds)
+        if self.mode is not None:
+            _validate.one_of("mode", self.mode, ("min", "max"))
         _validate.one_of("on_change", self.on_change, ("refuse", "warn"))
         if not isinstance(self.metadata, Mapping):
             raise TypeError(f"`metadata` must be a dict, got {self.metadata!r:.80}.")
-        to_json(self.choice)
-
-    @property
-    def choice(self) -> dict[str, Any]:
-        """What every manifest has of these settings."""
-        accuracy = (self.best or "").endswith("accuracy")
-        mode = self.mode or ("max" if accuracy else "min")
-        return {"metadata": dict(self.metadata), "best": self.best, "mode": mode}
+        files.to_json(dict(self.metadata))
 
 
 class Stopped(SystemExit):
@@ -116,8 +97,8 @@ class Saver:
         """Begins the time to the first checkpoint within an epoch."""
         self.told = told
         self._settings = settings
-        self._home = local(settings.folder).absolute()  # wherever the process goes
         self._pool = pool
+        self._home = files.local(settings.folder).absolute()  # wherever the process goes
         self._pending: Future[None] | None = None
         self._last = time.monotonic()
 
@@ -126,10 +107,10 @@ class Saver:
         self.wait()
         self._last = time.monotonic()
         if jax.process_index() == 0:
-            content = prepare(tree, step, metadata | self._settings.choice)
-            self._pending = self._pool.submit(
-                _write_and_prune, self._settings, self._home, *content
-            )
+            metadata = {**metadata, "metadata": dict(self._settings.metadata)}
+            content = files.prepare(tree, step, metadata)
+            keep = self._settings.keep
+            self._pending = self._pool.submit(_write_and_prune, self._home, keep, *content)
 
     def wait(self) -> None:
         """Waits for the last save; raises its error."""
@@ -152,10 +133,11 @@ class Saver:
 @contextlib.contextmanager
 def saving(settings: Checkpointer) -> Iterator[Saver]:
     """Locks the folder, and yields what saves into it; the last save ends with the block."""
-    writes = jax.process_index() == 0
-    lock = alone(local(settings.folder).absolute()) if writes else contextlib.nullcontext()
+    lock = contextlib.nullcontext()
+    if jax.process_index() == 0:
+        lock = files.alone(files.local(settings.folder).absolute())
     with lock, _stop_signals() as told:
-        with ThreadPoolExecutor(1, "fnn-checkpoint", _lower_priority) as pool:
+        with ThreadPoolExecutor(1, "fnn-checkpoint") as pool:
             saver = Saver(settings, pool, told)
             try:
                 yield saver
@@ -163,45 +145,26 @@ def saving(settings: Checkpointer) -> Iterator[Saver]:
                 saver.wait()
         if told():  # during the last save
             name = signal.Signals(told()).name
-            raise Stopped(
-                f"{name}: stopped after the last epoch; all is saved in {settings.folder}."
-            )
+            stop = "stopped after the last epoch; all is saved in"
+            raise Stopped(f"{name}: {stop} {settings.folder}.")
 
 
-def _lower_priority() -> None:
-    """Leaves the time to the training, where the system has priorities of threads."""
-    if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
-
-
-def _write_and_prune(
-    settings: Checkpointer, home: Path, content: dict[str, Any], arrays: list[Any]
-) -> None:
-    write(home, content, arrays)
-    paths = [*checkpoints(home).values()]
-    scores = {path: _score(path, settings) for path in paths if settings.best}
-    best = min(scores, key=scores.__getitem__, default=None)
-    for path in paths[: -settings.keep]:
-        if path != best or scores[path] == math.inf:
+def _write_and_prune(home: Path, keep: int, content: dict[str, Any], arrays: list[Any]) -> None:
+    files.write(home, content, arrays)
+    there = files.checkpoints(home)
+    for step in [*there][:-keep]:
+        if step != content["metadata"]["best_step"]:
             # at once: a half-removed checkpoint is none
-            path.rename(home / path.name.replace(PREFIX, UNFINISHED))
-    tidy(home)
-
-
-def _score(path: Path, settings: Checkpointer) -> float:
-    """The score; that of a damaged checkpoint, which stays until it is old, is infinite."""
-    try:
-        return score(path, settings.choice)
-    except CheckpointError:
-        return math.inf
+            there[step].rename(home / f"{files.UNFINISHED}{there[step].name}")
+    files.tidy(home)
 
 
 @contextlib.contextmanager
 def _stop_signals() -> Iterator[Callable[[], int]]:
-    """Yields a function that gives the signal's number, once one came; a second is Python's own."""
-    came: list[int] = []
+    """Yields a function that gives the signal that came, or 0; a second one is Python's own."""
+    came = [0]
     process = os.getpid()
-    before: dict[signal.Signals, Any] = {}
+    before = {}
 
     def restore() -> None:
         for each, handler in before.items():
@@ -209,21 +172,19 @@ def _stop_signals() -> Iterator[Callable[[], int]]:
 
     def handle(number: int, frame: Any) -> None:
         restore()
-        if os.getpid() != process:  # a worker that was forked, such as a loader's
-            os.kill(os.getpid(), number)
-            return
-        came.append(number)
-        name = signal.Signals(number).name
+        if os.getpid() != process:  # in a worker that was forked, such as a loader's
+            return os.kill(os.getpid(), number)
+        came[0] = number
+        said = "finishing the step and saving; once more to exit at once."
         with contextlib.suppress(OSError):  # nobody may be there to read it
-            os.write(
-                2, f"{name}: finishing the step and saving; once more to exit at once.\n".encode()
-            )
+            os.write(2, f"{signal.Signals(number).name}: {said}\n".encode())
 
-    if threading.current_thread() is threading.main_thread():
-        for each in SIGNALS:
-            if signal.getsignal(each) is not signal.SIG_IGN:
-                before[each] = signal.signal(each, handle)
+    # only the main thread may ask for signals
+    heard = SIGNALS if threading.current_thread() is threading.main_thread() else ()
+    for each in heard:
+        if signal.getsignal(each) is not signal.SIG_IGN:
+            before[each] = signal.signal(each, handle)
     try:
-        yield lambda: came[0] if came else 0
+        yield lambda: came[0]
     finally:
         restore()

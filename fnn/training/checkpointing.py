@@ -15,7 +15,6 @@ import sys
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from signal import Signals
 from typing import Any, NamedTuple
@@ -103,67 +102,71 @@ def begin(
             Path(checkpointer.folder),
             "another process sees a newer checkpoint: all must share the folder.",
         )
-    keep = Keep(checkpointer, saver, key, settings, newest)
-    if newest < 0:
-        return Begun(state, Log(), False, keep)
-    return Begun(*_restored(checkpointer, state, key, settings, epochs), keep)
+    digest = hashlib.sha256(np.asarray(jax.random.key_data(key)).tobytes())
+    settings = settings | {"key": digest.hexdigest()[:16]}
+    log, metadata = Log(), {}
+    if newest >= 0:
+        state, log, metadata = _restored(checkpointer, state, settings, epochs)
+    best_step = None
+    if metadata.get("best") == [checkpointer.best, checkpointer.mode]:
+        best_step = metadata["best_step"]
+    keep = _keep(checkpointer, saver, settings, newest, best_step)
+    return Begun(state, log, metadata.get("ended", False), keep)
 
 
-@dataclass
-class Keep:
-    """The function that `begin` returns."""
+def _keep(
+    checkpointer: Checkpointer,
+    saver: Saver,
+    settings: dict[str, Any],
+    saved: int,
+    best_step: int | None,
+) -> Callable[..., None]:
+    """The function that `begin` returns; `saved` is the step of the newest checkpoint."""
 
-    checkpointer: Checkpointer
-    saver: Saver
-    key: Key
-    settings: dict[str, Any]
-    saved: int  # the step of the newest checkpoint
-
-    def __call__(
-        self,
-        state: TrainState,
-        log: Log,
-        metrics: dict[str, float] | None = None,
-        last: bool = False,
-        ended: bool = False,
-    ) -> None:
-        """Saves where it is time, and stops where the process was told to."""
+    def keep(state, log, metrics=None, last=False, ended=False):
+        nonlocal saved, best_step
         try:
             # of all processes, which must do the same
-            told, due, busy = greatest(self.saver.told(), self.saver.due(), self.saver.busy())
-            final = bool(told or last or ended)
-            must = final or (metrics is not None and _is_best(self.checkpointer, log))
+            stop, due, busy = greatest(saver.told(), saver.due(), saver.busy())
+            final = stop or last or ended
+            best = metrics is not None and _is_best(checkpointer, log)
+            if best:
+                best_step = log.steps
             if metrics is not None:
-                due = len(log.loss) % self.checkpointer.every == 0
-            due = due and (self.checkpointer.wait or not busy)
-            if (must or due) and (log.steps > self.saved or metrics is not None):
-                self._save(state, log, metrics or {}, ended)
+                due = len(log.loss) % checkpointer.every == 0
+            due = due and (checkpointer.wait or not busy)
+            if (final or best or due) and (log.steps > saved or metrics is not None):
+                saved = log.steps
+                tree = on_host({"state": state, "log": history.to_tree(log)})
+                metadata = {"ended": ended, "settings": settings, "best_step": best_step}
+                metadata["best"] = [checkpointer.best, checkpointer.mode]
+                saver.save(tree, saved, _position(log, metrics or {}) | metadata)
             if final:
-                self.saver.wait()
+                saver.wait()
         except CheckpointError as error:
             error.params = state.params
             error.history = history.history(log)
             raise
-        if told:
+        if stop:
+            where = f"in epoch {len(log.loss)} after {log.at_hand} steps of it"
             raise Stopped(
-                f"{Signals(told).name}: stopped in epoch {len(log.loss)} after {log.at_hand} steps "
-                f"of it; all is saved in {self.checkpointer.folder}. The same call goes on from "
-                "there."
+                f"{Signals(stop).name}: stopped {where}; all is saved in {checkpointer.folder}. "
+                "The same call goes on from there."
             )
 
-    def _save(self, state: TrainState, log: Log, metrics: dict[str, float], ended: bool) -> None:
-        tree = on_host({"state": state, "key": self.key, "log": history.to_tree(log)})
-        metadata = {
-            "epoch": len(log.loss),
-            "step_in_epoch": log.at_hand,
-            "ended": ended,
-            "measures": [*tree["log"]["validation"]],
-            "recorded": len(tree["log"]["records"]),
-            "metrics": {k: v if math.isfinite(v) else None for k, v in metrics.items()},
-            "settings": self.settings,
-        }
-        self.saver.save(tree, log.steps, metadata)
-        self.saved = log.steps
+    return keep
+
+
+def _position(log: Log, metrics: dict[str, float]) -> dict[str, Any]:
+    """How far a training is, as JSON has it."""
+    return {
+        "of": "fit",
+        "epoch": len(log.loss),
+        "step_in_epoch": log.at_hand,
+        "measures": [*log.validation[0]] if log.validation else [],
+        "recorded": len(log.records[0]) if log.records else 0,
+        "metrics": {k: v if math.isfinite(v) else None for k, v in metrics.items()},
+    }
 
 
 def _is_best(checkpointer: Checkpointer, log: Log) -> bool:
@@ -173,48 +176,36 @@ def _is_best(checkpointer: Checkpointer, log: Log) -> bool:
         return False
     name = metric.removeprefix("validation_")
     values = log.loss if name == metric else [epoch[name] for epoch in log.validation]
-    sign = -1 if checkpointer.choice["mode"] == "max" else 1
+    mode = checkpointer.mode or ("max" if metric.endswith("accuracy") else "min")
+    sign = -1 if mode == "max" else 1
     *before, last = [sign * float(value) for value in values]
     return last < min([value for value in before if not math.isnan(value)], default=math.inf)
 
 
 def _restored(
-    checkpointer: Checkpointer, state: TrainState, key: Key, settings: dict[str, Any], epochs: int
-) -> tuple[TrainState, Log, bool]:
-    """Where the newest checkpoint of a run is, if it is of this training."""
+    checkpointer: Checkpointer, state: TrainState, settings: dict[str, Any], epochs: int
+) -> tuple[TrainState, Log, dict[str, Any]]:
+    """Where the newest checkpoint of a run is, if it is of this training, and its metadata."""
     path = find(local(checkpointer.folder), None)
     found = checkpoint.manifest(path)
     metadata = found.metadata
     names, leaves = dict.fromkeys(metadata["measures"], ...), [...] * metadata["recorded"]
     log = {"loss": ..., "validation": names, "step_loss": ..., "counts": ..., "records": leaves}
-    like = {"state": state, "key": key, "log": log}
+    like = {"state": state, "log": log}
     _check_settings(checkpointer, path, metadata["settings"], settings, difference(found, like))
     done, more = metadata["epoch"], metadata["step_in_epoch"]
     if done + (more > 0) > epochs:
-        raise CheckpointError(
-            path,
-            f"is of {done} epochs and {more} steps, but `epochs` is {epochs}. "
-            "Pass more epochs, or another folder.",
-        )
-    tree = checkpoint.restore(path, like)
-    if not np.array_equal(jax.random.key_data(tree["key"]), jax.random.key_data(key)):
-        raise _of_another(path, "its key was another one")
+        reason = f"is of {done} epochs and {more} steps, but `epochs` is {epochs}. "
+        raise CheckpointError(path, f"{reason}Pass more epochs, or another folder.")
     if metadata["ended"] or done == epochs:
-        under = ", ".join(f"{name} {value}" for name, value in metadata["settings"].items())
-        print(
-            f"{checkpointer.folder}: this run is finished after {done} epochs; nothing is trained. "
-            f"Its settings: {under}.",
-            file=sys.stderr,
-        )
-    return tree["state"], history.from_tree(tree["log"]), metadata["ended"]
+        finished = f"{checkpointer.folder}: this run is finished after {done} epochs."
+        print(f"{finished} Its settings: {metadata['settings']}.", file=sys.stderr)
+    tree = checkpoint.restore(path, like)
+    return tree["state"], history.from_tree(tree["log"]), metadata
 
 
 def _check_settings(
-    checkpointer: Checkpointer,
-    path: Path,
-    before: dict[str, Any],
-    settings: dict[str, Any],
-    differs: str,
+    checkpointer: Checkpointer, path: Path, before: dict, settings: dict, differs: str
 ) -> None:
     """Raises, or warns, where settings changed; `differs` says how the tree did."""
     changed = [
@@ -225,15 +216,12 @@ def _check_settings(
     if changed and checkpointer.on_change == "warn":
         warnings.warn(f"{path} is of another training: {'; '.join(changed)}.", stacklevel=2)
         changed = []
-    if changed or differs:
-        raise _of_another(path, "; ".join([*changed, differs] if differs else changed))
-
-
-def _of_another(path: Path, difference: str) -> CheckpointError:
-    return CheckpointError(
-        path / MANIFEST,
-        f"is of another training: {difference}. Pass what it was begun with, or another folder.",
-    )
+    if differs:
+        changed.append(differs)
+    if changed:
+        reason = f"is of another training: {'; '.join(changed)}. "
+        mend = "Pass what it was begun with, or another folder."
+        raise CheckpointError(path / MANIFEST, reason + mend)
 
 
 # What tells whether a resumed run is the same
