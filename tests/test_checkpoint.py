@@ -1,9 +1,14 @@
 """Checkpoints: what comes back is what went in, or an error that names the file."""
 
+import fcntl
 import json
 import os
+import pickle
+import resource
 import shutil
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import jax
@@ -15,7 +20,7 @@ from safetensors.numpy import load_file
 
 import fnn
 from fnn import checkpoint
-from fnn.checkpoint import CheckpointError, files, restore, save, steps
+from fnn.checkpoint import CheckpointError, files, restore, restore_params, save, steps
 
 NET = fnn.mlp((4, 3, 2))
 
@@ -325,3 +330,194 @@ def test_what_cannot_be_saved_is_an_error_and_leaves_nothing(tmp_path, call, kin
     with pytest.raises(kind, match=message):
         call(tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+# The parameters alone
+
+
+def test_params_come_back_without_a_like(tmp_path):
+    nets = (
+        fnn.serial(fnn.dense(4, 3), fnn.activations.relu, fnn.layer_norm(3)),
+        fnn.serial(fnn.embedding(5, 4), fnn.repeat(fnn.dense(4, 4), 2)),
+    )
+    tree = [net.init(jax.random.key(0)) for net in nets]
+    tree.append({"b": (None, [jnp.ones(2)]), "a": (), "key": jax.random.key(3)})
+    save(tmp_path, tree)
+    assert same(restore_params(tmp_path), tree)
+
+
+def test_every_type_of_the_nets_params_is_known():
+    modules = [module for name, module in sys.modules.items() if name.startswith("fnn.nets.")]
+    found = {
+        name
+        for module in modules
+        for name, kind in vars(module).items()
+        if isinstance(kind, type) and hasattr(kind, "_fields")
+    }
+    assert found <= set(files.NODES)
+
+
+def test_params_of_another_library_need_a_like(tmp_path):
+    tree = optax.adam(1e-3).init({"w": jnp.ones(2)})
+    save(tmp_path, tree)
+    with pytest.raises(CheckpointError, match="ScaleByAdamState, which is none of fnn's"):
+        restore_params(tmp_path)
+    with pytest.raises(CheckpointError, match="names no best epoch"):
+        restore_params(tmp_path, best=True)
+
+
+def test_damage_is_seen_when_params_are_read(tmp_path):
+    path = save(tmp_path, jnp.arange(40.0)) / "arrays.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(CheckpointError, match=r"arrays\.safetensors: its SHA-256 is not the one"):
+        restore_params(tmp_path)
+
+
+# What went wrong once
+
+
+def test_numbers_of_64_bits_are_never_narrowed(tmp_path):
+    with jax.enable_x64(True):
+        tree = {"n": jnp.asarray(2**40 + 7)}
+        like = jax.eval_shape(lambda: tree)
+        save(tmp_path, tree)
+    for read in (lambda: restore(tmp_path, like), lambda: restore_params(tmp_path)):
+        with pytest.raises(CheckpointError, match=r"leaf \['n'\] is int64, .*jax_enable_x64"):
+            read()
+
+
+def test_an_error_survives_a_process_pool():
+    error = CheckpointError(Path("run"), "is damaged.")
+    error.params = (np.ones(2),)
+    back = pickle.loads(pickle.dumps(error))
+    assert (str(back), back.path, back.reason) == ("run: is damaged.", error.path, error.reason)
+    assert same(back.params, error.params)
+    stopped = pickle.loads(pickle.dumps(checkpoint.Stopped("SIGTERM: stopped")))
+    assert stopped.code == "SIGTERM: stopped"
+
+
+def test_a_home_folder_is_found_and_a_remote_one_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    save("~/run", jnp.ones(2), step=3)
+    assert steps(tmp_path / "run") == steps("~/run") == [3]
+    assert restore("~/run", like=jnp.zeros(2)).tolist() == [1, 1]
+    for call in (
+        lambda: save("gs://bucket/run", 1),
+        lambda: steps("s3://bucket/run"),
+        lambda: checkpoint.Checkpointer("gs://bucket/run"),
+    ):
+        with pytest.raises(ValueError, match=r"must be a local folder, got '.*Install .*gcsfuse"):
+            call()
+    assert os.listdir(tmp_path) == ["run"]
+
+
+READER = """
+import resource, sys, jax
+from fnn.checkpoint import restore
+like = [jax.ShapeDtypeStruct((1000, 1000), "float32") for _ in range(50)]
+like += [jax.ShapeDtypeStruct((50, 1000, 1000), "float32")]
+jax.block_until_ready(jax.numpy.zeros(3))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+jax.block_until_ready(restore(sys.argv[1], like))
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / 4e8)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="units of the peak")
+def test_the_peak_of_restore_is_at_most_twice_the_tree(tmp_path):
+    many = [np.ones((1000, 1000), np.float32)] * 50
+    save(tmp_path, [*many, np.ones((50, 1000, 1000), np.float32)])
+    command = [sys.executable, "-c", READER, str(tmp_path)]
+    peak = float(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
+    assert 1 < peak < 2.2
+
+
+def test_the_difference_of_large_trees_is_told_at_once(tmp_path):
+    save(tmp_path, {str(i): i for i in range(20_000)})
+    begun = time.process_time()
+    with pytest.raises(CheckpointError, match=r"only in the checkpoint: \['0'\].*like`: \['x0'\]"):
+        restore(tmp_path, like={f"x{i}": i for i in range(20_000)})
+    assert time.process_time() - begun < 5  # 15 and more where every path is looked up in a list
+
+
+def test_it_saves_under_the_rules_of_windows(tmp_path, monkeypatch):
+    """No `fcntl`; no descriptor of a folder, and no flush of a file that is read-only."""
+    descriptor_of, flush = os.open, os.fsync
+
+    def opened(path, *args, **kwargs):
+        assert not os.path.isdir(path)
+        return descriptor_of(path, *args, **kwargs)
+
+    def flushed(file):
+        number = file if isinstance(file, int) else file.fileno()
+        assert fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
+        flush(number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "fcntl", None, raising=False)
+        patch.setattr(os, "open", opened)
+        patch.setattr(os, "fsync", flushed)
+        # rmtree uses descriptors of folders here, and none on Windows
+        patch.setattr(shutil, "rmtree", lambda path, *args, **kwargs: remove(path))
+        for step in (1, 1, 2):
+            save(tmp_path, jnp.full(2, step), step=step)
+    assert steps(tmp_path) == [1, 2]
+    assert restore(tmp_path, like=jnp.zeros(2, int)).tolist() == [2, 2]
+
+
+def remove(folder):
+    for name in os.listdir(folder) if os.path.isdir(folder) else ():
+        os.remove(os.path.join(folder, name))
+    if os.path.isdir(folder):
+        os.rmdir(folder)
+
+
+def test_a_kill_between_the_two_renames_leaves_the_newest(tmp_path, monkeypatch):
+    save(tmp_path, jnp.full(2, 1.0), step=1)
+    save(tmp_path, jnp.full(2, 9.0), step=9)
+    rename = Path.rename
+    with monkeypatch.context() as patch:
+
+        def once(self, target):
+            if self.name.startswith(".unfinished-"):
+                raise KeyboardInterrupt
+            return rename(self, target)
+
+        patch.setattr(Path, "rename", once)
+        with pytest.raises(KeyboardInterrupt):
+            save(tmp_path, jnp.full(2, 9.5), step=9)
+    assert steps(tmp_path) == [1, 9]
+    assert restore(tmp_path, like=jnp.zeros(2)).tolist() == [9, 9]
+    assert checkpoint.manifest(tmp_path, step=9).step == 9
+    save(tmp_path, jnp.full(2, 10.0), step=10)
+    assert sorted(os.listdir(tmp_path)) == [f"step-{step:012d}" for step in (1, 9, 10)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a limit of files' sizes")
+def test_a_full_disk_is_an_error_that_names_the_folder(tmp_path):
+    save(tmp_path, jnp.ones(2), step=1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match="step-000000000002: cannot be written"):
+            save(tmp_path, jnp.ones(10_000), step=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert os.listdir(tmp_path) == ["step-000000000001"]
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="file: cannot be written"):
+        save(tmp_path / "file", 1)
+
+
+def test_two_writers_of_one_folder_are_refused(tmp_path):
+    with (
+        files.alone(tmp_path),
+        pytest.raises(CheckpointError, match="another process saves its run here, or a `fit`"),
+    ):
+        save(tmp_path, 1)
+    save(tmp_path, 1)

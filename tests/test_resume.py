@@ -4,6 +4,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -21,7 +22,18 @@ from test_checkpoint import raw
 
 import fnn
 from fnn import losses, rules
-from fnn.checkpoint import Checkpointer, CheckpointError, Stopped, files, manifest, running, steps
+from fnn.checkpoint import (
+    Checkpointer,
+    CheckpointError,
+    Stopped,
+    files,
+    manifest,
+    restore_params,
+    running,
+    save,
+    steps,
+)
+from fnn.training.checkpointing import data_fingerprint, fingerprints
 
 NET = fnn.mlp((5, 6, 3), "tanh")
 WIDER = fnn.mlp((5, 7, 3), "tanh")
@@ -46,6 +58,11 @@ def batches(e):
     order = np.random.default_rng(e).permutation(45)
     for i in range(0, 45, 4):
         yield DATA[0][order[i : i + 4]], DATA[1][order[i : i + 4]]
+
+
+def spoiled(e):
+    """From the third epoch on it learns nonsense."""
+    return [(x, t if e < 2 else (t + 1) % 3) for x, t in batches(e)]
 
 
 def norm(params, state, x, targets, weights):
@@ -367,9 +384,6 @@ def test_a_checkpoint_that_was_being_replaced_is_put_back(tmp_path):
 def test_the_newest_and_the_best_are_kept(tmp_path):
     seen = {}
 
-    def spoiled(e):  # from the third epoch on it learns nonsense
-        return [(x, t if e < 2 else (t + 1) % 3) for x, t in batches(e)]
-
     for best, choose in (("validation_loss", min), ("validation_accuracy", max), (None, None)):
         folder = tmp_path / str(best)
         train(
@@ -484,13 +498,155 @@ def test_what_killed_processes_left_goes_even_where_nothing_is_to_do(tmp_path):
     assert all(p.name.startswith("step-") for p in tmp_path.iterdir())
 
 
-def test_an_error_of_saving_ends_the_training(tmp_path, monkeypatch):
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
+@pytest.mark.parametrize("step", [12, 36], ids=["first", "last"])
+def test_an_error_of_saving_ends_the_training_and_loses_nothing(tmp_path, monkeypatch, step):
+    params, history = train(tmp_path / "whole")
+    write = files.save_file
 
-    monkeypatch.setattr(files, "write", full)
-    with pytest.raises(OSError, match="No space left"):
-        train(tmp_path)
+    def full(arrays, path):
+        if step == 12 or f"{step:012d}" in str(path):
+            raise OSError(28, "No space left on device")
+        write(arrays, path)
+
+    monkeypatch.setattr(files, "save_file", full)
+    with pytest.raises(CheckpointError, match=rf"step-{step:012d}: .*No space left") as caught:
+        train(tmp_path / "run", seconds=None)
+    error = pickle.loads(pickle.dumps(caught.value))
+    done = len(error.history.loss)
+    assert done in ((1, 2) if step == 12 else (3,))
+    np.testing.assert_array_equal(error.history.loss, history.loss[:done])
+    assert done < 3 or same(error.params, params)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a folder in which nobody may write")
+def test_a_folder_that_is_read_only_is_refused_before_training(tmp_path):
+    def batches():
+        raise AssertionError("trains")
+
+    (tmp_path / "file").write_text("")
+    for folder in ("/proc/self", tmp_path / "file" / "run"):
+        with pytest.raises(CheckpointError, match="cannot be written"):
+            train(folder, data=lambda e: batches())
+
+
+def test_a_save_into_the_folder_of_a_training_is_refused_and_the_training_goes_on(tmp_path):
+    said = []
+
+    def callback(e, metrics):
+        with pytest.raises(CheckpointError, match=r"or a `fit` of this one\. Wait") as caught:
+            save(tmp_path / "run", PARAMS)
+        said.append(caught.value.path)
+
+    expected = train(tmp_path / "whole")
+    assert same(train(tmp_path / "run", stop=callback), expected)
+    assert said == [tmp_path / "run"] * 3
+
+
+def test_a_finished_run_says_so(tmp_path, capsys):
+    train(tmp_path, epochs=2)
+    train(tmp_path, epochs=3)
+    assert capsys.readouterr().err == ""
+    train(tmp_path, epochs=3)
+    said = capsys.readouterr().err
+    assert said.startswith(f"{tmp_path}: this run is finished after 3 epochs. Its settings: ")
+    assert "'batch_size': 4" in said
+
+
+@pytest.mark.parametrize(
+    ("best", "choose"), [("validation_loss", np.argmin), ("validation_accuracy", np.argmax)]
+)
+def test_the_best_params_are_one_call(tmp_path, best, choose):
+    values = []
+    settings = {"best": best, "keep": 1, "seconds": None, "epochs": 6, "data": spoiled}
+    params, _ = train(tmp_path, stop=lambda e, metrics: values.append(metrics[best]), **settings)
+    step = 12 * (int(choose(values)) + 1)
+    assert steps(tmp_path) == sorted({step, 72})
+    assert same(restore_params(tmp_path), params)
+    found = restore_params(tmp_path, best=True)
+    assert same(found, restore_params(tmp_path / f"step-{step:012d}"))
+    assert not same(found, params)
+
+
+# The same training, or another one
+
+
+def fingerprints_of(rule=BACKPROP, optimizer=ADAM, weights=None):
+    state = fnn.training.init(rule, optimizer, PARAMS, KEY)
+    found = fingerprints(rule, optimizer, state, (DATA[0][:4], DATA[1][:4], weights))
+    return found["rule"], found["optimizer"]
+
+
+def rate(step):
+    return 0.1 / (1 + step)
+
+
+def other_rate(step):
+    return 0.1 / (2 + step)
+
+
+SAME_RULE = [
+    (optax.inject_hyperparams(optax.adam)(0.02), "another rate that is in the state"),
+    (optax.adam(0.01), "adam"),
+    (optax.adam(0.02), "another rate"),
+    (optax.adam(0.01, b1=0.8), "another b1"),
+    (optax.sgd(rate), "a schedule"),
+    (optax.sgd(other_rate), "another schedule"),
+    (optax.sgd(optax.constant_schedule(0.1)), "a constant schedule"),
+    (optax.lbfgs(), "a line search"),
+    (optax.chain(optax.adam(0.1), optax.contrib.reduce_on_plateau()), "the value"),
+]
+SAME_OPTIMIZER = [
+    rules.backprop(fnn.mlp((5, 6, 3), "relu"), LOSS),
+    rules.backprop(fnn.mlp((5, 6, 3), "sigmoid"), LOSS),
+    rules.node_perturbation(NET, LOSS),
+    rules.private_sgd(NET, LOSS, noise_multiplier=0),
+    rules.private_sgd(NET, LOSS, noise_multiplier=5),
+    rules.private_sgd(NET, LOSS, noise_multiplier=5, max_norm=2.0),
+    rules.private_sgd(NET, LOSS, noise_multiplier=lambda step: 5.0 / (1 + step)),
+]
+
+
+@pytest.mark.usefixtures("as_users_run")
+def test_fingerprints_differ_where_a_number_does():
+    optimizers = [fingerprints_of(optimizer=optimizer) for optimizer, _ in SAME_RULE]
+    optimizers.append(fingerprints_of())
+    assert len({of for of, _ in optimizers}) == 1
+    assert len({of for _, of in optimizers}) == len(optimizers)
+    made = [fingerprints_of(rule) for rule in SAME_OPTIMIZER] + [fingerprints_of()]
+    assert len({of for of, _ in made}) == len(made)
+    again = rules.backprop(fnn.mlp((5, 6, 3), "tanh"), LOSS)
+    optimizer = optax.inject_hyperparams(optax.adam)(0.01)
+    assert fingerprints_of(again, optimizer) == fingerprints_of()
+
+
+FINGERPRINTS = """
+import sys
+sys.path.insert(0, "tests")
+import test_resume
+with test_resume.jax.numpy_dtype_promotion("standard"):
+    rules = [test_resume.BACKPROP, *test_resume.SAME_OPTIMIZER]
+    print([test_resume.fingerprints_of(rule) for rule in rules])
+"""
+
+
+@pytest.mark.usefixtures("as_users_run")
+def test_fingerprints_are_the_same_in_another_process():
+    env = os.environ | {"PYTHONHASHSEED": "7"}
+    command = [sys.executable, "-W", "ignore", "-c", FINGERPRINTS]
+    said = subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout
+    assert eval(said) == [fingerprints_of(rule) for rule in (BACKPROP, *SAME_OPTIMIZER)]
+
+
+def test_the_fingerprint_of_data_is_that_of_shapes_dtypes_and_rows():
+    x = np.arange(60, dtype=np.float32).reshape(20, 3)
+    changed = x.copy()
+    changed[7, 1] += 1
+    others = [x[:19], x.astype(np.float64), changed, x[::-1], x.reshape(20, 1, 3)]
+    found = [data_fingerprint((array, None)) for array in (x, *others)]
+    assert len(set(found)) == len(found)
+    assert data_fingerprint((jnp.asarray(x),)) == found[0]
+    large = np.lib.stride_tricks.as_strided(x, (10**7, 1000), (0, 0))  # 40 GB, of no memory
+    assert data_fingerprint((large,)).startswith("float32[10000000, 1000] ")
 
 
 def test_two_trainings_in_one_folder_are_refused(tmp_path):
@@ -537,6 +693,15 @@ OTHERS = [
     ({"record": None}, "`records` was True and is False"),
     ({"optimizer": optax.sgd(0.1)}, r"the tree is another one than `like`"),
     (
+        {"optimizer": optax.inject_hyperparams(optax.adam)(0.02), "batch_size": 5},
+        "`batch_size` was 4 and is 5; .*`program of the optimizer` was '.*' and is '.*'. Pass what",
+    ),
+    (
+        {"rule": rules.backprop(fnn.mlp((5, 6, 3), "relu"), LOSS)},
+        "training: `program of the rule` was '.*' and is '.*'. Pass what",
+    ),
+    ({"data": (DATA[0] + 1, DATA[1])}, r"training: `data` was 'float32\[45, 5\] .* and is"),
+    (
         {"rule": rules.backprop(WIDER, LOSS), "params": WIDER.init(KEY)},
         r"\['state'\].params\[0\]\[0\].w is float32\[5, 6\], but",
     ),
@@ -565,12 +730,25 @@ def test_the_checkpoint_of_another_training_is_refused(tmp_path, change, message
     fnn.fit(**settings)
 
 
+@pytest.mark.usefixtures("as_users_run")
+def test_another_noise_is_refused_or_warned_of(tmp_path):
+    quiet, loud = (rules.private_sgd(NET, LOSS, noise_multiplier=noise) for noise in (0, 5))
+    train(tmp_path, quiet, epochs=1)
+    with pytest.raises(CheckpointError, match="`program of the rule` was"):
+        train(tmp_path, loud, epochs=2)
+    with pytest.warns(UserWarning, match="is of another training: `program of the rule` was"):
+        _, history = train(tmp_path, loud, epochs=2, on_change="warn")
+    assert history.loss.shape == (2,)
+    assert steps(tmp_path)[-1] == 24
+
+
 BAD = [
     ({"folder": 3}, TypeError, "`folder` must be a path, got 3"),
     ({"every": 0}, ValueError, "`every` must be a whole number above 0, got 0"),
     ({"keep": 1.5}, TypeError, "`keep` must be a whole number above 0, got 1.5"),
     ({"seconds": -1}, ValueError, "`seconds` must be a finite number above 0, got -1"),
     ({"mode": "least"}, ValueError, "Unknown mode 'least'"),
+    ({"on_change": "ask"}, ValueError, "Unknown on_change 'ask'"),
     ({"metadata": [1]}, TypeError, "`metadata` must be a dict, got \\[1\\]"),
     ({"metadata": {"rate": np.float32(1)}}, TypeError, "`metadata` must be what JSON can hold"),
 ]
