@@ -208,10 +208,10 @@ def _check_settings(
     checkpointer: Checkpointer, path: Path, before: dict, settings: dict, differs: str
 ) -> None:
     """Raises, or warns, where settings changed; `differs` says how the tree did."""
-    changed = [
-        f"`{name}` was {before.get(name)!r} and is {settings.get(name)!r}"
-        for name in before | settings
-        if before.get(name) != settings.get(name)
+    changed = [  # arrays have more settings than an iterable
+        f"`{name}` was {before[name]!r} and is {setting!r}"
+        for name, setting in settings.items()
+        if before.get(name, setting) != setting
     ]
     if changed and checkpointer.on_change == "warn":
         warnings.warn(f"{path} is of another training: {'; '.join(changed)}.", stacklevel=2)
@@ -254,23 +254,24 @@ def fingerprints(
     """
     update = optax.with_extra_args_support(optimizer).update
 
-    def gradient(params: Any, batch: tuple[Any, ...]) -> Any:
-        return rule.value_and_grad(params, state.rule, *batch)
-
     def updated(grads: Any, optimizer_state: Any, params: Any, value: Any) -> Any:
-        def value_fn(params: Any, *args: Any, **kwargs: Any) -> Any:
-            return value
-
-        extra = {"value": value, "grad": grads, "value_fn": value_fn}
+        extra = {"value": value, "grad": grads, "value_fn": lambda params, *args: value}
         with jax.numpy_dtype_promotion("standard"):  # as in a step
             return update(grads, optimizer_state, params, **extra)
 
-    value, grads, _ = jax.eval_shape(gradient, state.params, batch)
+    # shapes alone: the place of an array is no part of the program
+    params, optimizer_state, rule_state, batch = jax.tree.map(_shape, (*state, batch))
+    value, grads, _ = jax.eval_shape(rule.value_and_grad, params, rule_state, *batch)
     scalars = [leaf for leaf in jax.tree.leaves(state.optimizer) if not jnp.ndim(leaf)]
     return {
-        "rule": _hash(gradient, state.params, batch),
-        "optimizer": _hash(updated, grads, state.optimizer, state.params, value, numbers=scalars),
+        "rule": _hash(rule.value_and_grad, params, rule_state, *batch),
+        "optimizer": _hash(updated, grads, optimizer_state, params, value, numbers=scalars),
     }
+
+
+def _shape(array: Any) -> jax.ShapeDtypeStruct:
+    weak = getattr(array, "weak_type", False)
+    return jax.ShapeDtypeStruct(np.shape(array), jnp.result_type(array), weak_type=weak)
 
 
 def _hash(function: Callable[..., Any], *args: Any, numbers: Iterable[Any] = ()) -> str:
