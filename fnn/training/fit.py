@@ -122,9 +122,10 @@ def fit(
         record_every: the stride in steps, at least 1.
         checkpoint: a `fnn.checkpoint.Checkpointer`. The training saves into its folder and, where
             that has a checkpoint, goes on from it: called again with the same arguments, or more
-            epochs, it gives bit for bit what a training that never stopped gives. What can be seen
-            of another training (settings, shapes, key) is refused; another learning rate or other
-            numbers in the data cannot be seen. SIGTERM and Ctrl-C finish the step and save.
+            epochs, it gives bit for bit what a training that never stopped gives. Another
+            training (settings, key; for arrays also the programs of rule and optimiser with all
+            their numbers, and the data) is refused, unless the `Checkpointer` has
+            `on_change="warn"`. SIGTERM and Ctrl-C finish the step and save.
             `callback` is called anew for an epoch whose checkpoint was not finished; one that it
             has stopped has ended.
         mesh: of `fnn.sharding.make_mesh`: batches are split over its axis "data" and filled up by
@@ -142,7 +143,9 @@ def fit(
             the batches of an iterable, which are checked as they come.
         NonFiniteError: a loss or an update became NaN or infinite; carries the last finite
             parameters.
-        CheckpointError: the checkpoint is damaged, or is of another training, or of more epochs.
+        CheckpointError: the checkpoint is damaged, or is of another training, or of more epochs;
+            the folder is read-only, before training; or a save failed, where the error has the
+            `params` and the `history`.
         Stopped: a `SystemExit`: the process was told to stop, and all is saved.
 
     >>> import fnn
