@@ -197,6 +197,19 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, name, 
     )
 
 
+@pytest.mark.usefixtures("own_handlers")
+def test_the_second_ctrl_c_is_pythons_own(tmp_path):
+    handlers = [signal.getsignal(each) for each in running.SIGNALS]
+
+    def twice(e, metrics):
+        os.kill(os.getpid(), signal.SIGINT)
+        assert [signal.getsignal(each) for each in running.SIGNALS] == handlers
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, stop=twice)
+
+
 CHILD = """
 import sys, time
 import jax, optax, fnn, numpy as np

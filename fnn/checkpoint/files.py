@@ -288,20 +288,15 @@ def _compare(file: Path, expected: bytes, where: str) -> None:
         raise CheckpointError(file, reason)
 
 
-def _manifest(path: Path) -> Manifest:
-    """The manifest, after a check of its bytes."""
+def _checked(path: Path, arrays: bool = True) -> Manifest:
+    """The manifest, after a check of all bytes, or of its own."""
     with _naming(path / SUMS, "read"):
         expected = (path / SUMS).read_bytes()
     _compare(path / MANIFEST, expected, SUMS)
     content = json.loads((path / MANIFEST).read_bytes())
     if content.pop("format", None) != FORMAT:
         raise CheckpointError(path / MANIFEST, f"must be of format {FORMAT}, which this fnn reads.")
-    return Manifest(**content)
-
-
-def _checked(path: Path, arrays: bool = True) -> Manifest:
-    """The manifest, after a check of all bytes, or of its own."""
-    found = _manifest(path)
+    found = Manifest(**content)
     if arrays:
         _compare(path / ARRAYS, found.sha256.encode(), MANIFEST)
     return found
@@ -312,20 +307,15 @@ def _whole(path: Path, arrays: bool = True) -> Manifest:
     try:
         return _checked(path, arrays)
     except CheckpointError as error:
-        there = checkpoints(path.parent)
-        for step in reversed(there):
-            if step < int(path.name[-12:]) and _is_whole(there[step]):
-                mend = f"An older one is whole: restore({str(there[step])!r}, ...); "
-                mend += f"or remove {path} to go on from it."
-                raise CheckpointError(error.path, f"{error.reason} {mend}") from None
-        raise
-
-
-def _is_whole(path: Path) -> bool:
-    try:
-        return bool(_checked(path))
-    except CheckpointError:
-        return False
+        said = error
+        for older in reversed(checkpoints(path.parent).values()):
+            with contextlib.suppress(CheckpointError):
+                if older.name[-12:] < path.name[-12:] and _checked(older):
+                    mend = f"An older one is whole: restore({str(older)!r}, ...); "
+                    mend += f"or remove {path} to go on from it."
+                    said = CheckpointError(error.path, f"{error.reason} {mend}")
+                    break
+        raise said from None
 
 
 def difference(found: Manifest, like: Any) -> str:
@@ -370,7 +360,7 @@ def _reader(path: Path, found: Manifest) -> Callable[..., Any]:
             reason = f"leaf {found.leaves[i]['path']} is {dtype}, but JAX's 64-bit mode is off. "
             reason += "Turn it on: `jax.config.update('jax_enable_x64', True)`."
             raise CheckpointError(path / MANIFEST, reason)
-        placed = _placed(array, leaf)
+        placed = jax.block_until_ready(_placed(array, leaf))  # one leaf at a time is held twice
         return jax.random.wrap_key_data(placed, impl=KEYS[dtype]) if dtype in KEYS else placed
 
     return read
@@ -383,7 +373,7 @@ def _placed(array: np.ndarray, leaf: Any) -> jax.Array:
         made = jnp.full(array.shape, leaf.dtype.type(0).item()).at[...].set(array)
     if isinstance(leaf, jax.Array) and leaf.committed:
         return jax.device_put(made, leaf.sharding)
-    return jnp.asarray(made)
+    return jax.device_put(made)  # `jnp.asarray` copies once more
 
 
 def _rebuilt(path: Path, node: Any, read: Callable[[int], Any]) -> Any:
