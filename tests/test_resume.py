@@ -555,6 +555,12 @@ def test_a_save_into_the_folder_of_a_training_is_refused_and_the_training_goes_o
     assert said == [tmp_path / "run"] * 3
 
 
+def test_a_folder_of_other_checkpoints_is_refused(tmp_path):
+    save(tmp_path, PARAMS)
+    with pytest.raises(CheckpointError, match="is no checkpoint of `fit`"):
+        train(tmp_path)
+
+
 def test_a_finished_run_says_so(tmp_path, capsys):
     train(tmp_path, epochs=2)
     train(tmp_path, epochs=3)

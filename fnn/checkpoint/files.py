@@ -144,10 +144,10 @@ def restore(folder: Folder, like: Any, *, step: int | None = None) -> Any:
     5
     """
     path = find(local(folder), step)
-    found = _whole(path)
-    if differs := difference(found, like):
+    content = _load_or_offer(path)
+    if differs := difference(content, like):
         raise CheckpointError(path / MANIFEST, differs)
-    read = _reader(path, found)
+    read = _reader(path, content)
     leaves = [read(i, leaf) for i, leaf in enumerate(jax.tree.leaves(like))]
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
@@ -179,12 +179,12 @@ def restore_params(folder: Folder, *, best: bool = False) -> Any:
         if step is None:
             raise CheckpointError(path, "names no best epoch. Train with `Checkpointer(best=...)`.")
         path = find(path.parent, step)
-    found = _whole(path)
-    tree = found.tree
-    if found.metadata.get("of") == "fit":
+    content = _load_or_offer(path)
+    tree = content.tree
+    if content.metadata.get("of") == "fit":
         for name in ("state", "params"):
             tree = tree["children"][tree["keys"].index(name)]
-    return _rebuilt(path, tree, _reader(path, found))
+    return _rebuild(path, tree, _reader(path, content))
 
 
 def manifest(folder: Folder, *, step: int | None = None) -> Manifest:
@@ -206,7 +206,7 @@ def manifest(folder: Folder, *, step: int | None = None) -> Manifest:
     ...     manifest(folder).metadata
     {'epochs': 5}
     """
-    return _whole(find(local(folder), step), arrays=False)
+    return _load_or_offer(find(local(folder), step), arrays=False)
 
 
 def steps(folder: Folder) -> list[int]:
@@ -242,12 +242,12 @@ def checkpoints(home: Path) -> dict[int, Path]:
 
     A crash while a step is replaced leaves the earlier checkpoint under its hidden name.
     """
-    found = {}
+    paths = {}
     for path in sorted(home.glob(f"*{PREFIX}*")):  # hidden names come first
         hidden, _, step = path.name.rpartition(PREFIX)
         if hidden in ("", REPLACED) and step.isdecimal():
-            found[int(step)] = path
-    return dict(sorted(found.items()))
+            paths[int(step)] = path
+    return dict(sorted(paths.items()))
 
 
 def find(home: Path, step: int | None) -> Path:
@@ -288,7 +288,7 @@ def _compare(file: Path, expected: bytes, where: str) -> None:
         raise CheckpointError(file, reason)
 
 
-def _checked(path: Path, arrays: bool = True) -> Manifest:
+def _load_manifest(path: Path, arrays: bool = True) -> Manifest:
     """The manifest, after a check of all bytes, or of its own."""
     with _naming(path / SUMS, "read"):
         expected = (path / SUMS).read_bytes()
@@ -296,53 +296,52 @@ def _checked(path: Path, arrays: bool = True) -> Manifest:
     content = json.loads((path / MANIFEST).read_bytes())
     if content.pop("format", None) != FORMAT:
         raise CheckpointError(path / MANIFEST, f"must be of format {FORMAT}, which this fnn reads.")
-    found = Manifest(**content)
     if arrays:
-        _compare(path / ARRAYS, found.sha256.encode(), MANIFEST)
-    return found
+        _compare(path / ARRAYS, content["sha256"].encode(), MANIFEST)
+    return Manifest(**content)
 
 
-def _whole(path: Path, arrays: bool = True) -> Manifest:
-    """`_checked`, with an error that says which older checkpoint is whole."""
+def _load_or_offer(path: Path, arrays: bool = True) -> Manifest:
+    """`_load_manifest`, with an error that says which older checkpoint is whole."""
     try:
-        return _checked(path, arrays)
+        return _load_manifest(path, arrays)
     except CheckpointError as error:
-        said = error
+        newer = error
         for older in reversed(checkpoints(path.parent).values()):
             with contextlib.suppress(CheckpointError):
-                if older.name[-12:] < path.name[-12:] and _checked(older):
+                if older.name[-12:] < path.name[-12:] and _load_manifest(older):
                     mend = f"An older one is whole: restore({str(older)!r}, ...); "
                     mend += f"or remove {path} to go on from it."
-                    said = CheckpointError(error.path, f"{error.reason} {mend}")
+                    error = CheckpointError(newer.path, f"{newer.reason} {mend}")
                     break
-        raise said from None
+        raise error from None
 
 
-def difference(found: Manifest, like: Any) -> str:
+def difference(content: Manifest, like: Any) -> str:
     """How the tree of a checkpoint differs from `like`; empty if it does not."""
     wanted = {keystr(path): leaf for path, leaf in tree_leaves_with_path(like)}
-    there = {entry["path"]: entry for entry in found.leaves}
+    there = {entry["path"]: entry for entry in content.leaves}
     if [*wanted] != [*there]:
         sides = {"the checkpoint": there.keys() - wanted, "`like`": wanted.keys() - there}
-        said = [f"only in {side}: {', '.join(sorted(of)[:5])}" for side, of in sides.items() if of]
-        return f"the tree is another one than `like` ({'; '.join(said) or 'the order differs'})."
+        only = [f"only in {side}: {', '.join(sorted(of)[:5])}" for side, of in sides.items() if of]
+        return f"the tree is another one than `like` ({'; '.join(only) or 'the order differs'})."
     for path, entry in there.items():
         leaf, dtype = wanted[path], entry["dtype"]
-        fits = dtype in DTYPES if leaf is ... else _described(path, leaf) == entry
+        fits = dtype in DTYPES if leaf is ... else _entry(path, leaf) == entry
         if not fits:
             kept = f"{dtype}{entry['shape']}"
             return f"leaf {path} is {kept}, but `like` has {_validate.describe(leaf)}."
     return ""
 
 
-def _reader(path: Path, found: Manifest) -> Callable[..., Any]:
+def _reader(path: Path, content: Manifest) -> Callable[..., Any]:
     """`read(i, leaf)`: a leaf of the file, as what `leaf` is; a `jax.Array` without it."""
     with open(path / ARRAYS, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
 
     def read(i: int, leaf: Any = None) -> Any:
-        dtype = found.leaves[i]["dtype"]
+        dtype = content.leaves[i]["dtype"]
         entry = header[str(i)]
         array = np.empty(entry["shape"], jnp.dtype(STORED[dtype]))
         with open(path / ARRAYS, "rb") as file:
@@ -357,31 +356,31 @@ def _reader(path: Path, found: Manifest) -> Callable[..., Any]:
         if isinstance(leaf, np.ndarray):
             return array.astype(leaf.dtype, copy=False)  # its byte order
         if _validate.canonical_dtype(array) != array.dtype:
-            reason = f"leaf {found.leaves[i]['path']} is {dtype}, but JAX's 64-bit mode is off. "
+            reason = f"leaf {content.leaves[i]['path']} is {dtype}, but JAX's 64-bit mode is off. "
             reason += "Turn it on: `jax.config.update('jax_enable_x64', True)`."
             raise CheckpointError(path / MANIFEST, reason)
-        placed = jax.block_until_ready(_placed(array, leaf))  # one leaf at a time is held twice
+        placed = jax.block_until_ready(_place(array, leaf))  # one leaf at a time is held twice
         return jax.random.wrap_key_data(placed, impl=KEYS[dtype]) if dtype in KEYS else placed
 
     return read
 
 
-def _placed(array: np.ndarray, leaf: Any) -> jax.Array:
+def _place(array: np.ndarray, leaf: Any) -> jax.Array:
     """The array on the devices of `leaf`."""
-    made = array
+    source: Any = array
     if getattr(leaf, "weak_type", False):  # as 0.1 it does not decide on the dtype of a product
-        made = jnp.full(array.shape, leaf.dtype.type(0).item()).at[...].set(array)
+        source = jnp.full(array.shape, leaf.dtype.type(0).item()).at[...].set(array)
     if isinstance(leaf, jax.Array) and leaf.committed:
-        return jax.device_put(made, leaf.sharding)
-    return jax.device_put(made)  # `jnp.asarray` copies once more
+        return jax.device_put(source, leaf.sharding)
+    return jax.device_put(source)  # `jnp.asarray` copies once more
 
 
-def _rebuilt(path: Path, node: Any, read: Callable[[int], Any]) -> Any:
+def _rebuild(path: Path, node: Any, read: Callable[[int], Any]) -> Any:
     """A tree of known types from its structure."""
     if isinstance(node, int):
         return read(node)
     name = node["type"]
-    children = [_rebuilt(path, child, read) for child in node["children"]]
+    children = [_rebuild(path, child, read) for child in node["children"]]
     if name == "dict" and node["keys"] is not None:
         return dict(zip(node["keys"], children, strict=True))
     if name not in NODES:
@@ -400,14 +399,14 @@ def prepare(tree: Any, step: int, metadata: Mapping[str, Any]) -> tuple[dict[str
         "format": FORMAT,
         "step": step,
         "metadata": dict(metadata),
-        "leaves": [_described(path, leaf) for path, leaf in leaves],
+        "leaves": [_entry(path, leaf) for path, leaf in leaves],
         "tree": _structure(tree, itertools.count()),
     }
     to_json(content)  # before anything is written
-    return content, [_stored(path, leaf) for path, leaf in leaves]
+    return content, [_array_of(path, leaf) for path, leaf in leaves]
 
 
-def _described(path: str, leaf: Any) -> dict[str, Any]:
+def _entry(path: str, leaf: Any) -> dict[str, Any]:
     """What the manifest says of a leaf."""
     name = f"Python {type(leaf).__name__}"
     if hasattr(leaf, "dtype"):
@@ -415,9 +414,9 @@ def _described(path: str, leaf: Any) -> dict[str, Any]:
     return {"path": path, "dtype": name, "shape": [*np.shape(leaf)]}
 
 
-def _stored(path: str, leaf: Any) -> Any:
+def _array_of(path: str, leaf: Any) -> Any:
     """The array that the file has of a leaf."""
-    dtype = _described(path, leaf)["dtype"]
+    dtype = _entry(path, leaf)["dtype"]
     if dtype not in STORED:
         raise TypeError(
             f"`tree{path}` must be an array of a known dtype, a key or a number, got "
@@ -453,23 +452,23 @@ def to_json(content: dict[str, Any]) -> bytes:
 def write(home: Path, content: dict[str, Any], arrays: list[Any]) -> Path:
     """Writes a checkpoint into a folder that is locked."""
     final = home / f"{PREFIX}{content['step']:012d}"
-    made = home / f"{UNFINISHED}{final.name}"
+    draft = home / f"{UNFINISHED}{final.name}"
     native = [np.require(array, array.dtype.newbyteorder("="), "C") for array in arrays]
     try:
         with _naming(final, "written"):
-            made.mkdir()
-            save_file({str(i): array for i, array in enumerate(native)}, made / ARRAYS)
-            text = to_json(content | {"sha256": _sum(made / ARRAYS)})
-            (made / MANIFEST).write_bytes(text)
-            (made / SUMS).write_bytes(_sum(made / MANIFEST).encode())
+            draft.mkdir()
+            save_file({str(i): array for i, array in enumerate(native)}, draft / ARRAYS)
+            text = to_json(content | {"sha256": _sum(draft / ARRAYS)})
+            (draft / MANIFEST).write_bytes(text)
+            (draft / SUMS).write_bytes(_sum(draft / MANIFEST).encode())
             for name in (ARRAYS, MANIFEST, SUMS, "."):
-                _flush(made / name)
+                _flush(draft / name)
             if final.exists():
                 final.rename(home / f"{REPLACED}{final.name}")
-            made.rename(final)
+            draft.rename(final)
             _flush(home)
     finally:
-        shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(draft, ignore_errors=True)
     tidy(home)
     return final
 
@@ -503,7 +502,7 @@ def alone(home: Path) -> Iterator[None]:
     with _naming(home, "written"):
         home.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=home).cleanup()  # it is not read-only
-    descriptor = _locked(home)
+    descriptor = _lock(home)
     try:
         tidy(home)
         yield
@@ -513,7 +512,7 @@ def alone(home: Path) -> Iterator[None]:
             os.close(descriptor)
 
 
-def _locked(home: Path) -> int | None:
+def _lock(home: Path) -> int | None:
     """A descriptor that no other writer can have; None where the file system has no locks."""
     if fcntl is None:
         return None

@@ -88,14 +88,14 @@ class Saver:
     Of several processes of one training only the first writes.
 
     Attributes:
-        told: gives the signal that told the process to stop; 0 if none did.
+        stop_signal: gives the number of the signal that came; 0 if none did.
     """
 
     def __init__(
-        self, settings: Checkpointer, pool: ThreadPoolExecutor, told: Callable[[], int]
+        self, settings: Checkpointer, pool: ThreadPoolExecutor, stop_signal: Callable[[], int]
     ) -> None:
         """Begins the time to the first checkpoint within an epoch."""
-        self.told = told
+        self.stop_signal = stop_signal
         self._settings = settings
         self._pool = pool
         self._home = files.local(settings.folder).absolute()  # wherever the process goes
@@ -136,15 +136,15 @@ def saving(settings: Checkpointer) -> Iterator[Saver]:
     lock = contextlib.nullcontext()
     if jax.process_index() == 0:
         lock = files.alone(files.local(settings.folder).absolute())
-    with lock, _stop_signals() as told:
+    with lock, _stop_signals() as stop_signal:
         with ThreadPoolExecutor(1, "fnn-checkpoint") as pool:
-            saver = Saver(settings, pool, told)
+            saver = Saver(settings, pool, stop_signal)
             try:
                 yield saver
             finally:
                 saver.wait()
-        if told():  # during the last save
-            name = signal.Signals(told()).name
+        if stop_signal():  # during the last save
+            name = signal.Signals(stop_signal()).name
             stop = "stopped after the last epoch; all is saved in"
             raise Stopped(f"{name}: {stop} {settings.folder}.")
 
@@ -175,9 +175,9 @@ def _stop_signals() -> Iterator[Callable[[], int]]:
         if os.getpid() != process:  # in a worker that was forked, such as a loader's
             return os.kill(os.getpid(), number)
         came[0] = number
-        said = "finishing the step and saving; once more to exit at once."
+        text = "finishing the step and saving; once more to exit at once."
         with contextlib.suppress(OSError):  # nobody may be there to read it
-            os.write(2, f"{signal.Signals(number).name}: {said}\n".encode())
+            os.write(2, f"{signal.Signals(number).name}: {text}\n".encode())
 
     # only the main thread may ask for signals
     heard = SIGNALS if threading.current_thread() is threading.main_thread() else ()

@@ -106,7 +106,7 @@ def begin(
     settings = settings | {"key": digest.hexdigest()[:16]}
     log, metadata = Log(), {}
     if newest >= 0:
-        state, log, metadata = _restored(checkpointer, state, settings, epochs)
+        state, log, metadata = _restore(checkpointer, state, settings, epochs)
     best_step = None
     if metadata.get("best") == [checkpointer.best, checkpointer.mode]:
         best_step = metadata["best_step"]
@@ -127,7 +127,7 @@ def _keep(
         nonlocal saved, best_step
         try:
             # of all processes, which must do the same
-            stop, due, busy = greatest(saver.told(), saver.due(), saver.busy())
+            stop, due, busy = greatest(saver.stop_signal(), saver.due(), saver.busy())
             final = stop or last or ended
             best = metrics is not None and _is_best(checkpointer, log)
             if best:
@@ -145,7 +145,8 @@ def _keep(
                 saver.wait()
         except CheckpointError as error:
             error.params = state.params
-            error.history = history.history(log)
+            if log.structure is not None or not log.records:  # else unknown until one is recorded
+                error.history = history.history(log)
             raise
         if stop:
             where = f"in epoch {len(log.loss)} after {log.at_hand} steps of it"
@@ -182,17 +183,19 @@ def _is_best(checkpointer: Checkpointer, log: Log) -> bool:
     return last < min([value for value in before if not math.isnan(value)], default=math.inf)
 
 
-def _restored(
+def _restore(
     checkpointer: Checkpointer, state: TrainState, settings: dict[str, Any], epochs: int
 ) -> tuple[TrainState, Log, dict[str, Any]]:
     """Where the newest checkpoint of a run is, if it is of this training, and its metadata."""
     path = find(local(checkpointer.folder), None)
-    found = checkpoint.manifest(path)
-    metadata = found.metadata
+    manifest = checkpoint.manifest(path)
+    metadata = manifest.metadata
+    if metadata.get("of") != "fit":
+        raise CheckpointError(path, "is no checkpoint of `fit`. Give each training its own folder.")
     names, leaves = dict.fromkeys(metadata["measures"], ...), [...] * metadata["recorded"]
     log = {"loss": ..., "validation": names, "step_loss": ..., "counts": ..., "records": leaves}
     like = {"state": state, "log": log}
-    _check_settings(checkpointer, path, metadata["settings"], settings, difference(found, like))
+    _check_settings(checkpointer, path, metadata["settings"], settings, difference(manifest, like))
     done, more = metadata["epoch"], metadata["step_in_epoch"]
     if done + (more > 0) > epochs:
         reason = f"is of {done} epochs and {more} steps, but `epochs` is {epochs}. "
