@@ -267,7 +267,7 @@ def find(home: Path, step: int | None) -> Path:
 
 
 @contextlib.contextmanager
-def _naming(path: Path, verb: str) -> Iterator[None]:
+def naming(path: Path, verb: str) -> Iterator[None]:
     """Turns an error of the disk into one that names the path."""
     try:
         yield
@@ -277,7 +277,7 @@ def _naming(path: Path, verb: str) -> Iterator[None]:
 
 def _sum(file: Path) -> str:
     """The line of `sha256sum`."""
-    with _naming(file, "read"), open(file, "rb") as opened:
+    with naming(file, "read"), open(file, "rb") as opened:
         return f"{hashlib.file_digest(opened, 'sha256').hexdigest()}  {file.name}\n"
 
 
@@ -290,7 +290,7 @@ def _compare(file: Path, expected: bytes, where: str) -> None:
 
 def _load_manifest(path: Path, arrays: bool = True) -> Manifest:
     """The manifest, after a check of all bytes, or of its own."""
-    with _naming(path / SUMS, "read"):
+    with naming(path / SUMS, "read"):
         expected = (path / SUMS).read_bytes()
     _compare(path / MANIFEST, expected, SUMS)
     content = json.loads((path / MANIFEST).read_bytes())
@@ -455,7 +455,7 @@ def write(home: Path, content: dict[str, Any], arrays: list[Any]) -> Path:
     draft = home / f"{UNFINISHED}{final.name}"
     native = [np.require(array, array.dtype.newbyteorder("="), "C") for array in arrays]
     try:
-        with _naming(final, "written"):
+        with naming(final, "written"):
             draft.mkdir()
             save_file({str(i): array for i, array in enumerate(native)}, draft / ARRAYS)
             text = to_json(content | {"sha256": _sum(draft / ARRAYS)})
@@ -499,7 +499,7 @@ def alone(home: Path) -> Iterator[None]:
 
     The lock ends with the process, however it ends.
     """
-    with _naming(home, "written"):
+    with naming(home, "written"):
         home.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=home).cleanup()  # it is not read-only
     descriptor = _lock(home)

@@ -152,11 +152,12 @@ def saving(settings: Checkpointer) -> Iterator[Saver]:
 def _write_and_prune(home: Path, keep: int, content: dict[str, Any], arrays: list[Any]) -> None:
     files.write(home, content, arrays)
     there = files.checkpoints(home)
-    for step in [*there][:-keep]:
-        if step != content["metadata"]["best_step"]:
-            # at once: a half-removed checkpoint is none
-            there[step].rename(home / f"{files.UNFINISHED}{there[step].name}")
-    files.tidy(home)
+    with files.naming(home, "written"):
+        for step in [*there][:-keep]:
+            if step != content["metadata"]["best_step"]:
+                # at once: a half-removed checkpoint is none
+                there[step].rename(home / f"{files.UNFINISHED}{there[step].name}")
+        files.tidy(home)
 
 
 @contextlib.contextmanager
