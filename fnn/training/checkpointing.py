@@ -23,8 +23,8 @@ from fnn.checkpoint import Checkpointer, CheckpointError, Stopped
 from fnn.checkpoint.layout import MANIFEST, find
 from fnn.checkpoint.running import Saver, saving, sign
 from fnn.training import history
+from fnn.training.epoch import TrainState
 from fnn.training.history import Log
-from fnn.training.steps import TrainState
 from fnn.types import Key
 
 Keep = Callable[..., None]  # (state, log, metrics=None, last=False, ended=False)
