@@ -12,8 +12,10 @@ step by step, and the next one is fetched while the device is at work.
 from __future__ import annotations
 
 import functools
+import inspect
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import count, islice
 from typing import Any, NamedTuple
 
@@ -78,6 +80,8 @@ def step(
     >>> state, value = jax.jit(step(rule, optimizer))(state, jnp.ones((5, 3)), jnp.ones((5, 2)))
     """
     update = optax.with_extra_args_support(optimizer).update
+    taken = inspect.signature(update).parameters
+    takes_all = any(own.kind == own.VAR_KEYWORD for own in taken.values())
 
     def one_step(
         state: TrainState, x: Any, targets: Array, weights: Array | None = None
@@ -85,19 +89,37 @@ def step(
         def evaluate(params):
             return rule.value_and_grad(params, state.rule, x, targets, weights)
 
-        def value_fn(params):
+        def value_fn(params, obj_fn=None):  # line searches hand on what they have no use for
             return evaluate(params)[0]
 
         value, grads, rule_state = evaluate(state.params)
+        # what line searches, plateaus and Hessians by Hutchinson ask for
+        extra = {"value": value, "grad": grads, "value_fn": value_fn, "obj_fn": value_fn}
+        extra = {name: a for name, a in extra.items() if takes_all or name in taken}
         # several of optax's optimisers do not run under strict promotion
         with jax.numpy_dtype_promotion("standard"):
-            updates, optimizer_state = update(
-                grads, state.optimizer, state.params, value=value, grad=grads, value_fn=value_fn
-            )
+            with _explain_optimizer():
+                updates, optimizer_state = update(grads, state.optimizer, state.params, **extra)
             params = optax.apply_updates(state.params, updates)
         return TrainState(params, optimizer_state, rule_state), value
 
     return one_step
+
+
+@contextmanager
+def _explain_optimizer():
+    """Adds to an error of an optimiser what `fit` gives it."""
+    try:
+        yield
+    except (AttributeError, TypeError, ValueError) as error:
+        error.add_note(
+            "The optimiser raised this. A step gives it the mean gradient, plain params, and "
+            "`value`, `grad`, `value_fn` and `obj_fn`. One that wants gradients of examples "
+            "(optax.contrib.dpsgd: see `fnn.rules.private_sgd`), other params (optax.lookahead) or "
+            "a function for gradients (optax.contrib.sam with `opaque_mode`) needs a loop of its "
+            "own."
+        )
+        raise
 
 
 class Average(NamedTuple):

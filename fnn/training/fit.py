@@ -556,25 +556,13 @@ def _first_state(rule, optimizer, params, key, given, mesh, plan):
         )
     if mesh is not None:
         params = place(mesh, params, plan)
-    state = _init(rule, optimizer, params, key)
+    state = init(rule, optimizer, params, key)
     if given is not None:
         _check_state(given, state)
         state = jax.tree.map(jnp.asarray, given)
     if mesh is None:
         return state, None
     return placed_state(mesh, plan, params, state)
-
-
-def _init(rule, optimizer, params, key):
-    try:
-        return init(rule, optimizer, params, key)
-    except (AttributeError, TypeError) as error:
-        error.add_note(
-            "`optimizer.init(params)` raised this. `fit` trains plain params: an optimiser that "
-            "wants them wrapped (optax.lookahead) or another gradient function (optax.contrib.sam "
-            "in its opaque mode) needs a loop of its own, by `fnn.training.step`."
-        )
-        raise
 
 
 def _check_state(given, state):
