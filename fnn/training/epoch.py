@@ -20,9 +20,7 @@ from jax import lax
 
 from fnn import _validate
 from fnn._processes import greatest
-from fnn.sharding import place_batch
-from fnn.sharding.placing import padded
-from fnn.sharding.training import Placement
+from fnn.sharding import Placement, padded, place_batch
 from fnn.training.data import check_data, take
 from fnn.training.steps import TrainState, batch_of, batch_weight, step, step_with_grads
 from fnn.types import Array, Params, Rule
