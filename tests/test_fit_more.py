@@ -328,7 +328,9 @@ def regress(targets, weights=None):
 
 
 def test_what_jax_would_round_to_something_else_is_refused():
-    with pytest.raises(ValueError, match=r"`targets` must be whole numbers.*got 3000000000 in row 0"):
+    with pytest.raises(
+        ValueError, match=r"`targets` must be whole numbers.*got 3000000000 in row 0"
+    ):
         regress(np.full((22, 1), 3_000_000_000))
     with pytest.raises(ValueError, match="`weights` must be 0 or at least"):
         regress(X[:, :1], np.full(22, 1e-40, np.float32))

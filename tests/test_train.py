@@ -11,7 +11,7 @@ from cases import error, wide
 
 import fnn
 from fnn import losses, rules, training
-from fnn.sharding.placing import padded
+from fnn.sharding import padded
 from fnn.training.data import epoch_seeds, shuffled_batches
 
 LOSS = losses.softmax_cross_entropy_with_integer_labels

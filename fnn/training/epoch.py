@@ -27,9 +27,7 @@ from jax import lax
 
 from fnn import _validate
 from fnn._processes import greatest
-from fnn.sharding import place_batch
-from fnn.sharding.placing import padded
-from fnn.sharding.training import Placement
+from fnn.sharding import Placement, padded, place_batch
 from fnn.training.data import Batch, check_targets, check_values, shape_outputs, take
 from fnn.types import Array, Key, Params, Rule
 

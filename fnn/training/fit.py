@@ -24,9 +24,7 @@ from jax.sharding import Mesh
 from fnn import _validate
 from fnn.checkpoint import Checkpointer
 from fnn.factors import widen
-from fnn.sharding import place
-from fnn.sharding.plans import Plan
-from fnn.sharding.training import placed_order, placed_state
+from fnn.sharding import Plan, place, placed_order, placed_state
 from fnn.training.checkpointing import begin, saver_of
 from fnn.training.data import (
     Sampler,
