@@ -51,15 +51,5 @@ from fnn.verify import compare_gradients as compare_gradients
 
 def __dir__() -> list[str]:
     """The public names, without the modules that they come from."""
-    inside = {
-        "backprop",
-        "epochs",
-        "history",
-        "many",
-        "nets",
-        "resume",
-        "tracing",
-        "train",
-        "verify",
-    }
+    inside = {"backprop", "nets", "tracing", "verify"}
     return [name for name in globals() if name not in inside and not name.startswith("_")]

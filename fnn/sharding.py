@@ -312,7 +312,7 @@ def padded(batch: tuple[Any, Any, Any], batch_size: int) -> tuple[Any, Any, Any]
     """A batch filled up to `batch_size` by copies of its first row with weight 0.
 
     Args:
-        batch: `(x, targets, weights)`, arrays `[rows, ...]`; weights may be None.
+        batch: `(x, targets, weights)`, arrays `[rows, ...]`; x may be a tree, weights None.
         batch_size: at least the number of rows.
 
     Returns:
@@ -325,7 +325,7 @@ def padded(batch: tuple[Any, Any, Any], batch_size: int) -> tuple[Any, Any, Any]
     (array([1, 2, 1]), array([1., 1., 0.], dtype=float32))
     """
     x, targets, weights = batch
-    rows = x.shape[0]
+    rows = targets.shape[0]
     missing = batch_size - rows
     if missing < 0:
         raise ValueError(
@@ -337,7 +337,8 @@ def padded(batch: tuple[Any, Any, Any], batch_size: int) -> tuple[Any, Any, Any]
     if missing == 0:
         return x, targets, weights
     order = np.pad(np.arange(rows), (0, missing))
-    return x[order], targets[order], np.pad(np.asarray(weights), (0, missing))
+    x, targets = jax.tree.map(lambda a: a[order], (x, targets))
+    return x, targets, np.pad(np.asarray(weights), (0, missing))
 
 
 class Placement(NamedTuple):
