@@ -27,6 +27,7 @@ from jax import lax
 
 from fnn import _validate
 from fnn._processes import greatest
+from fnn.factors import widen
 from fnn.sharding import Placement, padded, place_batch
 from fnn.training.data import Batch, check_targets, check_values, shape_outputs, take
 from fnn.types import Array, Key, Params, Rule
@@ -178,9 +179,9 @@ class Loop(NamedTuple):
         optimizer = self.optimizer if rate is None else self.optimizer(rate)
         return step(self.rule, optimizer)
 
-    def jit(self, function: Callable) -> Callable:
-        """A compiled function that returns a state and four other things."""
-        return jax.jit(function, out_shardings=self.placement and self.placement.out(4))
+    def jit(self, function: Callable, others: int) -> Callable:
+        """A compiled function that returns a state and so many other things."""
+        return jax.jit(function, out_shardings=self.placement and self.placement.out(others))
 
 
 class Part(NamedTuple):
@@ -344,7 +345,7 @@ def _arrays_function(loop: Loop, whole: bool) -> Callable[..., Any]:
 
     if loop.nets:
         part = jax.vmap(part, (0, 0, (0, None), None, None), (0, 1, 1, 1, 0))
-    return loop.jit(part)
+    return loop.jit(part, 4)
 
 
 def _zeros(shapes, length):
@@ -418,25 +419,28 @@ def run_batches(
 
 def _finish(loop, state, batch, after, found):
     """The part of a step, once the device is through with it."""
-    new, value, count, finite, _ = after
-    value, count, finite, found = jax.device_get((value, count, finite, found))
+    new, numbers = after
+    value, count, finite = np.asarray(numbers)
     if not finite:
         raise NonFiniteStep(value, state.params, _first_bad_leaf(loop, state, batch, new))
-    records = jax.tree.map(lambda a: a[None], found)
+    records = None if found is None else jax.tree.map(lambda a: np.asarray(a)[None], found)
     return Part(new, value[None], count[None], records)
 
 
 @functools.lru_cache(maxsize=64)
 def _batch_function(loop: Loop) -> Callable[..., Any]:
-    """`(state, x, targets, weights) -> (state, loss, count, finite, ())`."""
+    """`(state, x, targets, weights) -> (state, [loss, count, whether all is finite])`."""
     one_step = loop.step()
 
     def run(state, x, targets, weights):
         after, value = one_step(state, x, targets, weights)
         finite = jnp.isfinite(value) & _all_finite(after.params)
-        return after, value, _count(targets, weights), finite, ()
+        value = widen(value)
+        count = _count(targets, weights)
+        # one array, since every array costs the host some time
+        return after, jnp.stack([a.astype(value.dtype) for a in (value, count, finite)])
 
-    return loop.jit(run)
+    return loop.jit(run, 1)
 
 
 @functools.lru_cache(maxsize=64)
@@ -468,7 +472,7 @@ def batches_of(
     batch_size: int,
     most: int | None = None,
 ) -> Iterator[Batch]:
-    """The batches of an epoch of an iterable from `first` on, checked, filled up, on the device.
+    """The batches of an epoch of an iterable from `first` on, checked and filled up.
 
     Args:
         loop: of the training.
@@ -501,12 +505,17 @@ def batches_of(
     for i, batch in enumerate(_together(rest, epoch, first, loop.placement), first):
         place = f"batch {i} of epoch {epoch}"
         with _validate.inside(place):
-            whole = padded(check_values(_as_arrays(batch), place), batch_size)
+            whole = check_values(_as_arrays(batch), place)
+            if whole[1].shape[0] != batch_size:
+                whole = padded(whole, batch_size)
             shape = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(whole))
             if shape not in known:
                 known[shape] = shape_outputs(loop.rule, params, whole[0])
             check_targets(loop.rule, known[shape], whole[1])
-        yield place_batch(loop.placement.mesh, whole) if loop.placement else jax.device_put(whole)
+        if loop.placement is not None:
+            given = whole if whole[2] is not None else whole[:2]
+            whole = place_batch(loop.placement.mesh, given)
+        yield whole
 
 
 def _together(batches, epoch, first, placement):
