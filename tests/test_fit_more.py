@@ -177,6 +177,33 @@ def test_every_optimizer_takes_the_steps_of_a_plain_loop(name, x64):
     assert error(wide(found), wide(params)) < (1e-10 if name == "galore" else 1e-12)
 
 
+def test_an_equal_optimizer_compiles_nothing(monkeypatch):
+    traces = []
+    inner = RULE.value_and_grad
+
+    def counted(*given):
+        traces.append(1)
+        return inner(*given)
+
+    rule = fnn.Rule("counted", RULE.init, counted, RULE.predict, LOSS)
+
+    def train(optimizer):
+        fnn.fit(rule, optimizer, PARAMS, (X, T), epochs=1, batch_size=4, key=KEY)
+        return len(traces)
+
+    def make(rate, decay):
+        schedule = optax.exponential_decay(rate, 10, decay)
+        return optax.chain(optax.clip(1.0), optax.adamw(schedule, mask=None))
+
+    once = train(make(0.1, 0.5))
+    assert train(make(0.1, 0.5)) == once
+    assert train(make(0.1, 0.6)) > once
+    # schedules of a user may read what has changed meanwhile
+    first, second = (optax.sgd(lambda count: 0.1) for _ in range(2))
+    before = train(first)
+    assert train(second) > before
+
+
 @pytest.mark.parametrize(
     "optimizer",
     [

@@ -121,6 +121,72 @@ def _explain_optimizer():
         raise
 
 
+class _ById:
+    """A value that equals itself alone."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _ById) and self.value is other.value
+
+
+def _describe(value):
+    """Equal for functions of optax that do the same: by their code and what they close over.
+
+    Functions of others may read global variables, so that they equal themselves alone.
+    """
+    if isinstance(value, (bool, int, float, str, type(None))):
+        return type(value), value
+    if isinstance(value, tuple):
+        return type(value), tuple(map(_describe, value))
+    if isinstance(value, functools.partial):
+        named = tuple(sorted(value.keywords.items()))
+        return functools.partial, _describe((value.func, value.args, named))
+    own = inspect.isfunction(value) and value.__module__.startswith("optax.")
+    if not own:
+        return _ById(value)
+    try:
+        cells = tuple(cell.cell_contents for cell in value.__closure__ or ())
+    except ValueError:  # a cell is empty
+        return _ById(value)
+    if any(cell is value for cell in cells):
+        return _ById(value)
+    named = tuple((value.__kwdefaults__ or {}).items())
+    return value.__code__, _describe((cells, value.__defaults__ or (), named))
+
+
+class _Known:
+    """An optimiser by its description."""
+
+    def __init__(self, optimizer: Any):
+        self.optimizer = optimizer
+        self.description = _describe(optimizer)
+
+    def __hash__(self) -> int:
+        return hash(self.description)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Known) and self.description == other.description
+
+
+@functools.lru_cache(maxsize=64)
+def _first_equal(known):
+    return known.optimizer
+
+
+def known_optimizer(optimizer: Any) -> Any:
+    """The first optimiser that does the same, so that its compiled functions are found again.
+
+    >>> known_optimizer(optax.adam(0.1)) is known_optimizer(optax.adam(0.1))
+    True
+    """
+    return _first_equal(_Known(optimizer))
+
+
 class Average(NamedTuple):
     """The state of `with_average`."""
 

@@ -43,6 +43,7 @@ from fnn.training.epoch import (
     TrainState,
     batches_of,
     init,
+    known_optimizer,
     paced,
     run_arrays,
     run_batches,
@@ -100,8 +101,8 @@ def fit(
         rule: what turns a batch into a loss and an update direction: `fnn.rules.backprop(net,
             loss)`, ...
         optimizer: any optax optimiser; a schedule counts steps. One that asks for `value`, `grad`
-            or `value_fn` gets them from the rule, on the batch of the step. Build it once: a new
-            one is compiled anew.
+            or `value_fn` gets them from the rule, on the batch of the step. Equal ones of optax's
+            own functions and numbers compile once; one with a schedule of yours, build once.
         params: where to start; they are not changed. With `state`, params like those in it.
         data: `(x, targets)` or `(x, targets, weights)`, arrays `[examples, ...]`, kept on the
             device; or an iterable of such tuples, one a batch of at most `batch_size`, gone through
@@ -170,7 +171,7 @@ def fit(
     length = _length(epochs, steps)
     _check_record(record, record_every)
     _validate.is_key("key", key)
-    optimizer, choose = _choose_params(optimizer, ema, evaluation_params)
+    optimizer, choose = _choose_params(known_optimizer(optimizer), ema, evaluation_params)
     rule_key, order_key = jax.random.split(key)
     data, validation = _check_both(rule, params, data, validation, batch_size, length)
     settings = _settings(rule, data, validation, batch_size, sampler, record, record_every)
