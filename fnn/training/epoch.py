@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import count, islice
+from types import CellType
 from typing import Any, NamedTuple
 
 import jax
@@ -143,20 +144,19 @@ def _describe(value):
         return type(value), value
     if isinstance(value, tuple):
         return type(value), tuple(map(_describe, value))
+    if isinstance(value, dict):
+        return dict, _describe(tuple(value.items()))
     if isinstance(value, functools.partial):
-        named = tuple(sorted(value.keywords.items()))
-        return functools.partial, _describe((value.func, value.args, named))
+        return functools.partial, _describe((value.func, value.args, value.keywords))
     own = inspect.isfunction(value) and value.__module__.startswith("optax.")
     if not own:
         return _ById(value)
-    try:
-        cells = tuple(cell.cell_contents for cell in value.__closure__ or ())
-    except ValueError:  # a cell is empty
-        return _ById(value)
+    # a cell without contents is one of a name that has no value
+    full = [cell for cell in value.__closure__ or () if cell != CellType()]
+    cells = tuple(cell.cell_contents for cell in full)
     if any(cell is value for cell in cells):
         return _ById(value)
-    named = tuple((value.__kwdefaults__ or {}).items())
-    return value.__code__, _describe((cells, value.__defaults__ or (), named))
+    return value.__code__, _describe((cells, value.__defaults__, value.__kwdefaults__))
 
 
 class _Known:
