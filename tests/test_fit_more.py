@@ -229,6 +229,8 @@ def test_steps_end_within_an_epoch():
     assert history.loss.shape == (2,)
     np.testing.assert_array_equal(history.step_loss, measured.step_loss[:8])
     assert error(wide(params), wide(whole)) > 1e-3
+    again, _ = fit(steps=12, sampler=training.shuffled_batches)
+    chex.assert_trees_all_equal(again, fit(epochs=2, sampler=training.shuffled_batches)[0])
 
 
 def test_a_stream_without_an_end_and_one_that_ends_too_early():

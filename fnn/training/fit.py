@@ -182,7 +182,7 @@ def fit(
         validation = jax.device_get(validation)  # `evaluate` puts it where the params are
     loop = Loop(rule, optimizer, record, int(record_every), placement)
     segments = None if checkpoint is None else paced()
-    parts = _parts_of(loop, data, order_key, length, batch_size, sampler, segments)
+    parts = _parts_of(loop, data, order_key, batch_size, sampler, segments)
 
     def measure(state):
         return evaluate_checked(rule, choose(state), validation, batch_size)
@@ -257,6 +257,7 @@ def fit_many(
     shapes = jax.eval_shape(init_params, keys[0])
     arrays = check_data(rule, shapes, data, batch_size=batch_size)
     validation = _check_validation(rule, shapes, validation)
+    optimizer = known_optimizer(optimizer)
     rates = None if learning_rates is None else jnp.asarray(learning_rates)
     loop = Loop(rule, optimizer, record, int(record_every), nets=True)
     first, order_keys = _first_states(rule, optimizer, init_params)(keys, rates)
@@ -486,7 +487,7 @@ def _first(size, *trees):
     return jax.tree.map(lambda a: a[:size], trees)
 
 
-def _parts_of(loop, data, key, length, batch_size, sampler, segments) -> Parts:
+def _parts_of(loop, data, key, batch_size, sampler, segments) -> Parts:
     """The function that goes through an epoch, of arrays or of an iterable."""
     form = "(seed, examples, batch_size) -> (rows, present), such as `poisson_batches`"
     _validate.is_function("sampler", sampler, form)
@@ -505,10 +506,12 @@ def _parts_of(loop, data, key, length, batch_size, sampler, segments) -> Parts:
 
         return of_iterable
 
+    seeds = functools.cache(functools.partial(epoch_seeds, key))
+
     @functools.lru_cache(maxsize=2)
     def draw(e):
-        seed = _seed(key, e, length)
-        order = drawn(sampler, seed, data[1].shape[0], batch_size)
+        some = seeds(1 << (e + 1).bit_length())  # those of an epoch do not depend on how many
+        order = drawn(sampler, some[e], data[1].shape[0], batch_size)
         return order if loop.placement is None else placed_order(loop.placement.mesh, *order)
 
     def of_arrays(state, e, first, most):
@@ -521,13 +524,6 @@ def _parts_of(loop, data, key, length, batch_size, sampler, segments) -> Parts:
             yield part
 
     return of_arrays
-
-
-def _seed(key, epoch, length):
-    """The seed of an epoch."""
-    if length.epochs is not None:
-        return epoch_seeds(key, length.epochs + 1)[epoch]
-    return epoch_seeds(jax.random.fold_in(key, epoch), 1)[0]
 
 
 def _choose_params(optimizer, ema, evaluation_params):
