@@ -159,7 +159,13 @@ def epoch_function(rule: fnn.Rule, activation: Name, data: Dataset) -> Callable[
 
     def one_epoch(state: Any, rate: Any, batches: Any) -> tuple[Any, Any]:
         if batches is not None:
-            state, _, _ = training.epoch(rule, optax.sgd(rate))(state, batches, x, t)
+            one_step = training.step(rule, optax.sgd(rate))
+
+            def body(state: Any, batch: Any) -> tuple[Any, None]:
+                rows, present = batch
+                return one_step(state, x[rows], t[rows], present)[0], None
+
+            state, _ = jax.lax.scan(body, state, batches)
         first = state.params[0][0]
         z, residuals = layer.forward((), x @ first.w + first.b[None, :])
         return state, (layer.backward((), residuals, jnp.ones_like(z))[1] == 0).all(0)

@@ -38,8 +38,8 @@ from fnn.tracing.source import as_source as as_source
 from fnn.training.fit import NonFiniteError as NonFiniteError
 from fnn.training.fit import evaluate as evaluate
 from fnn.training.fit import fit as fit
+from fnn.training.fit import fit_many as fit_many
 from fnn.training.history import History as History
-from fnn.training.many import fit_many as fit_many
 from fnn.types import Layer as Layer
 from fnn.types import Loss as Loss
 from fnn.types import Rule as Rule
@@ -51,15 +51,5 @@ from fnn.verify import compare_gradients as compare_gradients
 
 def __dir__() -> list[str]:
     """The public names, without the modules that they come from."""
-    inside = {
-        "backprop",
-        "epochs",
-        "history",
-        "many",
-        "nets",
-        "resume",
-        "tracing",
-        "train",
-        "verify",
-    }
+    inside = {"backprop", "nets", "tracing", "verify"}
     return [name for name in globals() if name not in inside and not name.startswith("_")]

@@ -182,10 +182,11 @@ def finite(name: str, value: Shaped[ArrayLike, "..."]) -> None:
     if not jnp.issubdtype(value.dtype, jnp.inexact):
         return
     with np.errstate(over="ignore"):  # a float64 beyond float32 is infinite inside JAX
-        inside_jax = np.asarray(jnp.asarray(value))
-    bad = np.argwhere(~np.isfinite(inside_jax))
-    if not len(bad):
+        inside_jax = np.asarray(value).astype(canonical_dtype(value), copy=False)
+    finite = np.isfinite(inside_jax)
+    if finite.all():
         return
+    bad = np.argwhere(~finite)
     place = tuple(bad[0].tolist())
     found = np.asarray(value)[place]
     row, *columns = place or (0,)

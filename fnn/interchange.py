@@ -1,68 +1,79 @@
-"""Parameters in and out of other libraries, and whole nets as programs that run without this one.
+"""Params in and out by flat names and by PyTorch's, and nets as programs that run without fnn.
 
-Every tree of parameters is also a flat dict with dotted names, `{"0.0.w": ..., "0.0.b": ..., "1.w":
-...}`. PyTorch, Flax and Equinox have other names, and all but Flax store a dense layer's weight as
-`[out, in]`; the tables are in `fnn._layouts`. None of them is imported.
+A tree of params is also a flat dict with dotted names, `{"0.0.w": ..., "0.0.b": ..., "1.w": ...}`.
+A PyTorch state dict has other names and other layouts: a weight is `[out, in, *window]` there and
+`[*window, in, out]` here. Models of Flax, Equinox and Haiku need no conversion: `fnn.as_layer`.
 
-Only arrays are carried, one layer after the other: to build a net of the same layers is up to you.
-Mind the epsilon of norms: Flax's is 1e-6, as here; PyTorch's and Equinox's `LayerNorm` have 1e-5
-(`fnn.layer_norm(features, epsilon=1e-5)`).
+Only arrays are carried, one layer after the other: you build the same net on the other side.
+
+- PyTorch's `LayerNorm` has epsilon 1e-5: `fnn.layer_norm(features, epsilon=1e-5)`.
+- Its `Conv2d(padding=1)` is `fnn.conv(padding=((1, 1), (1, 1)))`; "SAME" may pad one side alone.
+- Images are `[batch, channels, height, width]` there and `[batch, height, width, channels]` here.
+- `conv_transpose` is not supported. Its params look like those of `conv`, so no error says so.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.export
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Shaped
 
-from fnn import _layouts, _validate
-from fnn._layouts import EQUINOX, FLAX, TORCH, fitted, named, read, write
+from fnn import _validate
 from fnn.nets.combinators import check_net
-from fnn.types import Array, Layer, Params
+from fnn.nets.convolution import Kernel
+from fnn.nets.layers import Dense, Embedding, Norm
+from fnn.types import Abstract, Array, Layer, Params
 
+Size = tuple[int, ...] | None  # of an image, (height, width) or (length,)
+# The axes of the first array of a layer. More of them are layers that `repeat` has stacked.
+AXES = {Dense: (2,), Norm: (1,), Embedding: (2,), Kernel: (3, 4)}
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 
-def to_flat(params: Params) -> dict[str, Any]:
-    """The leaves by dotted names.
+def to_flat(params: Params) -> dict[str, Shaped[Abstract, "..."]]:
+    """The arrays of a tree by dotted names.
 
-    Places in tuples are numbers, fields of NamedTuples and keys of dicts are names.
+    Places in tuples are numbers; fields of NamedTuples and keys of dicts are names.
 
     Args:
-        params: any tree of arrays.
+        params: any tree of arrays; keys of its dicts have no dots.
 
     Returns:
-        `{name: leaf}` in the tree's order; the leaves are the same arrays.
+        `{name: array}` in the tree's order. The arrays are the same objects.
 
     Raises:
-        TypeError: a leaf is no array. ValueError: two leaves have one name (a key of a dict has a
-            dot).
+        TypeError: a leaf is no array.
 
     >>> import fnn
     >>> params = fnn.mlp((3, 4, 2)).init(jax.random.key(0))
     >>> {name: leaf.shape for name, leaf in to_flat(params).items()}
     {'0.0.w': (3, 4), '0.0.b': (4,), '1.w': (4, 2), '1.b': (2,)}
     """
-    return _layouts.flat("params", params)
+    flat = {_dotted(path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
+    for name, leaf in flat.items():
+        _validate.is_array(f"params.{name}", leaf)
+    return flat
 
 
-def from_flat(flat: Mapping[str, Any], like: Params) -> Params:
+def from_flat(flat: Mapping[str, Shaped[Abstract, "..."]], like: Params) -> Params:
     """The tree that `to_flat` was given.
 
     Args:
         flat: `{name: array}`, in any order.
-        like: a tree of the same names, shapes and dtypes; its leaves may be
-            `jax.ShapeDtypeStruct`s.
+        like: a tree of the same names, shapes and dtypes; `jax.ShapeDtypeStruct`s will do.
 
     Returns:
         A tree like `like`.
 
     Raises:
-        TypeError, ValueError: `flat` is no dict of arrays; names are missing or left over, or
-            shapes or dtypes differ: all are listed.
+        TypeError, ValueError: `flat` is no dict of arrays, or its names, shapes or dtypes are not
+            those of `like`.
 
     >>> import fnn
     >>> net = fnn.mlp((3, 4, 2))
@@ -71,199 +82,102 @@ def from_flat(flat: Mapping[str, Any], like: Params) -> Params:
     >>> from_flat(to_flat(params), like)[1].w is params[1].w
     True
     """
-    found = fitted("flat", _mapping("flat", flat), _layouts.flat("like", like), cast=False)
-    return jax.tree.unflatten(jax.tree.structure(like), list(found.values()))
+    found = _arrays("flat", flat)
+    wanted = to_flat(like)
+    _check_fit("flat", found, wanted)
+    leaves = [_own(found[name]) for name in wanted]
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
 def to_torch_state_dict(
-    params: Params, names: Sequence[str] | None = None
-) -> dict[str, np.ndarray]:
+    params: Params,
+    names: Sequence[str] | None = None,
+    *,
+    flattened: Size = None,
+) -> dict[str, Shaped[np.ndarray, "..."]]:
     """A PyTorch state dict of NumPy arrays.
 
     `module.load_state_dict({k: torch.from_numpy(v) for k, v in state_dict.items()})`.
 
     Args:
-        params: of a net of `dense`, `layer_norm`, `rms_norm` and `embedding`; layers that `repeat`
-            stacked must be made single ones first.
-        names: one for each layer with parameters, in the tree's order, `("fc1", "fc2")`. If None,
-            the places in a `torch.nn.Sequential` that has a module for each layer here, activations
+        params: of a net of `dense`, `conv`, `layer_norm`, `rms_norm` and `embedding`; layers that
+            `repeat` has stacked are made single ones first.
+        names: a module for each layer with params, in the tree's order, `("fc1", "fc2")`. If None,
+            the places in a `torch.nn.Sequential` with a module for each layer here, activations
             included: "0", "2", "4", ... for `fnn.mlp`.
+        flattened: the size of the images that `flatten` makes rows of, `(height, width)` or
+            `(length,)`, for a net with a `dense` behind it. PyTorch's rows have channels first.
 
     Returns:
         `{"0.weight": [out, in], "0.bias": [out], ...}`: copies, C-contiguous, in the dtypes of
-        `params`; bfloat16, which `torch.from_numpy` does not take, as float32, which holds the same
-        numbers.
+        `params`. bfloat16 becomes float32, since `torch.from_numpy` does not take it.
 
     Raises:
-        TypeError, ValueError: a leaf belongs to no such layer or is stacked (it is named), or
-            `names` are not as many as the layers.
+        ValueError: an array belongs to no such layer or is stacked, `names` are not one for each
+            layer, or `flattened` does not fit.
 
     >>> import fnn
     >>> params = fnn.mlp((3, 4, 2)).init(jax.random.key(0))
     >>> {name: a.shape for name, a in to_torch_state_dict(params).items()}
     {'0.weight': (4, 3), '0.bias': (4,), '2.weight': (2, 4), '2.bias': (2,)}
     """
-    arrays = {
-        name: np.array(leaf, order="C")
-        for name, leaf in write("params", params, TORCH, names).items()
-    }
-    # "V": not NumPy's own
-    return {name: a.astype(np.float32) if a.dtype.kind == "V" else a for name, a in arrays.items()}
+    layers = _layers("params", params)
+    state_dict = {}
+    for entry in _entries(layers, list(layers) if names is None else names, flattened):
+        array = np.array(entry.to_torch(entry.leaf), order="C")
+        if array.dtype == jnp.bfloat16:
+            array = array.astype(np.float32)
+        state_dict[entry.name] = array
+    return state_dict
 
 
 def load_torch_state_dict(
-    state_dict: Mapping[str, Any], like: Params, names: Sequence[str] | None = None
+    state_dict: Mapping[str, Any],
+    like: Params,
+    names: Sequence[str] | None = None,
+    *,
+    flattened: Size = None,
 ) -> Params:
     """Params from a PyTorch state dict.
 
     Args:
         state_dict: `{"name.weight": [out, in], "name.bias": [out], ...}` of tensors or arrays.
         like: the params to fill, or `jax.ShapeDtypeStruct`s like them.
-        names: the module of each layer, in the tree's order; if None, the modules as they come in
-            `state_dict`, which is the order in which they were registered.
+        names: the module of each layer, in the tree's order. If None, the modules in the order of
+            `state_dict`, in which PyTorch registered them.
+        flattened: as for `to_torch_state_dict`.
 
     Returns:
         A tree like `like`, in its dtypes; copies.
 
     Raises:
-        TypeError, ValueError: entries are missing or left over (all are named), a shape differs, or
-            `like` has a leaf of no known layer.
+        TypeError, ValueError: as `to_torch_state_dict`, or the names, shapes or dtypes of
+            `state_dict` are not those of `like`. Any dtype of floats goes into any other.
 
-    >>> import jax.numpy as jnp
-    >>> from fnn.nets.layers import Dense
     >>> state_dict = {"0.weight": np.ones((2, 3)), "0.bias": np.zeros(2)}
-    >>> load_torch_state_dict(state_dict, like=Dense(w=jnp.zeros((3, 2)), b=jnp.zeros(2))).w.shape
+    >>> like = Dense(w=jnp.zeros((3, 2)), b=jnp.zeros(2))
+    >>> load_torch_state_dict(state_dict, like).w.shape
     (3, 2)
     """
-    found = {name: _numpy(value) for name, value in _mapping("state_dict", state_dict).items()}
-    return read("state_dict", found, like, TORCH, names)
-
-
-def to_flax(params: Params, names: Sequence[str] | None = None) -> dict[str, Any]:
-    """The variables of a Flax linen module.
-
-    For nnx: `nnx.replace_by_pure_dict(state, to_flax(params, names)["params"])`, then
-    `nnx.update(model, state)`.
-
-    Args:
-        params: as for `to_torch_state_dict`.
-        names: one for each layer with parameters, in the tree's order; dots nest,
-            `("encoder.Dense_0", "layers.2")`. If None, those that linen gives: "Dense_0",
-            "Dense_1", ..., "LayerNorm_0", "RMSNorm_0", "Embed_0", each kind counted by itself.
-
-    Returns:
-        `{"params": {"Dense_0": {"kernel": [in, out], "bias": [out]}, "LayerNorm_0": {"scale": ...,
-        "bias": ...}, ...}}`.
-
-    Raises:
-        TypeError, ValueError: as `to_torch_state_dict`.
-
-    >>> import jax.numpy as jnp
-    >>> from fnn.nets.layers import Dense
-    >>> to_flax(Dense(w=jnp.ones((3, 2)), b=None))["params"]["Dense_0"]["kernel"].shape
-    (3, 2)
-    """
-    variables: dict[str, Any] = {"params": {}}
-    for name, leaf in write("params", params, FLAX, names).items():
-        *path, field = name.split(".")
-        inner = variables["params"]
-        for part in path:
-            inner = inner.setdefault(part, {})
-        inner[field] = leaf
-    return variables
-
-
-def from_flax(variables: Any, like: Params, names: Sequence[str] | None = None) -> Params:
-    """Params from the variables of a Flax linen module.
-
-    It takes the state of an nnx module too: `nnx.state(model, nnx.Param)`.
-
-    Args:
-        variables: `{"params": {"Dense_0": {"kernel": [in, out], "bias": [out]}, ...}}`, or what is
-            in "params"; nested at will.
-        like: the params to fill, or `jax.ShapeDtypeStruct`s like them.
-        names: the module of each layer, in the tree's order, as in `to_flax`. If None, the modules
-            of each kind in the order of the numbers in their names, Dense_10 after Dense_2; the
-            rest of their names must then be the same, for Flax keeps no other order.
-
-    Returns:
-        A tree like `like`, in its dtypes.
-
-    Raises:
-        TypeError, ValueError: as `load_torch_state_dict`, or the names tell no order.
-
-    >>> import jax.numpy as jnp
-    >>> from fnn.nets.layers import Dense
-    >>> params = Dense(w=jnp.ones((3, 2)), b=jnp.zeros(2))
-    >>> from_flax(to_flax(params), like=params).w.shape
-    (3, 2)
-    """
-    found = {
-        name.removeprefix("params.").removesuffix(".value"): leaf
-        for name, leaf in _layouts.flat("variables", variables).items()
-    }
-    return read("variables", found, like, FLAX, names)
-
-
-def to_equinox(params: Params, model: Any, names: Sequence[str] | None = None) -> Any:
-    """An Equinox model with other parameters.
-
-    Args:
-        params: as for `to_torch_state_dict`.
-        model: an `eqx.nn.MLP`, or any module of `Linear`, `LayerNorm`, `RMSNorm` and `Embedding`.
-        names: as for `from_equinox`.
-
-    Returns:
-        The model with the params in the place of its arrays, in its dtypes; nothing else is
-        changed.
-
-    Raises:
-        TypeError, ValueError: as `load_torch_state_dict`.
-
-    >>> from fnn.nets.layers import Dense
-    >>> # in the place of an eqx.nn.Linear(3, 2)
-    >>> model = {"bias": np.zeros(2), "weight": np.zeros((2, 3))}
-    >>> to_equinox(Dense(w=np.ones((3, 2)), b=np.ones(2)), model)["weight"].shape
-    (2, 3)
-    """
-    arrays = _arrays(model)
-    names = (
-        _layouts.in_order("model", arrays, _layouts.layers("params", params))
-        if names is None
-        else names
-    )
-    found = fitted("params", write("params", params, EQUINOX, names), arrays, axes=EQUINOX.axes)
-    return jax.tree.unflatten(
-        jax.tree.structure(model), [found.get(name, leaf) for name, leaf in named(model)]
-    )
-
-
-def from_equinox(model: Any, like: Params, names: Sequence[str] | None = None) -> Params:
-    """Params from an Equinox model.
-
-    Args:
-        model: an `eqx.nn.MLP`, or any module of `Linear`, `LayerNorm`, `RMSNorm` and `Embedding`.
-        like: the params to fill, or `jax.ShapeDtypeStruct`s like them.
-        names: the module of each layer, in the tree's order, `("layers.0", "layers.1")`; if None,
-            the modules in the order of the model's fields.
-
-    Returns:
-        A tree like `like`, in its dtypes.
-
-    Raises:
-        TypeError, ValueError: as `load_torch_state_dict`.
-
-    >>> from fnn.nets.layers import Dense
-    >>> # in the place of an eqx.nn.Linear(3, 2)
-    >>> model = {"bias": np.zeros(2), "weight": np.zeros((2, 3))}
-    >>> from_equinox(model, like=Dense(w=np.ones((3, 2)), b=np.ones(2))).w.shape
-    (3, 2)
-    """
-    return read("model", _arrays(model), like, EQUINOX, names)
+    found = _arrays("state_dict", state_dict)
+    if names is None:
+        names = list(dict.fromkeys(name.rpartition(".")[0] for name in found))
+    entries = _entries(_layers("like", like), names, flattened)
+    wanted = {e.name: jax.eval_shape(e.to_torch, e.leaf) for e in entries}
+    for name in wanted.keys() & found.keys():
+        if jnp.issubdtype(found[name].dtype, jnp.floating):
+            found[name] = found[name].astype(wanted[name].dtype)
+    _check_fit("state_dict", found, wanted)
+    leaves = [_own(entry.from_torch(found[entry.name])) for entry in entries]
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
 def export(
-    net: Layer, params: Params, x: Any, *, platforms: Sequence[str] = ("cpu", "cuda", "tpu")
+    net: Layer,
+    params: Params,
+    x: Shaped[Abstract, "batch ..."],
+    *,
+    platforms: Sequence[str] = ("cpu", "cuda", "tpu"),
 ) -> jax.export.Exported:
     """`net.apply` as a program that runs without fnn.
 
@@ -275,15 +189,13 @@ def export(
 
     Args:
         net: any layer.
-        params: arrays or `jax.ShapeDtypeStruct`s; only their names, shapes and dtypes matter.
-        x: `[batch, ...]`, an array or a `jax.ShapeDtypeStruct`; of its shape all but the first axis
-            matters.
-        platforms: out of "cpu", "cuda", "rocm", "tpu"; none of them need be here.
+        params: arrays or `jax.ShapeDtypeStruct`s; only names, shapes and dtypes matter.
+        x: `[batch, ...]`, an array or a `jax.ShapeDtypeStruct`; its first axis may have any length.
+        platforms: out of "cpu", "cuda", "rocm", "tpu"; this machine needs none of them.
 
     Returns:
-        The program `(flat, x [batch, ...]) -> y [batch, ...]`. It takes the params as the dict that
-        `to_flat` gives: a file of new params is served by the same program, and a dict needs no
-        class of fnn's.
+        The program `(flat, x [batch, ...]) -> y [batch, ...]`. It takes the params as the dict of
+        `to_flat`, which needs no class of fnn: one program serves every file of new params.
 
     Raises:
         TypeError, ValueError: `net` is no layer, `x` has no batch axis or does not fit, or a
@@ -301,52 +213,148 @@ def export(
     check_net(net)
     _validate.is_array("x", x)
     if not x.shape:
-        raise ValueError(
-            "`x` must be [batch, ...], got a single number. "
-            "One example? Give it a batch axis: `x[None]`."
-        )
-    if (
-        not isinstance(platforms, (tuple, list))
-        or not platforms
-        or not set(platforms) <= set(PLATFORMS)
-    ):
+        raise ValueError("`x` must be [batch, ...], got a single number. Pass `x[None]`.")
+    if not platforms or set(platforms) - set(PLATFORMS):
         raise ValueError(
             f"`platforms` must be a tuple out of {PLATFORMS}, got {platforms!r}. "
             "A GPU is 'cuda' or 'rocm'."
         )
-    like = {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in to_flat(params).items()
-    }
-    structure = jax.tree.structure(params)
+    like = jax.eval_shape(lambda params: params, params)
 
     def apply(flat: dict[str, Array], x: Array) -> Array:
-        return net.apply(jax.tree.unflatten(structure, [flat[name] for name in like]), x)
+        return net.apply(from_flat(flat, like), x)
 
     (batch,) = jax.export.symbolic_shape("batch")
     x = jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype)
-    return jax.export.export(jax.jit(apply), platforms=tuple(platforms))(like, x)
+    return jax.export.export(jax.jit(apply), platforms=list(platforms))(to_flat(like), x)
 
 
-def _mapping(argument: str, value: Any) -> Mapping[str, Any]:
+class _Entry(NamedTuple):
+    """An array and its name in PyTorch."""
+
+    name: str
+    leaf: Any
+    window: Sequence[int] | None  # of a weight that is [*window, in, out]; None for other arrays
+
+    def to_torch(self, array: Any) -> Any:
+        """The array in PyTorch's layout, [out, in, *window]."""
+        if self.window is None:
+            return array
+        outputs = array.shape[-1]
+        axes = len(self.window)
+        array = array.reshape(*self.window, -1, outputs)
+        array = array.transpose(axes + 1, axes, *range(axes))
+        return array if self.leaf.ndim > 2 else array.reshape(outputs, -1)
+
+    def from_torch(self, array: Any) -> Any:
+        """An array in PyTorch's layout as the net has it."""
+        if self.window is None:
+            return array
+        array = array.reshape(array.shape[0], -1, *self.window)
+        array = array.transpose(*range(2, array.ndim), 1, 0)
+        return array.reshape(self.leaf.shape)
+
+
+def _layers(argument: str, params: Params) -> dict[str, tuple[str, Any]]:
+    """`{place: (path, node)}` of the layers with params; places count all layers."""
+
+    def is_layer(node: Any) -> bool:
+        return type(node) in AXES or (type(node) is tuple and not node)
+
+    layers = {}
+    for place, (path, node) in enumerate(jax.tree.leaves_with_path(params, is_leaf=is_layer)):
+        if type(node) is tuple:
+            continue
+        name = f"{argument}.{_dotted(path)}".removesuffix(".")
+        if type(node) not in AXES or len(node[0].shape) not in AXES[type(node)]:
+            shapes = jax.tree.map(np.shape, node)
+            raise ValueError(
+                f"`{name}` has shape {shapes}, which is no single dense layer, "
+                "convolution, norm or embedding. Stacked by `fnn.repeat`? Take it apart: "
+                "`tuple(jax.tree.map(lambda leaf: leaf[i], stacked) for i in range(n))`."
+            )
+        layers[str(place)] = name, node
+    return layers
+
+
+def _entries(
+    layers: dict[str, tuple[str, Any]], names: Sequence[str], flattened: Size
+) -> list[_Entry]:
+    """Every array of the layers, in the tree's order."""
+    if isinstance(names, str) or len(set(names)) != len(layers) or len(names) != len(layers):
+        paths = [path for path, _ in layers.values()]
+        raise ValueError(
+            f"PyTorch's modules must be {len(layers)}, one for each of the layers with params "
+            f"{paths}, got {names!r}. A batch norm? Fold it into the layer before it."
+        )
+    entries = []
+    channels = None  # of a convolution that no dense layer has followed yet
+    for name, (path, node) in zip(names, layers.values(), strict=True):
+        window = None
+        if isinstance(node, Kernel):
+            *window, _, channels = node.w.shape
+        if isinstance(node, Dense):
+            window = _window(path, node.w.shape[0], channels, flattened)
+            channels = None
+        fields = zip(("weight", "bias"), node, (window, None), strict=False)
+        for field, leaf, sizes in fields:
+            if leaf is not None:
+                entries.append(_Entry(f"{name}.{field}".removeprefix("."), leaf, sizes))
+    return entries
+
+
+def _window(path: str, inputs: int, channels: int | None, flattened: Size) -> Sequence[int]:
+    """The size of the images that a dense layer takes as rows; () if it takes no images."""
+    if channels is None or inputs == channels:
+        return ()
+    if flattened is None or math.prod(flattened) * channels != inputs:
+        raise ValueError(
+            f"`{path}` takes {inputs} numbers after a convolution with {channels} channels. "
+            "PyTorch flattens images channels first: pass their size, "
+            f"`flattened=(height, width)`; got {flattened}."
+        )
+    return flattened
+
+
+def _check_fit(argument: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raises unless both have the same names, shapes and dtypes."""
+    problems = [f"{name} is left over" for name in found if name not in wanted]
+    for name, leaf in wanted.items():
+        expected = _validate.describe(leaf)
+        came = _validate.describe(found[name]) if name in found else "missing"
+        if came != expected:
+            problems.append(f"{name} is {came}, expected {expected}")
+    if problems:
+        more = f"; {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise ValueError(
+            f"`{argument}` does not fit: {'; '.join(problems[:8])}{more}. "
+            "Of another net? Of another dtype? Cast it. Stored the other way round? Pass the `.T`."
+        )
+
+
+def _arrays(argument: str, value: Any) -> dict[str, Any]:
+    """A dict of arrays, with PyTorch's tensors as NumPy arrays."""
     if not isinstance(value, Mapping):
         mend = " A module? Pass `module.state_dict()`." if hasattr(value, "state_dict") else ""
         raise TypeError(
             f"`{argument}` must be a dict of names and arrays, got {type(value).__name__}.{mend}"
         )
-    return value
+    arrays = {}
+    for name, array in value.items():
+        if hasattr(array, "detach"):
+            array = array.detach().cpu()
+            if "bfloat16" in str(array.dtype):  # NumPy has none
+                array = array.float()
+            array = array.numpy()
+        _validate.is_array(f"{argument}[{name!r}]", array)
+        arrays[name] = array
+    return arrays
 
 
-def _numpy(value: Any) -> Any:
-    """A PyTorch tensor as a NumPy array, and anything else as it is.
-
-    NumPy has no bfloat16, so it makes float32 of that.
-    """
-    if not hasattr(value, "detach"):
-        return value
-    value = value.detach().cpu()
-    return (value.float() if "bfloat16" in str(value.dtype) else value).numpy()
+def _own(array: Any) -> Array:
+    """A JAX array that shares no memory with another library, which may write to it."""
+    return array if isinstance(array, jax.Array) else jnp.array(array)
 
 
-def _arrays(model: Any) -> dict[str, Any]:
-    """The arrays of an Equinox model by dotted names, without its functions and numbers."""
-    return {name: leaf for name, leaf in named(model) if hasattr(leaf, "dtype")}
+def _dotted(path: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")

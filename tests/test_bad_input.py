@@ -1614,11 +1614,11 @@ DATA = (
         "`batch_size=4`",
     ),
     case(
-        "a batch a list",
-        lambda: fit([[X[:2], T[:2]]]),
+        "a batch a number",
+        lambda: fit([1.0]),
         TypeError,
         "`batch 0 of epoch 0` must be a tuple (x, targets)",
-        "got list",
+        "got float",
     ),
     case(
         "a batch of one array",

@@ -13,9 +13,11 @@ import time
 
 import jax
 import numpy as np
+import optax
 import pytest
 from safetensors.numpy import load_file
 
+import fnn
 from experiments import _processes, _runs
 from experiments.__main__ import main
 from fnn import checkpoint
@@ -222,3 +224,57 @@ def test_variables_that_cannot_be_meant_are_told(monkeypatch, capsys, variables,
         monkeypatch.setenv(name, value)
     assert main(["train", "--distributed"]) == 1
     assert message in capsys.readouterr().err
+
+
+def train_on_own_batches(kind, rank, address, log):
+    """What a process of two does: it has other batches than the other process."""
+    with open(log, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    jax.config.update("jax_num_cpu_devices", 1)
+    jax.distributed.initialize(address, 2, rank)
+    batch = np.ones((4, 3), np.float32), np.ones((4, 2), np.float32)
+
+    def batches(epoch):
+        yield from [batch] * 3
+        if rank == 1 and kind == "one more":
+            yield batch
+        elif rank == 1:
+            raise OSError("the disk is gone")
+
+    net = fnn.mlp((3, 2))
+    rule = fnn.rules.backprop(net, fnn.losses.l2_loss)
+    params = net.init(jax.random.key(0))
+    settings = {"epochs": 9, "batch_size": 8, "key": jax.random.key(1)}
+    mesh = fnn.sharding.make_mesh()
+    fnn.fit(rule, optax.sgd(0.1), params, batches, mesh=mesh, **settings)
+
+
+@pytest.mark.parametrize("kind", ["one more", "an error"])
+def test_a_process_without_its_batch_ends_all_with_a_sentence(kind, tmp_path):
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{found.getsockname()[1]}"
+    logs = [tmp_path / f"{rank}.log" for rank in (0, 1)]
+    processes = [
+        context().Process(target=train_on_own_batches, args=(kind, rank, address, log))
+        for rank, log in enumerate(logs)
+    ]
+    begun = time.monotonic()
+    for process in processes:
+        process.start()
+    try:
+        for process in processes:
+            process.join(60)
+            assert process.exitcode not in (None, 0)
+    finally:
+        for process in processes:
+            process.kill()
+    assert time.monotonic() - begun < 60  # with their start; the end itself is at once
+    said = [log.read_text() for log in logs]
+    if kind == "one more":
+        sentence = "`data` of process 0 ended before batch 3 of epoch 0, which process 1 has"
+        assert all(sentence in text for text in said)
+    else:
+        assert "Process 1 raised an error in batch 3 of epoch 0" in said[0]
+        assert "OSError: the disk is gone" in said[1]

@@ -4,21 +4,21 @@ the plan says and no more."""
 import functools
 import math
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import TOLERANCE, cast, error, wide
+from cases import TOLERANCE, error, wide
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
 import fnn
 from fnn import losses, per_example, rules, sharding, training
-from fnn.backprop import weighted_mean
 from fnn.nets.layers import Dense
-from fnn.sharding.plans import PLANS
+from fnn.sharding import PLANS
 
 pytestmark = pytest.mark.skipif(
     jax.device_count() < 8, reason="needs eight devices: JAX_NUM_CPU_DEVICES=8"
@@ -187,68 +187,6 @@ def test_a_step_of_every_rule_is_that_of_one_device_and_its_state_stays_where_it
     assert found.optimizer[0].trace[0][0].w.addressable_shards[0].data.shape == (2, 4)
 
 
-@functools.cache  # compiled once for one device
-def sources():
-    """Functions for `data_parallel` by name.
-
-    Manual, automatic, clipped, and a mean that is NaN where all weights are 0.
-    """
-
-    def clipped(params, x, targets, weights):
-        values, gradient, _ = per_example.clipped_gradient(fnn.source(MLP, LABELS), MAX_NORM)(
-            params, x, targets, weights=weights
-        )
-        return weighted_mean(values, weights), gradient
-
-    def careless(params, x, targets, weights):
-        return (LABELS.value(MLP.apply(params, x), targets) * weights).sum() / weights.sum()
-
-    manual, automatic = (
-        fnn.value_and_grad(MLP, LABELS),
-        jax.value_and_grad(fnn.mean_loss(MLP, LABELS)),
-    )
-    return {
-        "manual": manual,
-        "automatic": automatic,
-        "clipped": clipped,
-        "careless": jax.value_and_grad(careless),
-    }
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", MESHES)
-@pytest.mark.parametrize("name", sources())
-def test_the_explicit_gradient_is_that_of_the_whole_batch_also_where_a_device_has_no_weight(
-    name, shape, dtype
-):
-    with jax.enable_x64(dtype == "float64"):
-        mesh, function, params = mesh_of(shape), sources()[name], params_of(MLP, dtype)
-        batch = batch_of(MLP, params, LABELS, 16)
-        placed = sharding.place(mesh, params, sharding.tensor_parallel(mesh, params))
-        gradient = sharding.data_parallel(mesh, function)
-        # of eight devices the first three have none
-        weights = np.linspace(0, 2, 16, dtype=dtype) * (np.arange(16) > 5)
-        for rows in (
-            (batch, (*batch, weights)) if name in ("manual", "automatic") else ((*batch, weights),)
-        ):
-            expected = jax.jit(function)(params, *rows)
-            assert error(wide(gradient(placed, *rows)), wide(expected)) <= TOLERANCE[dtype]
-        assert not any(
-            leaf.any() for leaf in jax.tree.leaves(gradient(placed, *batch, np.zeros(16, dtype)))
-        )
-
-
-def test_the_explicit_gradient_adds_up_in_float32_and_keeps_bfloat16():
-    params, mesh = cast(params_of(MLP, "float32"), jnp.bfloat16), mesh_of((4, 2))
-    batch = cast(batch_of(MLP, params, LABELS, 16), jnp.bfloat16)
-    function = fnn.value_and_grad(MLP, LABELS)
-    found = sharding.data_parallel(mesh, function)(
-        sharding.place(mesh, params, sharding.tensor_parallel(mesh, params)), *batch
-    )
-    assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype(jnp.bfloat16)}
-    assert error(wide(found), wide(jax.jit(function)(params, *batch))) <= TOLERANCE["bfloat16"]
-
-
 def sends(function, *args):
     """What the devices of a compiled function send each other.
 
@@ -285,15 +223,12 @@ def wide_case(shape, plan_of):
 
 @pytest.mark.parametrize("function", SENDING, ids=["manual", "automatic"])
 def test_data_parallel_gradients_are_summed_and_nothing_is_gathered(function):
-    mesh, params, batch, _, _ = wide_case((8, 1), sharding.replicated)
-    for sent in (
-        sends(function, params, *batch),
-        sends(sharding.data_parallel(mesh, function), params, *batch),
-    ):
-        assert {kind for kind, _ in sent} == {"all-reduce"}
-        assert sum(math.prod(shape) for _, shape in sent) == 1 + sum(
-            leaf.size for leaf in jax.tree.leaves(params)
-        )  # the value, the gradient
+    _, params, batch, _, _ = wide_case((8, 1), sharding.replicated)
+    sent = sends(function, params, *batch)
+    assert {kind for kind, _ in sent} == {"all-reduce"}
+    assert sum(math.prod(shape) for _, shape in sent) == 1 + sum(
+        leaf.size for leaf in jax.tree.leaves(params)
+    )  # the value, the gradient
 
 
 @pytest.mark.parametrize("function", SENDING, ids=["manual", "automatic"])
@@ -329,64 +264,62 @@ def test_tensor_parallel_gathers_no_whole_weight(shape):
 
 
 @pytest.mark.parametrize("function", SENDING, ids=["manual", "automatic"])
-def test_fully_sharded_parameters_are_gathered_and_gradients_summed(function):
-    mesh, params, batch, _, split = wide_case((8, 1), sharding.fully_sharded)
+def test_fully_sharded_parameters_are_gathered(function):
+    _, params, batch, _, split = wide_case((8, 1), sharding.fully_sharded)
     assert len(split) == 6
     assert "all-gather" in {kind for kind, _ in sends(function, params, *batch)}
-    sent = sends(sharding.gathered(mesh, function), params, *batch)
+
+
+@pytest.fixture(scope="module")
+def recipes():
+    """The functions `gathered` and `data_parallel` of docs/scaling.md, whose programs are run."""
+    page = (Path(__file__).parents[1] / "docs" / "scaling.md").read_text()
+    programs = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    found = {}
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        for name in ("gathered", "data_parallel"):
+            names = {}
+            exec(next(text for text in programs if f"def {name}" in text), names)
+            assert math.isfinite(names["value"])
+            found[name] = names[name]
+    return found
+
+
+def test_the_recipe_for_gathered_weights_gathers_every_weight_once(recipes):
+    mesh, params, batch, _, split = wide_case((8, 1), sharding.fully_sharded)
+    sent = sends(recipes["gathered"](mesh, SENDING[0]), params, *batch)
     assert {kind for kind, _ in sent} == {"all-gather", "all-reduce"}
     assert sorted(shape for kind, shape in sent if kind == "all-gather") == sorted(split)
-    # what the test above looks for
+    # what `whole` looks for
     assert sorted(whole(sent, split)) == sorted(shape for shape in split if len(shape) > 1)
-    assert sum(math.prod(shape) for kind, shape in sent if kind == "all-reduce") == 1 + sum(
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["gathered", "data_parallel"])
+def test_the_recipes_give_the_gradient_of_one_device(recipes, name, dtype):
+    with jax.enable_x64(dtype == "float64"):
+        function, params = fnn.value_and_grad(MLP, LABELS), params_of(MLP, dtype)
+        # of eight devices the first three have no weight
+        weights = np.linspace(0, 2, 16, dtype=dtype) * (np.arange(16) > 5)
+        batch = (*batch_of(MLP, params, LABELS, 16), weights)
+        expected = jax.jit(function)(params, *batch)
+        for shape in MESHES:
+            mesh = mesh_of(shape)
+            placed = sharding.place(mesh, params, sharding.fully_sharded(mesh, params))
+            gradient = jax.jit(recipes[name](mesh, function))
+            found = gradient(placed, *sharding.place_batch(mesh, batch))
+            assert error(wide(found), wide(expected)) <= TOLERANCE[dtype]
+
+
+def test_the_recipe_for_a_sum_of_ones_own_sends_the_gradient_alone(recipes):
+    mesh, params, batch, _, _ = wide_case((8, 1), sharding.replicated)
+    weights = jnp.ones(8)
+    sent = sends(recipes["data_parallel"](mesh, SENDING[0]), params, *batch, weights)
+    assert {kind for kind, _ in sent} == {"all-reduce"}
+    # and the value and the sum of weights
+    assert sum(math.prod(shape) for _, shape in sent) == 2 + sum(
         leaf.size for leaf in jax.tree.leaves(params)
     )
-
-
-def test_gathered_parameters_may_stay_split_over_the_other_axis(x64):
-    net, mesh = fnn.mlp((8, 16, 4), "tanh"), mesh_of((4, 2))
-    params, function = params_of(net), fnn.value_and_grad(net, losses.l2_loss)
-    batch = batch_of(net, params, losses.l2_loss, 8)
-    placed = sharding.place(mesh, params, EDITED)
-    gathered = sharding.gathered(mesh, function, sharding.tensor_parallel(mesh, params))
-    assert (
-        error(wide(jax.jit(gathered)(placed, *batch)), wide(function(params, *batch)))
-        <= TOLERANCE["float64"]
-    )
-    sent = sends(gathered, placed, *sharding.place_batch(mesh, batch)[:2])
-    # each device half of both weights
-    assert sorted(shape for kind, shape in sent if kind == "all-gather") == [(8, 4), (8, 8)]
-
-
-def test_the_explicit_gradient_sends_what_the_user_says():
-    mesh, params, batch, _, _ = wide_case((8, 1), sharding.replicated)
-
-    def scattered_then_gathered(grads):
-        def add(g):
-            part = lax.psum_scatter(g, "data", scatter_dimension=g.ndim - 1, tiled=True)
-            return lax.all_gather(part, "data", axis=g.ndim - 1, tiled=True)
-
-        return jax.tree.map(add, grads)
-
-    gradient = sharding.data_parallel(mesh, SENDING[0], all_reduce=scattered_then_gathered)
-    sent, shapes = (
-        sends(gradient, params, *batch),
-        sorted(leaf.shape for leaf in jax.tree.leaves(params)),
-    )
-    assert [shape for kind, shape in sent if kind == "all-reduce"] == [()]  # the value
-    assert sorted(shape for kind, shape in sent if kind == "all-gather") == shapes
-    assert sum(kind == "reduce-scatter" for kind, _ in sent) == len(shapes)
-    assert (
-        error(wide(gradient(params, *batch)), wide(SENDING[0](params, *batch)))
-        <= TOLERANCE["float32"]
-    )
-
-    def halved(grads):
-        return jax.tree.map(lambda g: lax.psum(g.astype(jnp.bfloat16), "data"), grads)
-
-    short = sharding.data_parallel(mesh, SENDING[0], all_reduce=halved)(params, *batch)
-    assert {leaf.dtype for leaf in jax.tree.leaves(short)} == {jnp.dtype(jnp.float32)}
-    assert 1e-5 < error(wide(short), wide(SENDING[0](params, *batch))) <= TOLERANCE["bfloat16"]
 
 
 def test_tensor_parallel_pairs_dense_layers_that_fit():
@@ -572,14 +505,14 @@ BAD = [
     (
         lambda: sharding.make_mesh(data=4, model=4, devices=jax.devices()[:8]),
         ValueError,
-        "`data` x `model` is 4 x 4 = 16, but there are 8 devices. Ask for fewer, or try it on a "
-        "CPU: set JAX_NUM_CPU_DEVICES=16 in the environment before Python starts.",
+        "`data` x `model` is 4 x 4 = 16, but there are 8 devices. Pass sizes that fit, or try them "
+        "on a CPU: set JAX_NUM_CPU_DEVICES=16 in the environment before Python starts.",
     ),
     (
         lambda: sharding.make_mesh(model=3, devices=jax.devices()[:8]),
         ValueError,
-        "`model` is 3, which does not divide the number of devices, 8. Ask for fewer, or try it on "
-        "a CPU: set JAX_NUM_CPU_DEVICES=3 in the environment before Python starts.",
+        "`data` x `model` is 2 x 3 = 6, but there are 8 devices. Pass sizes that fit, or try them "
+        "on a CPU: set JAX_NUM_CPU_DEVICES=6 in the environment before Python starts.",
     ),
     (
         lambda: sharding.make_mesh(data=0),
@@ -601,7 +534,7 @@ BAD = [
             jax.sharding.Mesh(np.array(jax.devices()[:2]), ("data",)), PAIR
         ),
         ValueError,
-        "`mesh` must have an axis 'model', got 'data'. Make one: `fnn.sharding.make_mesh()`.",
+        "`mesh` must have an axis 'model', got ('data',). Make one: `fnn.sharding.make_mesh()`.",
     ),
     (
         lambda: sharding.place(
@@ -611,8 +544,8 @@ BAD = [
             PAIR,
         ),
         ValueError,
-        "`mesh` must have axes of type Auto, but 'data' is not (the default of `jax.make_mesh`). "
-        "Make one: `fnn.sharding.make_mesh()`.",
+        "`mesh` must have axes of type Auto, got (Explicit,) (`jax.make_mesh` makes others unless "
+        "told). Make one: `fnn.sharding.make_mesh()`.",
     ),
     (
         lambda: sharding.replicated(mesh(), (X, 2.0)),
@@ -622,21 +555,13 @@ BAD = [
     ),
     (
         planned((Dense(P(), None), ())),
-        ValueError,
-        "`plan` has no PartitionSpec for `params[0].b`. Edit one of "
-        "`fnn.sharding.replicated(mesh, params)`.",
+        TypeError,
+        "`plan[0].b` must be a PartitionSpec, got None. Replicated is `PartitionSpec()`.",
     ),
     (
         planned((Dense(P(), P()), (P(),))),
         ValueError,
         "`plan[1][0]` stands for no array of `params`. Edit one of "
-        "`fnn.sharding.replicated(mesh, params)`.",
-    ),
-    (
-        planned((Dense(P(), P()),)),
-        ValueError,
-        "`plan` must be a tree like `params`, PyTreeDef((CustomNode(namedtuple[Dense], [*, *]), "
-        "())), got PyTreeDef((CustomNode(namedtuple[Dense], [*, *]),)). Edit one of "
         "`fnn.sharding.replicated(mesh, params)`.",
     ),
     (
@@ -647,30 +572,25 @@ BAD = [
     (
         planned((Dense(P(), P(None, "data")), ())),
         ValueError,
-        "`plan[0].b` is P(None, 'data'), for 2 axes, but `params[0].b` has shape (6,).",
+        "`plan[0].b` is P(None, 'data'), which does not split `params[0].b`, shape (6,), on a mesh "
+        "of {'data': 4, 'model': 2}. To leave an axis whole, put None in its place.",
     ),
     (
         planned((Dense(P("rows"), P()), ())),
         ValueError,
-        "`plan[0].w` is P('rows',), but `mesh` has no axis 'rows'. Its axes: data, model.",
+        "`plan[0].w` is P('rows',), which does not split `params[0].w`, shape (6, 3), on a mesh "
+        "of {'data': 4, 'model': 2}. To leave an axis whole, put None in its place.",
     ),
     (
         planned((Dense(P(("data", "model")), P()), ())),
         ValueError,
-        "`plan[0].w` is P(('data', 'model'),), but axis 0 of `params[0].w`, shape (6, 3), does not "
-        "divide into 8 parts. Leave it whole: put None in its place.",
-    ),
-    (
-        lambda: sharding.place(mesh(), jax.eval_shape(lambda: PAIR)),
-        TypeError,
-        "`params[0].w` is a shape and no array. Draw them: "
-        "`jax.jit(net.init, out_shardings=shardings(mesh, plan))(key)`.",
+        "`plan[0].w` is P(('data', 'model'),), which does not split `params[0].w`, shape (6, 3), "
+        "on a mesh of {'data': 4, 'model': 2}. To leave an axis whole, put None in its place.",
     ),
     (
         lambda: sharding.follow((P(),), (X, T), (X, T)),
-        ValueError,
-        "`plan` has no PartitionSpec for `params[1]`. Edit one of "
-        "`fnn.sharding.replicated(mesh, params)`.",
+        TypeError,
+        "`plan[1]` must be a PartitionSpec, got None. Replicated is `PartitionSpec()`.",
     ),
     (
         lambda: sharding.place_batch(mesh(), [X, T]),
@@ -680,7 +600,7 @@ BAD = [
     (
         lambda: sharding.place_batch(mesh(), (X,)),
         TypeError,
-        "`batch` must be a tuple (x, targets) or (x, targets, weights), got a tuple of 1.",
+        "`batch` must be a tuple (x, targets) or (x, targets, weights), got tuple.",
     ),
     (
         lambda: sharding.place_batch(mesh(), (X, [1] * 6)),
@@ -690,35 +610,14 @@ BAD = [
     (
         lambda: sharding.place_batch(mesh(), (X, T, W[:5])),
         ValueError,
-        "`weights` must have a row for each of `x`; their shapes are (5,) and (6, 3). One example? "
-        "Pass `x[None]`.",
+        "`weights` has shape (5,) and `x` (6, 3); expected one number of rows, above 0. One "
+        "example? Pass `x[None]`.",
     ),
     (
         lambda: sharding.place_batch(mesh(), (X[:0], T[:0])),
         ValueError,
-        "`x` is empty, shape (0, 3); expected at least one row.",
-    ),
-    (
-        lambda: sharding.gathered(mesh(), "net"),
-        TypeError,
-        "`function` must be a function (params, ...) -> anything, got 'net'.",
-    ),
-    (
-        lambda: sharding.data_parallel(mesh(), None),
-        TypeError,
-        "`function` must be a function (params, x, targets[, weights]) -> (value, grads), got "
-        "None.",
-    ),
-    (
-        lambda: sharding.data_parallel(mesh(), SENDING[0], all_reduce="mean"),
-        TypeError,
-        "`all_reduce` must be a function (grads) -> grads, got 'mean'.",
-    ),
-    (
-        lambda: sharding.data_parallel(mesh(), SENDING[0])(PAIR, X, T),
-        ValueError,
-        "`x` has 6 rows, which the 4 parts of the mesh axis 'data' do not divide. Fill it up: "
-        "`fnn.sharding.place_batch(mesh, (x, targets))`.",
+        "`x` has shape (0, 3) and `x` (0, 3); expected one number of rows, above 0. One example? "
+        "Pass `x[None]`.",
     ),
 ]
 

@@ -11,7 +11,7 @@ from cases import error, wide
 
 import fnn
 from fnn import losses, rules, training
-from fnn.sharding.placing import padded
+from fnn.sharding import padded
 from fnn.training.data import epoch_seeds, shuffled_batches
 
 LOSS = losses.softmax_cross_entropy_with_integer_labels
@@ -64,10 +64,14 @@ def test_an_iterable_of_batches_is_the_same_loop():
     batches = [(x[i : i + 4], t[i : i + 4]) for i in range(0, len(x), 4)]
     rows = np.append(np.arange(len(x), dtype=np.int32), 0).reshape(-1, 4).astype(np.int32)
     present = (np.arange(24) < 23).astype(np.float32).reshape(-1, 4)
-    state = training.init(RULE, optax.sgd(0.3), PARAMS, KEY)
-    state, step_loss, mean = jax.jit(training.epoch(RULE, optax.sgd(0.3)))(
-        state, (rows, present), x, t
-    )
+    optimizer = optax.sgd(0.3)
+    state = training.init(RULE, optimizer, PARAMS, KEY)
+    one_step = jax.jit(training.step(RULE, optimizer))
+    step_loss = []
+    for r, w in zip(rows, present, strict=True):
+        state, value = one_step(state, x[r], t[r], w)
+        step_loss.append(value)
+    mean = np.average(step_loss, weights=present.sum(1))
     for data in (batches, lambda epoch: iter(batches)):
         params, history = fnn.fit(
             RULE, optax.sgd(0.3), PARAMS, data, epochs=1, batch_size=4, key=KEY

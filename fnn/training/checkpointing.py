@@ -32,8 +32,8 @@ from fnn.checkpoint.files import MANIFEST, difference, find, local
 from fnn.checkpoint.running import Saver, saving
 from fnn.tracing.jaxprs import open_jaxpr
 from fnn.training import history
+from fnn.training.epoch import TrainState, update_of
 from fnn.training.history import Log
-from fnn.training.steps import TrainState
 from fnn.types import Key, Rule
 
 SAMPLED_BYTES = 2**22  # of an array, for its fingerprint
@@ -89,7 +89,7 @@ def begin(
         `(state, log, ended, keep)`. `keep(state, log)` after some steps saves where it is time;
         `keep(state, log, metrics, last, ended)` after an epoch saves every so many epochs. Both
         save, and raise `Stopped`, where the process was told to stop. Where a save failed they
-        raise a `CheckpointError` with the params and the history.
+        raise a `CheckpointError`.
 
     Raises:
         CheckpointError: what is there is damaged, or is of another training.
@@ -125,29 +125,23 @@ def _keep(
 
     def keep(state, log, metrics=None, last=False, ended=False):
         nonlocal saved, best_step
-        try:
-            # of all processes, which must do the same
-            stop, due, busy = greatest(saver.stop_signal(), saver.due(), saver.busy())
-            final = stop or last or ended
-            best = metrics is not None and _is_best(checkpointer, log)
-            if best:
-                best_step = log.steps
-            if metrics is not None:
-                due = len(log.loss) % checkpointer.every == 0
-            due = due and (checkpointer.wait or not busy)
-            if (final or best or due) and (log.steps > saved or metrics is not None):
-                saved = log.steps
-                tree = on_host({"state": state, "log": history.to_tree(log)})
-                metadata = {"ended": ended, "settings": settings, "best_step": best_step}
-                metadata["best"] = [checkpointer.best, checkpointer.mode]
-                saver.save(tree, saved, _position(log, metrics or {}) | metadata)
-            if final:
-                saver.wait()
-        except CheckpointError as error:
-            error.params = state.params
-            if log.structure is not None or not log.records:  # else unknown until one is recorded
-                error.history = history.history(log)
-            raise
+        # of all processes, which must do the same
+        stop, due, busy = greatest(saver.stop_signal(), saver.due(), saver.busy())
+        final = stop or last or ended
+        best = metrics is not None and _is_best(checkpointer, log)
+        if best:
+            best_step = log.steps
+        if metrics is not None:
+            due = len(log.loss) % checkpointer.every == 0
+        due = due and (checkpointer.wait or not busy)
+        if (final or best or due) and (log.steps > saved or metrics is not None):
+            saved = log.steps
+            tree = on_host({"state": state, "log": history.to_tree(log)})
+            metadata = {"ended": ended, "settings": settings, "best_step": best_step}
+            metadata["best"] = [checkpointer.best, checkpointer.mode]
+            saver.save(tree, saved, _position(log, metrics or {}) | metadata)
+        if final:
+            saver.wait()
         if stop:
             where = f"in epoch {len(log.loss)} after {log.at_hand} steps of it"
             raise Stopped(
@@ -255,12 +249,10 @@ def fingerprints(
     >>> sorted(fingerprints(rule, optimizer, state, (x, x[:, :2])))
     ['optimizer', 'rule']
     """
-    update = optax.with_extra_args_support(optimizer).update
+    update = update_of(optimizer)
 
     def updated(grads: Any, optimizer_state: Any, params: Any, value: Any) -> Any:
-        extra = {"value": value, "grad": grads, "value_fn": lambda params, *args: value}
-        with jax.numpy_dtype_promotion("standard"):  # as in a step
-            return update(grads, optimizer_state, params, **extra)
+        return update(grads, optimizer_state, params, value, lambda params, obj_fn=None: value)
 
     # shapes alone: the place of an array is no part of the program
     params, optimizer_state, rule_state, batch = jax.tree.map(_shape, (*state, batch))
@@ -301,7 +293,7 @@ def data_fingerprint(data: tuple[Any, ...]) -> str:
     """The shapes and dtypes of arrays, and a CRC of rows that are spread over each.
 
     Args:
-        data: arrays `[examples, ...]`, or None.
+        data: arrays `[examples, ...]`, or trees of them.
 
     Returns:
         One line of text.
@@ -309,10 +301,12 @@ def data_fingerprint(data: tuple[Any, ...]) -> str:
     >>> data_fingerprint((np.zeros((5, 2), np.float32), None))
     'float32[5, 2] 0xe9ec3db1'
     """
-    return ", ".join(_array_fingerprint(array) for array in data if array is not None)
+    return ", ".join(map(_array_fingerprint, jax.tree.leaves(data)))
 
 
 def _array_fingerprint(array: Any) -> str:
+    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        array = jax.random.key_data(array)
     rows = array.shape[0]
     bytes_of_row = max(1, array.dtype.itemsize * array.size // rows)
     count = min(rows, max(1, SAMPLED_BYTES // bytes_of_row))

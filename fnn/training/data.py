@@ -1,7 +1,4 @@
-"""Data at the door: checked by value once, before training begins.
-
-And batches of one size, filled up with weight 0.
-"""
+"""Data at the door: checked by value once, before training begins, and the order of an epoch."""
 
 from __future__ import annotations
 
@@ -13,11 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from fnn import _validate
+from fnn.factors import widen
 from fnn.rules.private_sgd import CUT_OFF
 from fnn.types import Array, Key, Params, Rule
 
 # (seed, examples, batch_size) -> (rows, present), as `shuffled_batches`
 Sampler = Callable[[Any, int, int], tuple[Any, Any]]
+Batch = tuple[Any, Any, Any]  # x, targets, weights; None without weights
 
 
 def check_data(
@@ -27,25 +26,25 @@ def check_data(
     *,
     batch_size: int | None = None,
     name: str = "data",
-    whole: bool = True,
-) -> tuple[Array, Array, Array | None]:
+) -> Batch:
     """Checks data where they enter, values included, and puts them on the device.
 
     Args:
         rule: its loss says what targets may be.
         params: of the rule's net, or their shapes.
-        data: `(x, targets)` or `(x, targets, weights)`, arrays `[examples, ...]`.
+        data: `(x, targets)` or `(x, targets, weights)`, arrays `[examples, ...]`; x may be a tree
+            of such arrays.
         batch_size: at most the number of examples, if given.
         name: what errors call the tuple.
-        whole: False for one batch out of many, whose weights may all be 0.
 
     Returns:
-        `(x, targets, weights)`; weights None where there are none.
+        `(x, targets, weights)`; weights None where there are none, else float32 at least.
 
     Raises:
         TypeError, ValueError: not a tuple of arrays of one length; no example, or fewer than a
-            batch; NaN or Inf (with row and column); targets that the loss cannot mean; weights that
-            are negative or all zero; params of another net.
+            batch; NaN or Inf (with row and column); targets that the loss does not take; weights
+            that are negative, all zero or too small; params of another net; an index that an
+            embedding does not have.
 
     >>> import fnn
     >>> net = fnn.mlp((3, 2))
@@ -56,26 +55,137 @@ def check_data(
         from 1? Pass `targets - 1`.
     """
     _validate.is_params(params)
-    rows = _check_arrays(data, name)
-    x, targets = jnp.asarray(data[0]), jnp.asarray(data[1])
-    if jnp.issubdtype(x.dtype, jnp.integer) and not np.array_equal(
-        np.asarray(x), np.asarray(data[0])
-    ):
-        raise ValueError(
-            f"`x` has whole numbers beyond {x.dtype}, which is what JAX keeps of {data[0].dtype} "
-            "here. Make them smaller."
-        )
-    weights = jnp.asarray(data[2]) if len(data) == 3 else None
+    batch = check_values(data, name)
+    x, targets, weights = batch
+    rows = targets.shape[0]
     if batch_size is not None and batch_size > rows:
         raise ValueError(
             f"`batch_size` is {batch_size} but `{name}` has only {rows} examples. "
             f"Pass at most {rows}."
         )
+    if weights is not None and not (weights > 0).any():
+        raise ValueError("`weights` must not be all 0: no example would count.")
+    check_targets(rule, shape_outputs(rule, params, x), targets)
+    _check_indices(rule, params, x)
+    return jax.tree.map(jnp.asarray, batch)
+
+
+def check_values(data: Any, name: str) -> Batch:
+    """Raises unless `data` is a tuple of arrays of one length that JAX holds, without NaN or Inf.
+
+    Args:
+        data: `(x, targets)` or `(x, targets, weights)`.
+        name: what errors call it.
+
+    Returns:
+        `(x, targets, weights)` as they came, but weights in float32 at least; None without.
+    """
+    tuples = isinstance(data, tuple) and any(isinstance(part, tuple) for part in data[1:])
+    if tuples or not (isinstance(data, tuple) and len(data) in (2, 3)):
+        came = f"a tuple of {len(data)}" if isinstance(data, tuple) else type(data).__name__
+        mend = " A tuple of batches? Pass a list of them." if tuples else ""
+        raise TypeError(
+            f"`{name}` must be a tuple (x, targets) or (x, targets, weights) of arrays, "
+            f"got {came}.{mend}"
+        )
+    x, targets = data[:2]
+    weights = data[2] if len(data) == 3 else None
+    parts = []
+    for path, leaf in leaves_of(x):
+        known = hasattr(leaf, "dtype")
+        parts.append((f"x{jax.tree_util.keystr(path)}", leaf) if known else ("x", x))
+    parts.append(("targets", targets))
     if weights is not None:
-        _check_weights(weights, rows, whole)
-    outputs = jax.eval_shape(rule.predict, params, jax.ShapeDtypeStruct(x.shape, x.dtype))
-    rule.loss.check(outputs, data[1])  # as given: JAX may keep fewer bits
+        parts.append(("weights", weights))
+    rows = None
+    for part, value in parts:
+        rows = _check_array(part, value, rows)
+    if weights is not None:
+        weights = _check_weights(weights, rows)
     return x, targets, weights
+
+
+def leaves_of(x: Any) -> list[tuple[Any, Any]]:
+    """Path and value of every array of an input."""
+    return jax.tree_util.tree_leaves_with_path(x, is_leaf=lambda leaf: hasattr(leaf, "dtype"))
+
+
+def shape_outputs(rule: Rule, params: Params, x: Any) -> Any:
+    """The shape and dtype of the outputs of a net; raises where x does not fit the params."""
+
+    def shape(leaf):
+        dtype = leaf.dtype if isinstance(leaf, jax.Array) else _validate.canonical_dtype(leaf)
+        return jax.ShapeDtypeStruct(leaf.shape, dtype)
+
+    return jax.eval_shape(rule.predict, params, jax.tree.map(shape, x))
+
+
+def check_targets(rule: Rule, outputs: Any, targets: Any) -> None:
+    """Raises unless the loss takes the targets, for outputs of such a shape."""
+    rule.loss.check(outputs, targets)  # as given: JAX may keep fewer bits
+    _validate.fits("targets", targets)
+
+
+def _check_array(name, value, rows):
+    """Raises unless `value` has `rows` rows, at least one, of numbers; returns how many."""
+    _validate.is_array(name, value)
+    if name != "targets":  # which `check_targets` looks at, with the loss's own words
+        _validate.fits(name, value)
+    if value.ndim < 1:
+        raise ValueError(f"`{name}` is a single number, expected an array with a row per example.")
+    if rows is not None and value.shape[0] != rows:
+        raise ValueError(f"`{name}` has {value.shape[0]} rows but `x` has {rows}: one per example.")
+    if value.size == 0:
+        shape = tuple(value.shape)
+        raise ValueError(f"`{name}` is empty, shape {shape}; expected at least one example.")
+    _validate.finite(name, value)
+    return value.shape[0]
+
+
+def _check_weights(weights, examples):
+    """The weights in float32 at least; raises unless there is one for each example, at least 0."""
+    _validate.per_example("weights", weights, examples)
+    weights = widen(weights)
+    w = np.asarray(weights)
+    if (w < 0).any():
+        row = int(w.argmin())
+        raise ValueError(f"`weights` must be at least 0, got {w[row]} in row {row}.")
+    smallest = float(jnp.finfo(_float_of(w)).tiny)
+    lost = (w > 0) & (w < smallest)
+    if lost.any():
+        row = int(lost.argmax())
+        raise ValueError(
+            f"`weights` must be 0 or at least {smallest:.2g}, got {w[row]} in row {row}, which XLA "
+            "takes for 0. Scale them: a mean does not change."
+        )
+    return weights
+
+
+def _float_of(w):
+    """The dtype in which weights are multiplied."""
+    dtype = _validate.canonical_dtype(w)
+    return dtype if jnp.issubdtype(dtype, jnp.floating) else jnp.float32
+
+
+def _check_indices(rule, params, x):
+    """Raises where the net has no finite output for the largest or smallest whole number in x."""
+    whole = [leaf for _, leaf in leaves_of(x) if jnp.issubdtype(leaf.dtype, jnp.integer)]
+    shapes = any(isinstance(p, jax.ShapeDtypeStruct) for p in jax.tree.leaves(params))
+    if not whole or shapes:
+        return
+    rows = set()
+    for leaf in whole:
+        by_row = np.asarray(leaf).reshape(leaf.shape[0], -1)
+        rows |= {int(by_row.max(1).argmax()), int(by_row.min(1).argmin())}
+    found = sorted(rows)
+    some = jax.tree.map(lambda a: jnp.asarray(a[np.array(found)]), x)
+    outputs = np.asarray(jax.jit(rule.predict)(params, some).astype(jnp.float32))
+    for row, output in zip(found, outputs, strict=True):
+        if not np.isfinite(output).all():
+            raise ValueError(
+                f"`x` has whole numbers in row {row} for which the outputs of the net are not "
+                "finite. An index that an embedding does not have?"
+            )
 
 
 def shuffled_batches(
@@ -224,9 +334,9 @@ def own_batches(
     return batches
 
 
-def take(a: Array, rows: Array) -> Array:
-    """Rows that are known to exist."""
-    return a.at[rows].get(mode="promise_in_bounds")
+def take(tree: Any, rows: Array) -> Any:
+    """Rows that are known to exist, of every array of a tree."""
+    return jax.tree.map(lambda a: a.at[rows].get(mode="promise_in_bounds"), tree)
 
 
 def check_rule(rule: Any) -> None:
@@ -259,48 +369,3 @@ def check_batches(data: Any, epochs: int) -> None:
             f"but `epochs` is {epochs}. "
             "Pass a list, or a function of the epoch that returns one: `lambda epoch: ...`."
         )
-
-
-def _check_arrays(data: Any, name: str) -> int:
-    """Raises unless `data` is a tuple of arrays of one length without NaN or Inf.
-
-    Returns the length.
-    """
-    tuples = isinstance(data, tuple) and any(isinstance(part, tuple) for part in data)
-    if tuples or not (isinstance(data, tuple) and len(data) in (2, 3)):
-        came = f"a tuple of {len(data)}" if isinstance(data, tuple) else type(data).__name__
-        mend = " A tuple of batches? Pass a list of them." if tuples else ""
-        raise TypeError(
-            f"`{name}` must be a tuple (x, targets) or (x, targets, weights) of arrays, "
-            f"got {came}.{mend}"
-        )
-    rows = data[0].shape[0] if getattr(data[0], "shape", ()) else 0
-    for part, value in zip(("x", "targets", "weights"), data, strict=False):
-        _validate.is_array(part, value)
-        if value.ndim < 1:
-            raise ValueError(
-                f"`{part}` is a single number, expected an array with a row per example."
-            )
-        if value.shape[0] != rows:
-            raise ValueError(
-                f"`{part}` has {value.shape[0]} rows but `x` has {rows}: one per example."
-            )
-        if value.size == 0:
-            raise ValueError(
-                f"`{part}` is empty, shape {tuple(value.shape)}; expected at least one example."
-            )
-        _validate.finite(part, value)
-    return rows
-
-
-def _check_weights(weights: Any, examples: int, whole: bool) -> None:
-    if weights.shape != (examples,):
-        raise ValueError(
-            f"`weights` has shape {tuple(weights.shape)}, expected ({examples},): one per example."
-        )
-    w = np.asarray(weights)
-    if (w < 0).any():
-        row = int(w.argmin())
-        raise ValueError(f"`weights` must be at least 0, got {w[row]} in row {row}.")
-    if whole and not (w > 0).any():
-        raise ValueError("`weights` must not be all 0: no example would count.")

@@ -1,55 +1,269 @@
-"""An epoch in parts: what `fit` does between two looks at the clock.
+"""The loop of a training: one step, steps over arrays, and steps over batches as they come.
 
 Arrays are gone through by one compiled loop, whose first and last step are numbers that it is
 given: an epoch in one part or in many, or begun anew in the middle, is the same program and gives
-the same bits. An iterable is gone through step by step.
+the same bits. The same loop under `vmap` trains many nets. Batches of an iterable are gone through
+step by step, and the next one is fetched while the device is at work.
+
+`init` and `step` are pure functions for a loop of one's own. Source: lecture 002 (SGD), 004
+(training loop).
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 import time
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
+from contextlib import contextmanager
+from itertools import count, islice
+from types import CellType
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import lax
 
 from fnn import _validate
 from fnn._processes import greatest
-from fnn.sharding import place_batch
-from fnn.sharding.placing import padded
-from fnn.sharding.training import Placement
-from fnn.training.data import check_data, take
-from fnn.training.steps import TrainState, batch_of, batch_weight, step, step_with_grads
-from fnn.types import Array, Params, Rule
+from fnn.factors import widen
+from fnn.sharding import Placement, padded, place_batch
+from fnn.training.data import Batch, check_targets, check_values, shape_outputs, take
+from fnn.types import Array, Key, Params, Rule
 
 Record = Callable[..., Any]  # (params, rule_state, x, targets, weights) -> a tree of arrays
-# (first, steps) -> the (start, stop) of each part
+# (first, stop) -> the (start, stop) of each part
 Segments = Callable[[int, int], Iterator[tuple[int, int]]]
 
 
-class Recorder(NamedTuple):
-    """What is recorded during training, before the steps 0, every, 2 every, ... of each epoch."""
+class TrainState(NamedTuple):
+    """All that one step changes."""
 
-    record: Record | None = None
-    every: int = 1
+    params: Params
+    optimizer: Any  # the optax state
+    rule: Any  # the rule's state
+
+
+def init(
+    rule: Rule, optimizer: optax.GradientTransformation, params: Params, key: Key
+) -> TrainState:
+    """The state before the first step.
+
+    >>> import fnn
+    >>> net = fnn.mlp((3, 2))
+    >>> rule = fnn.rules.backprop(net, fnn.losses.l2_loss)
+    >>> init(rule, optax.sgd(0.1), net.init(jax.random.key(0)), jax.random.key(1)).rule
+    ()
+    """
+    return TrainState(params, optimizer.init(params), rule.init(key, params))
+
+
+def step(
+    rule: Rule, optimizer: optax.GradientTransformation
+) -> Callable[..., tuple[TrainState, Array]]:
+    """One update.
+
+    Args:
+        rule: any rule.
+        optimizer: any optax optimiser. One that asks for `value`, `grad` or `value_fn` gets the
+            rule's value, its gradients, and its value at other params on the same batch.
+
+    Returns:
+        A pure function `(state, x, targets, weights=None) -> (state, value)` for `jax.jit`.
+
+    >>> import fnn
+    >>> net, optimizer = fnn.mlp((3, 2)), optax.sgd(0.1)
+    >>> rule = fnn.rules.backprop(net, fnn.losses.l2_loss)
+    >>> state = init(rule, optimizer, net.init(jax.random.key(0)), jax.random.key(1))
+    >>> state, value = jax.jit(step(rule, optimizer))(state, jnp.ones((5, 3)), jnp.ones((5, 2)))
+    """
+    update = update_of(optimizer)
+
+    def one_step(
+        state: TrainState, x: Any, targets: Array, weights: Array | None = None
+    ) -> tuple[TrainState, Array]:
+        def evaluate(params):
+            return rule.value_and_grad(params, state.rule, x, targets, weights)
+
+        def value_fn(params, obj_fn=None):  # line searches hand on what they have no use for
+            return evaluate(params)[0]
+
+        value, grads, rule_state = evaluate(state.params)
+        updates, optimizer_state = update(grads, state.optimizer, state.params, value, value_fn)
+        with jax.numpy_dtype_promotion("standard"):
+            params = optax.apply_updates(state.params, updates)
+        return TrainState(params, optimizer_state, rule_state), value
+
+    return one_step
+
+
+def update_of(optimizer: optax.GradientTransformation) -> Callable[..., tuple[Any, Any]]:
+    """`(grads, optimizer_state, params, value, value_fn) -> (updates, optimizer_state)`.
+
+    Line searches, plateaus and Hessians by Hutchinson ask for the last two.
+    """
+    update = optax.with_extra_args_support(optimizer).update
+    taken = inspect.signature(update).parameters
+    takes_all = any(own.kind == own.VAR_KEYWORD for own in taken.values())
+
+    def run(grads, optimizer_state, params, value, value_fn):
+        extra = {"value": value, "grad": grads, "value_fn": value_fn, "obj_fn": value_fn}
+        extra = {name: a for name, a in extra.items() if takes_all or name in taken}
+        # several of optax's optimisers do not run under strict promotion
+        with jax.numpy_dtype_promotion("standard"), _explain_optimizer():
+            return update(grads, optimizer_state, params, **extra)
+
+    return run
+
+
+@contextmanager
+def _explain_optimizer():
+    """Adds to an error of an optimiser what `fit` gives it."""
+    try:
+        yield
+    except (AttributeError, TypeError, ValueError) as error:
+        error.add_note(
+            "The optimiser raised this. A step gives it the mean gradient, plain params, and "
+            "`value`, `grad`, `value_fn` and `obj_fn`. One that wants gradients of examples "
+            "(optax.contrib.dpsgd: see `fnn.rules.private_sgd`), other params (optax.lookahead) or "
+            "a function for gradients (optax.contrib.sam with `opaque_mode`) needs a loop of its "
+            "own."
+        )
+        raise
+
+
+class _ById:
+    """A value that equals itself alone."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _ById) and self.value is other.value
+
+
+def _describe(value):
+    """Equal for functions of optax that do the same: by their code and what they close over.
+
+    Functions of others may read global variables, so that they equal themselves alone.
+    """
+    if isinstance(value, (bool, int, float, str, type(None))):
+        return type(value), value
+    if isinstance(value, tuple):
+        return type(value), tuple(map(_describe, value))
+    if isinstance(value, dict):
+        return dict, _describe(tuple(value.items()))
+    if isinstance(value, functools.partial):
+        return functools.partial, _describe((value.func, value.args, value.keywords))
+    own = inspect.isfunction(value) and value.__module__.startswith("optax.")
+    if not own:
+        return _ById(value)
+    # a cell without contents is one of a name that has no value
+    full = [cell for cell in value.__closure__ or () if cell != CellType()]
+    cells = tuple(cell.cell_contents for cell in full)
+    if any(cell is value for cell in cells):
+        return _ById(value)
+    return value.__code__, _describe((cells, value.__defaults__, value.__kwdefaults__))
+
+
+class _Known:
+    """An optimiser by its description."""
+
+    def __init__(self, optimizer: Any):
+        self.optimizer = optimizer
+        self.description = _describe(optimizer)
+
+    def __hash__(self) -> int:
+        return hash(self.description)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Known) and self.description == other.description
+
+
+@functools.lru_cache(maxsize=64)
+def _first_equal(known):
+    return known.optimizer
+
+
+def known_optimizer(optimizer: Any) -> Any:
+    """The first optimiser that does the same, so that its compiled functions are found again.
+
+    >>> known_optimizer(optax.adam(0.1)) is known_optimizer(optax.adam(0.1))
+    True
+    """
+    return _first_equal(_Known(optimizer))
+
+
+class Average(NamedTuple):
+    """The state of `with_average`."""
+
+    optimizer: Any
+    params: Params  # their exponential moving average
+
+
+@functools.lru_cache(maxsize=64)  # so that compiled functions are found again
+def with_average(
+    optimizer: optax.GradientTransformation, decay: float
+) -> optax.GradientTransformationExtraArgs:
+    """An optimiser that also keeps an exponential moving average of the params.
+
+    Args:
+        optimizer: any.
+        decay: what is left of the average after a step, `average = decay average + (1 - decay) p`.
+            It begins with the first params.
+
+    Returns:
+        An optimiser whose state is an `Average`.
+
+    Source: Polyak, Juditsky (1992), doi:10.1137/0330046.
+
+    >>> state = with_average(optax.sgd(0.1), 0.9).init(jnp.ones(2))
+    >>> state.params
+    Array([1., 1.], dtype=float32)
+    """
+    inner = optax.with_extra_args_support(optimizer)
+
+    def start(params):
+        return Average(inner.init(params), jax.tree.map(jnp.asarray, params))
+
+    def update(updates, state, params=None, **extra):
+        updates, own = inner.update(updates, state.optimizer, params, **extra)
+        if params is None:
+            raise ValueError("An average of params needs them: pass `params` to `update`.")
+        after = optax.apply_updates(params, updates)
+        average = optax.incremental_update(after, state.params, 1 - decay)
+        return updates, Average(own, average)
+
+    return optax.GradientTransformationExtraArgs(start, update)
 
 
 class Loop(NamedTuple):
-    """What is compiled into a training's steps; hashable."""
+    """What is compiled into the steps of a training; hashable."""
 
     rule: Rule
-    optimizer: Any
-    recorder: Recorder = Recorder()
+    optimizer: Any  # or a function rate -> optimiser, where every net has a rate
+    record: Record | None = None  # called before the steps 0, every, 2 every, ... of each epoch
+    every: int = 1
     placement: Placement | None = None  # on a mesh
+    nets: bool = False  # whether the state has an axis of nets in front
+
+    def step(self, rate: Array | None = None) -> Callable[..., tuple[TrainState, Array]]:
+        """The step of one net."""
+        optimizer = self.optimizer if rate is None else self.optimizer(rate)
+        return step(self.rule, optimizer)
+
+    def jit(self, function: Callable, others: int) -> Callable:
+        """A compiled function that returns a state and so many other things."""
+        return jax.jit(function, out_shardings=self.placement and self.placement.out(others))
 
 
 class Part(NamedTuple):
-    """What some consecutive steps leave; all but the state on the host."""
+    """What some consecutive steps leave. Many nets have an axis after that of steps or records."""
 
     state: TrainState
     losses: np.ndarray  # [steps]
@@ -58,273 +272,253 @@ class Part(NamedTuple):
 
 
 class NonFiniteStep(Exception):
-    """Raised inside an epoch, for `fit` to pass on."""
+    """A step that is not finite.
+
+    Attributes:
+        loss: of the step.
+        params: before it.
+        leaf: the first gradient or parameter that is not finite.
+    """
 
     def __init__(self, loss: np.ndarray, params: Params, leaf: str) -> None:
-        """Keeps the loss of the bad step, the parameters before it and the path of the bad leaf."""
-        self.loss, self.params, self.leaf = loss, params, leaf
+        """Keeps all three."""
+        super().__init__(leaf)
+        self.loss = loss
+        self.params = params
+        self.leaf = leaf
 
 
 def paced(seconds: float = 0.5) -> Segments:
     """Parts that take about so long, told by the time that the ones before took."""
     size = 1
 
-    def segments(first: int, steps: int) -> Iterator[tuple[int, int]]:
+    def segments(first: int, stop: int) -> Iterator[tuple[int, int]]:
         nonlocal size
         start = first
-        while start < steps:
-            begun, stop = time.monotonic(), min(start + size, steps)
-            yield start, stop
+        while start < stop:
+            end = min(start + size, stop)
+            begun = time.monotonic()
+            yield start, end
             took = time.monotonic() - begun
-            size = (
-                2 * size
-                if took < seconds / 2 and stop - start == size
-                else max(1, size // 2)
-                if took > seconds
-                else size
-            )
+            if took > seconds:
+                size = max(1, size // 2)
+            elif took < seconds / 2 and end - start == size:
+                size = 2 * size
             (size,) = greatest(size)
-            start = stop
+            start = end
 
     return segments
+
+
+# arrays -----------------------------------------------------------------------------------------
 
 
 def run_arrays(
     loop: Loop,
     state: TrainState,
-    data: Any,
-    e: int,
-    first: int,
-    draw: Callable[[int], tuple[Any, Any]],
-    segments: Segments | None,
+    data: Batch,
+    order: tuple[Any, Any],
+    bounds: tuple[int, int],
+    segments: Segments | None = None,
+    rates: Array | None = None,
 ) -> Iterator[Part]:
-    """The steps of an epoch from `first` on, over arrays in the order `draw(e)`.
+    """Steps over arrays.
 
-    Where one does not stay finite, step by step from there.
+    Args:
+        loop: of the training.
+        state: before the first of these steps.
+        data: `(x, targets, weights)` on the device.
+        order: `(rows [steps, batch], present [steps, batch] or None)` of the epoch; rows are
+            `[nets, steps, batch]` for many nets.
+        bounds: the first step, and the one after the last.
+        segments: how the steps go into parts; None makes one part of them.
+        rates: `[nets]`, or None.
 
-    Without `segments` all of them are one part, by a loop whose length the compiler knows.
+    Raises:
+        NonFiniteStep: the state or a loss of a net is not finite. Of many nets, none raises.
     """
-    x, targets, weights = data
-    rows, present = draw(e)
-    run, every = _part_function(loop, segments is None), loop.recorder.every
-    for start, stop in [(0, len(rows))] if segments is None else segments(first, len(rows)):
-        after, losses, counts, records, finite = run(
-            state, (rows, present), np.int32(start), np.int32(stop), *data
-        )
-        draw(e + 1)  # while the device is at work; `draw` remembers it for the next epoch
-        if bool(finite):
-            losses, counts = jax.device_get((losses, counts))
-            yield Part(
-                after,
-                losses[start:stop],
-                counts[start:stop],
-                _slice(records, -(-start // every), -(-stop // every)),
-            )
-        else:
-            of = (
-                batch_of((rows[i], None if present is None else present[i]), weights)
-                for i in range(start, stop)
-            )
-            batches = ((take(x, r), take(targets, r), w) for r, w in of)
-            for part in _one_by_one(loop, state, batches, start):
+    steps = order[0].shape[-2]
+    whole = segments is None and bounds == (0, steps)
+    run = _arrays_function(loop, whole)
+    for start, stop in [bounds] if segments is None else segments(*bounds):
+        numbers = np.int32(start), np.int32(stop)
+        after, losses, counts, records, finite = run(state, rates, order, numbers, data)
+        if not loop.nets and not bool(finite):
+            for part in run_batches(loop, state, _batches(order, start, stop, data), start):
                 yield part
                 # rounding differs step by step: if they stayed finite, these count
-                after = part.state
+                state = part.state
+            continue
+        losses, counts = jax.device_get((losses, counts))
+        found = _slice(records, -(-start // loop.every), -(-stop // loop.every))
+        yield Part(after, losses[start:stop], counts[start:stop], found)
         state = after
 
 
-def run_iterable(
-    loop: Loop, state: TrainState, data: Any, e: int, first: int, batch_size: int
-) -> Iterator[Part]:
-    """The steps of an epoch from `first` on, over an iterable of batches.
+def _batches(order, start, stop, data):
+    """The batches of some steps."""
+    x, targets, weights = data
+    rows, present = order
+    for i in range(start, stop):
+        r, w = _weigh((rows[i], None if present is None else present[i]), weights)
+        yield take(x, r), take(targets, r), w
 
-    It checks each batch as it enters. Every part is one step.
+
+def _weigh(batch, weights):
+    """The rows of a batch, and their weights: the user's, 0 where a row only fills up.
+
+    None where neither is.
     """
-    batches = data(e) if callable(data) else data
-    if not isinstance(batches, Iterable):
-        raise TypeError(
-            "`data(epoch)` must return an iterable of batches (x, targets), "
-            f"got {type(batches).__name__} in epoch {e}."
-        )
-    rest = iter(batches)
-    if (skipped := sum(1 for _ in islice(rest, first))) < first:
-        raise ValueError(
-            f"`data` gave {skipped} batches in epoch {e}, of which {first} were done before. "
-            "It must give the same again."
-        )
-    checked = _checked_batches(loop.rule, state.params, rest, e, first, batch_size)
-    if loop.placement is not None:
-        mesh = loop.placement.mesh
-        checked = (place_batch(mesh, batch) for batch in checked)
-    i = first
-    for i, part in enumerate(_one_by_one(loop, state, checked, first), first + 1):  # noqa: B007
-        yield part
-    if i == 0:
-        raise ValueError(
-            f"`data` gave no batch in epoch {e}. A generator can be gone through only once: "
-            "pass a list, or a function of the epoch."
-        )
+    rows, present = batch
+    if weights is None:
+        return rows, present
+    w = take(weights, rows)
+    return rows, w if present is None else w * present.astype(w.dtype)
 
 
-def record_structure(loop: Loop, state: TrainState, data: Any, batch_size: int) -> Any:
-    """The structure of what is recorded of a batch; takes one where `data` is an iterable."""
-    record: Any = loop.recorder.record
-    if isinstance(data, tuple):
-        x, targets, weights = jax.tree.map(lambda a: a[:batch_size], data)
-    else:
-        batches: Any = data(0) if callable(data) else data
-        x, targets, weights = next(
-            _checked_batches(loop.rule, state.params, iter(batches), 0, 0, batch_size)
-        )
-    # batches have them where they are filled up
-    weights = jax.ShapeDtypeStruct((len(x),), jnp.float32) if weights is None else weights
-    return jax.tree.structure(jax.eval_shape(record, state.params, state.rule, x, targets, weights))
+def _count(targets, weights):
+    """What a batch counts for in the mean of an epoch."""
+    return jnp.float32(targets.shape[0]) if weights is None else weights.sum()
 
 
-def _slice(records: Any, first: int, last: int) -> Any:
-    """What was recorded in a part, on the host; none of the rest of the epoch is copied."""
-    return jax.device_get(
-        jax.tree.map(lambda r: lax.dynamic_slice_in_dim(r, first, last - first), records)
-    )
-
-
-def _checked_batches(
-    rule: Rule, params: Params, batches: Iterable[Any], e: int, first: int, batch_size: int
-) -> Iterator[tuple[Any, Any, Any]]:
-    """Each batch checked and filled up; an error says which one it is."""
-    for i, batch in enumerate(batches, first):
-        place = f"batch {i} of epoch {e}"
-        with _validate.inside(place):
-            whole = padded(check_data(rule, params, batch, name=place, whole=False), batch_size)
-        yield whole
-
-
-def _one_by_one(
-    loop: Loop, state: TrainState, batches: Iterable[Any], first: int
-) -> Iterator[Part]:
-    """Steps one by one, each checked; raises `NonFiniteStep` at the first that is not."""
-    one_step, recorder = _step_function(loop), loop.recorder
-    for i, (x, targets, weights) in enumerate(batches, first):
-        found = None
-        if recorder.record is not None and i % recorder.every == 0:
-            found = _record_function(recorder.record)(state.params, state.rule, x, targets, weights)
-        after, value, count, grads, finite = one_step(state, x, targets, weights)
-        if not bool(finite):
-            raise NonFiniteStep(
-                np.asarray(value),
-                state.params,
-                _first_bad_leaf({"grads": grads, "params": after.params}),
-            )
-        state = after
-        yield Part(state, *jax.tree.map(lambda a: a[None], jax.device_get((value, count, found))))
-
-
-# Compiled functions are kept per rule and optimiser, so that a second `fit` with the same ones does
+# Compiled functions are kept per loop, so that a second `fit` with the same rule and optimiser does
 # not compile again.
 @functools.lru_cache(maxsize=64)
-def _part_function(loop: Loop, whole: bool) -> Callable[..., Any]:
-    recorder, placement = loop.recorder, loop.placement
-    # so that the loop takes what `eval_shape` has traced
-    one_step = jax.jit(step(loop.rule, loop.optimizer))
+def _arrays_function(loop: Loop, whole: bool) -> Callable[..., Any]:
+    """`(state, rate, order, (start, stop), data) -> (state, losses, counts, records, finite)`.
 
-    def part(
-        state: TrainState,
-        batches: Any,
-        start: Array,
-        stop: Array,
-        x: Array,
-        targets: Array,
-        weights: Array | None,
-    ) -> Any:
-        def batch(i: Any) -> tuple[Array, Array, Array | None]:
-            rows, w = batch_of(
-                jax.tree.map(lambda b: lax.dynamic_index_in_dim(b, i, keepdims=False), batches),
-                weights,
-            )
+    Args:
+        loop: of the training.
+        whole: whether it goes through the whole epoch, so that the compiler knows the length.
+    """
+
+    def part(state, rate, order, bounds, data):
+        x, targets, weights = data
+        one_step = jax.jit(loop.step(rate))  # the loop takes what `eval_shape` has traced
+        steps = order[0].shape[0]
+
+        def batch(i):
+            own = jax.tree.map(lambda b: lax.dynamic_index_in_dim(b, i, keepdims=False), order)
+            rows, w = _weigh(own, weights)
             return take(x, rows), take(targets, rows), w
 
-        def body(i: Array, carry: Any) -> Any:
+        def measure(state, i):
+            given = batch(i)
+            found = loop.record and loop.record(state.params, state.rule, *given)
+            return one_step(state, *given)[1], _count(*given[1:]), found
+
+        def body(i, carry):
             state, losses, counts, records = carry
             given = batch(i)
-            records = _recorded(recorder, i, records, (state.params, state.rule, *given))
+            records = _record(loop, i, records, (state.params, state.rule, *given))
             state, value = one_step(state, *given)
-            return (
-                state,
-                _put(losses, value, i),
-                _put(counts, batch_weight(given[0], given[2]), i),
-                records,
-            )
+            return state, _put(losses, value, i), _put(counts, _count(*given[1:]), i), records
 
-        steps = batches[0].shape[0]
-        shapes = jax.eval_shape(
-            lambda state, i: _quantities(one_step, recorder, state, batch(i)), state, 0
-        )
-        lengths = steps, steps, -(-steps // recorder.every)
-        empty = (
-            jax.tree.map(lambda s, n=n: jnp.zeros((n, *s.shape), s.dtype), shape)
-            for n, shape in zip(lengths, shapes, strict=True)
-        )
-        bounds = (0, steps) if whole else (start, stop)
-        state, losses, counts, records = lax.fori_loop(*bounds, body, (state, *empty))
-        return (
-            state,
-            losses,
-            counts,
-            records,
-            jnp.isfinite(losses).all() & _all_finite(state.params),
-        )
+        loss, count, record = jax.eval_shape(measure, state, 0)
+        empty = [_zeros(loss, steps), _zeros(count, steps), _zeros(record, -(-steps // loop.every))]
+        first, stop = (0, steps) if whole else bounds
+        state, losses, counts, records = lax.fori_loop(first, stop, body, (state, *empty))
+        finite = jnp.isfinite(losses).all() & _all_finite(state.params)
+        return state, losses, counts, records, finite
 
-    return jax.jit(part, out_shardings=placement and placement.out(4))
+    if loop.nets:
+        part = jax.vmap(part, (0, 0, (0, None), None, None), (0, 1, 1, 1, 0))
+    return loop.jit(part, 4)
 
 
-def _put(array: Array, value: Array, i: Array) -> Array:
+def _zeros(shapes, length):
+    """Zeros for so many of every array of a tree of shapes."""
+    return jax.tree.map(lambda s: jnp.zeros((length, *s.shape), s.dtype), shapes)
+
+
+def _put(array, value, i):
     return lax.dynamic_update_index_in_dim(array, value, i, 0)
 
 
-def _quantities(
-    one_step: Callable[..., Any], recorder: Recorder, state: TrainState, batch: Any
-) -> tuple[Array, Array, Any]:
-    """What a step leaves behind: its loss, what the batch counts for, and what is recorded."""
-    record = recorder.record
-    return (
-        one_step(state, *batch)[1],
-        batch_weight(batch[0], batch[2]),
-        record and record(state.params, state.rule, *batch),
-    )
-
-
-def _recorded(recorder: Recorder, i: Array, records: Any, given: tuple[Any, ...]) -> Any:
-    """The records with that of step i, where it is the time.
-
-    A `cond`, so that else the time is not spent.
-    """
-    record, every = recorder
-    if record is None:
+def _record(loop, i, records, given):
+    """The records with that of step i, where it is the time; else the time is not spent."""
+    if loop.record is None:
         return records
 
-    def write() -> Any:
-        return jax.tree.map(lambda all_, r: _put(all_, r, i // every), records, record(*given))
+    def write():
+        return jax.tree.map(lambda a, r: _put(a, r, i // loop.every), records, loop.record(*given))
 
-    return lax.cond(i % every == 0, write, lambda: records)
+    return lax.cond(i % loop.every == 0, write, lambda: records)
+
+
+def _slice(records, first, last):
+    """What was recorded in a part, on the host; none of the rest of the epoch is copied."""
+    found = jax.tree.map(lambda r: lax.dynamic_slice_in_dim(r, first, last - first), records)
+    return jax.device_get(found)
+
+
+# batches ----------------------------------------------------------------------------------------
+
+
+def run_batches(
+    loop: Loop, state: TrainState, batches: Iterable[Batch], first: int
+) -> Iterator[Part]:
+    """Steps over batches, each a part. The next batch is fetched while the device is at work.
+
+    Args:
+        loop: of the training.
+        state: before the first of these steps.
+        batches: `(x, targets, weights)` each, all of one shape.
+        first: the number of the first step in its epoch.
+
+    Raises:
+        NonFiniteStep: the state or the loss is not finite; looked at one step late.
+    """
+    run = _batch_function(loop)
+    left = iter(batches)
+    before = None
+    i = first
+    while True:
+        try:
+            batch = next(left, None)
+        except BaseException:
+            if before is not None:
+                yield _finish(loop, *before)  # what is done counts
+            raise
+        if batch is None:
+            break
+        found = None
+        if loop.record is not None and i % loop.every == 0:
+            found = _record_function(loop.record)(state.params, state.rule, *batch)
+        after = run(state, *batch)
+        if before is not None:
+            yield _finish(loop, *before)
+        before = state, batch, after, found
+        state = after[0]
+        i += 1
+    if before is not None:
+        yield _finish(loop, *before)
+
+
+def _finish(loop, state, batch, after, found):
+    """The part of a step, once the device is through with it."""
+    new, numbers = after
+    value, count, finite = np.asarray(numbers)
+    if not finite:
+        raise NonFiniteStep(value, state.params, _first_bad_leaf(loop, state, batch, new))
+    records = None if found is None else jax.tree.map(lambda a: np.asarray(a)[None], found)
+    return Part(new, value[None], count[None], records)
 
 
 @functools.lru_cache(maxsize=64)
-def _step_function(loop: Loop) -> Callable[..., Any]:
-    update, placement = step_with_grads(loop.rule, loop.optimizer), loop.placement
+def _batch_function(loop: Loop) -> Callable[..., Any]:
+    """`(state, x, targets, weights) -> (state, [loss, count, whether all is finite])`."""
+    one_step = loop.step()
 
-    def checked(
-        state: TrainState, x: Array, targets: Array, weights: Array | None
-    ) -> tuple[TrainState, Array, Array, Params, Array]:
-        state, value, grads = update(state, x, targets, weights)
-        return (
-            state,
-            value,
-            batch_weight(x, weights),
-            grads,
-            jnp.isfinite(value) & _all_finite(state.params),
-        )
+    def run(state, x, targets, weights):
+        after, value = one_step(state, x, targets, weights)
+        finite = jnp.isfinite(value) & _all_finite(after.params)
+        value = widen(value)
+        count = _count(targets, weights)
+        # one array, since every array costs the host some time
+        return after, jnp.stack([a.astype(value.dtype) for a in (value, count, finite)])
 
-    return jax.jit(checked, out_shardings=placement and placement.out(4))
+    return loop.jit(run, 1)
 
 
 @functools.lru_cache(maxsize=64)
@@ -332,15 +526,123 @@ def _record_function(record: Record) -> Callable[..., Any]:
     return jax.jit(record)
 
 
-def _all_finite(tree: Any) -> Array:
-    return jnp.stack(
-        [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)] or [jnp.array(True)]
-    ).all()
+def _all_finite(tree):
+    leaves = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]
+    return jnp.stack(leaves).all() if leaves else jnp.array(True)
 
 
-def _first_bad_leaf(trees: dict[str, Any]) -> str:
-    for name, tree in trees.items():
+def _first_bad_leaf(loop, state, batch, after):
+    """The path of the first gradient or parameter that is not finite."""
+    _, grads, _ = jax.jit(loop.rule.value_and_grad)(state.params, state.rule, *batch)
+    for name, tree in {"grads": grads, "params": after.params}.items():
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
             if not bool(jnp.isfinite(leaf).all()):
                 return name + jax.tree_util.keystr(path)
     return "none: the loss alone"
+
+
+def batches_of(
+    loop: Loop,
+    params: Params,
+    data: Any,
+    epoch: int,
+    first: int,
+    batch_size: int,
+    most: int | None = None,
+) -> Iterator[Batch]:
+    """The batches of an epoch of an iterable from `first` on, checked and filled up.
+
+    Args:
+        loop: of the training.
+        params: of the rule's net, or their shapes.
+        data: an iterable of batches, or a function of the epoch that returns one.
+        epoch: its number.
+        first: how many batches are done before.
+        batch_size: rows of every batch; smaller ones are filled up with weight 0.
+        most: how many of them; None for all.
+
+    Raises:
+        TypeError, ValueError: a batch is invalid; there is none; other ones than before.
+    """
+    source = data(epoch) if callable(data) else data
+    if not isinstance(source, Iterable):
+        raise TypeError(
+            "`data(epoch)` must return an iterable of batches (x, targets), "
+            f"got {type(source).__name__} in epoch {epoch}."
+        )
+    rest = iter(source)
+    skipped = sum(1 for _ in islice(rest, first))
+    if skipped < first:
+        raise ValueError(
+            f"`data` gave {skipped} batches in epoch {epoch}, of which {first} were done before. "
+            "It must give the same again."
+        )
+    if most is not None:
+        rest = islice(rest, most)
+    known: dict[Any, Any] = {}  # the outputs for batches of a shape
+    for i, batch in enumerate(_together(rest, epoch, first, loop.placement), first):
+        place = f"batch {i} of epoch {epoch}"
+        with _validate.inside(place):
+            whole = check_values(_as_arrays(batch), place)
+            if whole[1].shape[0] != batch_size:
+                whole = padded(whole, batch_size)
+            shape = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(whole))
+            if shape not in known:
+                known[shape] = shape_outputs(loop.rule, params, whole[0])
+            check_targets(loop.rule, known[shape], whole[1])
+        if loop.placement is not None:
+            given = whole if whole[2] is not None else whole[:2]
+            whole = place_batch(loop.placement.mesh, given)
+        yield whole
+
+
+def _together(batches, epoch, first, placement):
+    """The batches of this process; an error in all where one has no batch and another has.
+
+    Else the others wait for ever in the next step.
+    """
+    if placement is None or not placement.mesh.is_multi_process:
+        yield from batches
+        return
+    for i in count(first):
+        error = None
+        batch = None
+        try:
+            batch = next(batches, None)
+        except Exception as raised:
+            error = raised
+        number = 1 + jax.process_index()
+        failed, ended, goes_on = greatest(
+            number if error else 0,
+            number if batch is None and not error else 0,
+            number if batch is not None else 0,
+        )
+        if error is not None:
+            raise error
+        if failed:
+            raise RuntimeError(
+                f"Process {failed - 1} raised an error in batch {i} of epoch {epoch} of its data; "
+                "what it prints says which."
+            )
+        if ended and goes_on:
+            raise ValueError(
+                f"`data` of process {ended - 1} ended before batch {i} of epoch {epoch}, which "
+                f"process {goes_on - 1} has. All must give equally many batches."
+            )
+        if ended:
+            return
+        yield batch
+
+
+def _as_arrays(batch):
+    """A batch as a tuple of arrays; loaders give lists, and arrays of other libraries."""
+    if isinstance(batch, list):
+        batch = tuple(batch)
+    if not isinstance(batch, tuple):
+        return batch
+
+    def convert(leaf):
+        other = not hasattr(leaf, "sharding") and not isinstance(leaf, (np.ndarray, np.generic))
+        return np.asarray(leaf) if other and hasattr(leaf, "__array__") else leaf
+
+    return jax.tree.map(convert, batch, is_leaf=lambda leaf: hasattr(leaf, "__array__"))

@@ -1,30 +1,30 @@
-"""Training: `fit` and `evaluate`; many nets at once are in `fnn.training.many`.
+"""Training: `fit`, many nets at once by `fit_many`, and `evaluate`.
 
 Data flows one way: key -> init -> params -> forward -> loss.grad -> backward -> grads -> optax ->
 params. Data are a tuple `(x, targets)` or `(x, targets, weights)` of arrays `[examples, ...]`,
 which stay on the device (the order of each epoch is drawn on the host), or an iterable of such
-tuples, one a batch, where they do not fit. The steps are in `fnn.training.steps`, the epochs in
-`fnn.training.epoch`.
+tuples, one a batch, where they do not fit. The steps are in `fnn.training.epoch`.
 """
 
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import lax
 from jax.sharding import Mesh
 
 from fnn import _validate
 from fnn.checkpoint import Checkpointer
 from fnn.factors import widen
-from fnn.sharding import place
-from fnn.sharding.placing import padded
-from fnn.sharding.plans import Plan
-from fnn.sharding.training import Placement, placed_order, placed_state
+from fnn.sharding import Plan, place, placed_order, placed_state
 from fnn.training.checkpointing import begin, data_fingerprint, fingerprints, saver_of
 from fnn.training.data import (
     Sampler,
@@ -40,18 +40,20 @@ from fnn.training.epoch import (
     NonFiniteStep,
     Part,
     Record,
-    Recorder,
-    Segments,
+    TrainState,
+    batches_of,
+    init,
+    known_optimizer,
     paced,
-    record_structure,
     run_arrays,
-    run_iterable,
+    run_batches,
+    with_average,
 )
 from fnn.training.history import History, Log, add, end_epoch, history
-from fnn.training.steps import TrainState, init
 from fnn.types import Array, ArrayLike, Key, Params, Rule
 
-Callback = Callable[[int, dict[str, float]], Any]
+Callback = Callable[[int, dict[str, Any]], Any]
+Parts = Callable[[TrainState, int, int, int | None], Iterator[Part]]
 
 
 class NonFiniteError(FloatingPointError):
@@ -65,17 +67,10 @@ class NonFiniteError(FloatingPointError):
         history: the losses up to the step.
     """
 
-    def __init__(self, stop: NonFiniteStep, log: Log) -> None:
-        """Adds the loss of the bad step to the log, and says what to do about it."""
-        self.params, self.leaf, self.step = stop.params, stop.leaf, log.steps
-        log.step_loss.append(stop.loss[None])
-        self.history = history(log)
-        super().__init__(
-            f"Training stopped at step {self.step} (epoch {len(log.loss)}, batch {log.at_hand}): "
-            f"loss {float(stop.loss)}, first non-finite leaf {stop.leaf}. A lower learning rate, "
-            "or gradient clipping (optax.clip_by_global_norm), may mend it. "
-            "`error.params` are the last finite parameters."
-        )
+    params: Params = None
+    step: int = 0
+    leaf: str = ""
+    history: History | None = None
 
 
 def fit(
@@ -84,7 +79,8 @@ def fit(
     params: Params,
     data: Any,
     *,
-    epochs: int,
+    epochs: int | None = None,
+    steps: int | None = None,
     batch_size: int,
     key: Key,
     validation: Any = None,
@@ -95,22 +91,31 @@ def fit(
     checkpoint: Checkpointer | None = None,
     mesh: Mesh | None = None,
     plan: Plan | None = None,
+    state: TrainState | None = None,
+    ema: float | None = None,
+    evaluation_params: Callable[[Any, Params], Params] | None = None,
 ) -> tuple[Params, History]:
     """Trains a net.
 
     Args:
         rule: what turns a batch into a loss and an update direction: `fnn.rules.backprop(net,
             loss)`, ...
-        optimizer: any optax optimiser; a schedule counts steps.
-        params: where to start; they are not changed.
+        optimizer: any optax optimiser; a schedule counts steps. One that asks for `value`, `grad`
+            or `value_fn` gets them from the rule, on the batch of the step. Equal ones of optax's
+            own functions and numbers compile once; one with a schedule of yours, build once.
+        params: where to start; they are not changed. With `state`, params like those in it.
         data: `(x, targets)` or `(x, targets, weights)`, arrays `[examples, ...]`, kept on the
             device; or an iterable of such tuples, one a batch of at most `batch_size`, gone through
             anew every epoch (a list, a loader; not a generator, which can be gone through once; a
-            function of the epoch that returns one may stand for it).
+            function of the epoch that returns one may stand for it). A batch may be a list, and
+            hold arrays of other libraries. The next one is fetched while the device is at work.
         epochs: passes over the data, at least 1.
+        steps: in the place of `epochs`, how many steps in all; the last epoch may be incomplete.
+            For endless streams.
         batch_size: examples per step, at most all; the last batch may have fewer, none is dropped.
         key: from `jax.random.key`; for the rule's state and the shuffles.
-        validation: data as above (arrays), measured after every epoch by `evaluate`.
+        validation: data as above (arrays), measured after every epoch by `evaluate`, a batch of
+            `batch_size` at a time.
         callback: `(epoch, metrics) -> stop`, called after every epoch, counted from 0; training
             stops where it returns something true.
         sampler: `(seed, examples, batch_size) -> (rows, present)`, an epoch's batches of arrays;
@@ -123,9 +128,10 @@ def fit(
         checkpoint: a `fnn.checkpoint.Checkpointer`. The training saves into its folder and, where
             that has a checkpoint, goes on from it: called again with the same arguments, or more
             epochs, it gives bit for bit what a training that never stopped gives. Another
-            training (settings, key; for arrays also the programs of rule and optimiser with all
-            their numbers, and the data) is refused, unless the `Checkpointer` has
-            `on_change="warn"`. SIGTERM and Ctrl-C finish the step and save.
+            training (settings, key, the programs of rule and optimiser with all their numbers,
+            and arrays of data) is refused, unless the `Checkpointer` has `on_change="warn"`. The
+            first batch of an iterable is read once more for it. SIGTERM and Ctrl-C finish the step
+            and save.
             `callback` is called anew for an epoch whose checkpoint was not finished; one that it
             has stopped has ended.
         mesh: of `fnn.sharding.make_mesh`: batches are split over its axis "data" and filled up by
@@ -134,6 +140,12 @@ def fit(
             its own part of every batch, `batch_size / jax.process_count()` rows.
         plan: where the params lie on the mesh, such as `fnn.sharding.fully_sharded(mesh, params)`;
             the optimiser's and the rule's state follow. None has them on every device.
+        state: `history.state` of another `fit` with the same rule and optimiser, which this one
+            goes on from.
+        ema: the decay of an exponential moving average of the params, in 0 ... 1: validation
+            measures the average, and it is what `fit` returns. `history.state` has the params.
+        evaluation_params: `(optimizer_state, params) -> params`, what validation measures and `fit`
+            returns, such as `optax.contrib.schedule_free_eval_params`.
 
     Returns:
         `(params, history)`.
@@ -144,9 +156,10 @@ def fit(
         NonFiniteError: a loss or an update became NaN or infinite; carries the last finite
             parameters.
         CheckpointError: the checkpoint is damaged, or is of another training, or of more epochs;
-            the folder is read-only, before training; or a save failed, where the error has the
-            `params` and the `history`.
+            the folder is read-only, before training; or a save failed.
         Stopped: a `SystemExit`: the process was told to stop, and all is saved.
+        Any error that ends the training, a callback's or a loader's too, has `params` and
+        `history`: what was trained until then.
 
     >>> import fnn
     >>> net = fnn.mlp((3, 2))
@@ -157,49 +170,236 @@ def fit(
     >>> history.step_loss.shape
     (6,)
     """
-    check_settings(rule, optimizer, epochs, batch_size, callback)
-    recorder = _recorder(record, record_every)
+    _check_settings(rule, optimizer, batch_size, callback)
+    length = _length(epochs, steps)
+    _check_record(record, record_every)
     _validate.is_key("key", key)
+    optimizer, choose = _choose_params(known_optimizer(optimizer), ema, evaluation_params)
     rule_key, order_key = jax.random.split(key)
-    data, validation = _check_both(rule, params, data, validation, batch_size, epochs)
-    settings = _settings(rule, data, validation, batch_size, sampler, recorder)
+    data, validation = _check_both(rule, params, data, validation, batch_size, length)
+    settings = _settings(rule, data, validation, batch_size, sampler, record, record_every)
     _check_best(checkpoint, rule, validation)
-    state, placement = _placed(rule, optimizer, params, rule_key, mesh, plan)
+    first, placement = _first_state(rule, optimizer, params, rule_key, state, mesh, plan)
     if mesh is not None:
         data = place(mesh, data) if isinstance(data, tuple) else data
-        validation = jax.device_get(validation)  # for evaluate, which puts it where the params are
-    if checkpoint is not None and isinstance(data, tuple):
-        batch = tuple(array if array is None else array[:batch_size] for array in data)
-        programs = fingerprints(rule, optimizer, state, batch)
-        settings |= {f"program of the {name}": value for name, value in programs.items()}
-        settings |= {"data": data_fingerprint(data)}
-    loop = Loop(rule, optimizer, recorder, placement)
-    run = _epoch_runner(
-        data, order_key, epochs, batch_size, sampler, paced() if checkpoint else None, placement
-    )
+        validation = jax.device_get(validation)  # `evaluate` puts it where the params are
+    loop = Loop(rule, optimizer, record, int(record_every), placement)
+    if checkpoint is not None:
+        settings |= _fingerprints(loop, first, data, batch_size)
+    segments = None if checkpoint is None else paced()
+    parts = _parts_of(loop, data, order_key, batch_size, sampler, segments)
+
+    def measure(state):
+        return evaluate_checked(rule, choose(state), validation, batch_size)
+
     with saver_of(checkpoint) as saver:
-        state, log, ended, keep = begin(checkpoint, saver, state, key, settings, epochs)
-        for e in range(len(log.loss), 0 if ended else epochs):
-            try:
-                for part in run(loop, state, data, e, log.at_hand):
-                    state = part.state
-                    add(log, part.losses, part.counts, part.records)
-                    keep(state, log)
-            except NonFiniteStep as stop:
-                raise NonFiniteError(stop, log) from None
-            end_epoch(log)
-            if validation is not None:
-                log.validation.append(evaluate(rule, state.params, validation, checked=True))
-            metrics = {"loss": float(log.loss[-1])} | {
-                f"validation_{k}": v for k, v in (log.validation or [{}])[-1].items()
-            }
-            ended = callback is not None and bool(callback(e, metrics))
-            keep(state, log, metrics, last=e == epochs - 1, ended=ended)
-            if ended:
-                break
+        limit = length.epochs or 2**62
+        begun = begin(checkpoint, saver, first, key, settings, limit)
+        training = Training(*begun, length, callback, measure if validation is not None else None)
+        del first, begun  # so that nothing holds the first state while others follow
+        state, log = training.run(parts)
     if log.records and log.structure is None:  # there was nothing left to train
-        log.structure = record_structure(loop, state, data, batch_size)
-    return state.params, history(log)
+        log.structure = _record_structure(loop, state, data, batch_size)
+    return choose(state), history(log, state)
+
+
+def fit_many(
+    rule: Rule,
+    optimizer: Any,
+    init_params: Callable[[Key], Params],
+    data: tuple[ArrayLike, ...],
+    *,
+    epochs: int,
+    batch_size: int,
+    keys: Array,
+    learning_rates: Array | None = None,
+    validation: Any = None,
+    callback: Callback | None = None,
+    record: Record | None = None,
+    record_every: int = 1,
+) -> tuple[Params, History]:
+    """Trains many nets at once, `vmap` over keys (and learning rates).
+
+    Seeds, ensembles, small searches.
+
+    Args:
+        rule: what turns a batch into a loss and an update direction, as for `fit`.
+        optimizer: an optax optimiser; with `learning_rates`, a function `rate -> optimiser`, such
+            as `optax.sgd`.
+        init_params: `key -> params`, such as `net.init`.
+        data: `(x, targets)` or `(x, targets, weights)` on the device, arrays `[examples, ...]`,
+            the same for all nets.
+        epochs: passes over the data, at least 1.
+        batch_size: examples per step and net, at most all.
+        keys: `[nets]`, from `jax.random.split`; each gives a net its parameters and its shuffles.
+        learning_rates: `[nets]`, one above 0 for each net.
+        validation: as for `fit`.
+        callback: as for `fit`; the metrics are arrays `[nets]`.
+        record: as for `fit`, called for every net.
+        record_every: the stride in steps, at least 1.
+
+    Returns:
+        `(params, history)` with a leading axis of nets. A net that diverges has NaN in its history
+        and stops no other.
+
+    Raises:
+        TypeError, ValueError: an argument or the data are invalid; before any training.
+
+    >>> import fnn
+    >>> net = fnn.mlp((3, 2))
+    >>> rule = fnn.rules.backprop(net, fnn.losses.l2_loss)
+    >>> data = jnp.ones((8, 3)), jnp.ones((8, 2))
+    >>> keys, rates = jax.random.split(jax.random.key(0), 5), jnp.logspace(-3, -1, 5)
+    >>> params, history = fit_many(rule, optax.sgd, net.init, data,
+    ...     epochs=3, batch_size=4, keys=keys, learning_rates=rates)
+    >>> history.loss.shape
+    (5, 3)
+    """
+    _check_many(rule, optimizer, batch_size, callback, keys, learning_rates)
+    length = _length(epochs, None)
+    _check_record(record, record_every)
+    _validate.is_function("init_params", init_params, "key -> params, such as `net.init`")
+    shapes = jax.eval_shape(init_params, keys[0])
+    arrays = check_data(rule, shapes, data, batch_size=batch_size)
+    validation = _check_validation(rule, shapes, validation)
+    optimizer = known_optimizer(optimizer)
+    rates = None if learning_rates is None else jnp.asarray(learning_rates)
+    loop = Loop(rule, optimizer, record, int(record_every), nets=True)
+    first, order_keys = _first_states(rule, optimizer, init_params)(keys, rates)
+    seeds = [epoch_seeds(key, epochs + 1) for key in order_keys]  # as `fit` draws them
+
+    def parts(state, e, first, most):
+        orders = [shuffled_batches(seed[e], arrays[1].shape[0], batch_size) for seed in seeds]
+        rows = np.stack([rows for rows, _ in orders])
+        order = rows, orders[0][1]
+        return run_arrays(loop, state, arrays, order, (first, rows.shape[1]), rates=rates)
+
+    def measure(state):
+        return evaluate_checked(rule, state.params, validation, batch_size, nets=True)
+
+    measured = measure if validation is not None else None
+    training = Training(first, Log(), False, None, length, callback, measured)
+    del first
+    state, log = training.run(parts)
+    return state.params, history(log, state, nets=True)
+
+
+class Length(NamedTuple):
+    """How long a training is: one of both is given."""
+
+    epochs: int | None
+    steps: int | None
+
+    def left(self, log: Log) -> int | None:
+        """How many steps are left; None where only epochs count."""
+        return None if self.steps is None else self.steps - log.steps
+
+    def is_over(self, log: Log) -> bool:
+        """Whether nothing is left."""
+        if self.steps is not None:
+            return log.steps >= self.steps
+        return self.epochs is not None and len(log.loss) >= self.epochs
+
+
+@dataclass
+class Training:
+    """Epochs one after the other, and what is done at the end of each.
+
+    Attributes:
+        state: where the training stands.
+        log: what was measured up to there.
+        ended: whether the callback has stopped it.
+        keep: of `checkpointing.begin`; None saves nothing.
+        length: how long it is.
+        callback: of `fit`.
+        measure: `(state) -> metrics` of the validation data, if there are any.
+    """
+
+    state: TrainState
+    log: Log
+    ended: bool
+    keep: Callable[..., None] | None
+    length: Length
+    callback: Callback | None
+    measure: Callable[[TrainState], dict[str, Any]] | None
+
+    def run(self, parts: Parts) -> tuple[TrainState, Log]:
+        """Trains.
+
+        Args:
+            parts: `(state, epoch, first step, most steps) -> the parts of the epoch`.
+
+        Returns:
+            The state and the log at the end. An error that ends the training has `params` and
+            `history`.
+        """
+        log = self.log
+        try:
+            while not (self.ended or self.length.is_over(log)):
+                left = self.length.left(log)
+                for part in parts(self.state, len(log.loss), log.at_hand, left):
+                    self.state = part.state
+                    add(log, part.losses, part.counts, part.records)
+                    if self.keep is not None:
+                        self.keep(self.state, log)
+                if not log.at_hand:
+                    _no_batch(log, self.length)
+                    break
+                self._end_epoch()
+        except NonFiniteStep as stop:
+            raise _non_finite(stop, log) from None
+        except BaseException as error:
+            if getattr(error, "params", None) is None:
+                error.params = self.state.params  # pyright: ignore[reportAttributeAccessIssue]
+                error.history = history(log, self.state)  # pyright: ignore[reportAttributeAccessIssue]
+            raise
+        return self.state, log
+
+    def _end_epoch(self):
+        """Closes an epoch: its loss, validation, callback and checkpoint."""
+        log = self.log
+        if self.keep is not None and self.length.steps == log.steps:
+            self.keep(self.state, log, last=True)  # more steps go on from within the epoch
+            self.keep = None
+        epoch = len(log.loss)
+        end_epoch(log)
+        loss = log.loss[-1]
+        metrics = {"loss": loss if np.ndim(loss) else float(loss)}
+        if self.measure is not None:
+            log.validation.append(self.measure(self.state))
+            for name, value in log.validation[-1].items():
+                metrics[f"validation_{name}"] = value
+        self.ended = self.callback is not None and bool(self.callback(epoch, metrics))
+        if self.keep is not None:
+            last = self.length.is_over(log)
+            self.keep(self.state, log, metrics, last=last, ended=self.ended)
+
+
+def _no_batch(log, length):
+    """Says that an epoch has no batch: a warning where a stream has ended before so many steps."""
+    if length.steps is None or not log.steps:
+        raise ValueError(
+            f"`data` gave no batch in epoch {len(log.loss)}. A generator can be gone through only "
+            "once: pass a list, or a function of the epoch."
+        )
+    text = f"`data` ended after {log.steps} steps, of which `steps` are {length.steps}."
+    warnings.warn(text, stacklevel=4)
+
+
+def _non_finite(stop, log):
+    """The error of `fit` at a step that is not finite."""
+    log.step_loss.append(stop.loss[None])
+    error = NonFiniteError(
+        f"Training stopped at step {log.steps} (epoch {len(log.loss)}, batch {log.at_hand}): "
+        f"loss {float(stop.loss)}, first non-finite leaf {stop.leaf}. A lower learning rate, "
+        "or gradient clipping (optax.clip_by_global_norm), may mend it; or an embedding has no "
+        "row for an index. `error.params` are the last finite parameters."
+    )
+    error.params = stop.params
+    error.step = log.steps
+    error.leaf = stop.leaf
+    error.history = history(log)
+    return error
 
 
 def evaluate(
@@ -208,7 +408,6 @@ def evaluate(
     data: tuple[ArrayLike, ...],
     *,
     batch_size: int | None = None,
-    checked: bool = False,
 ) -> dict[str, float]:
     """The mean loss over data, and the accuracy where the loss is one for classes.
 
@@ -217,7 +416,6 @@ def evaluate(
         params: of the rule's net.
         data: `(x, targets)` or `(x, targets, weights)`.
         batch_size: how many examples at a time; all, if None.
-        checked: True where `check_data` has already passed these data.
 
     Returns:
         `{"loss": ...}`, and `"accuracy"` in 0 ... 1 (an example counts by its weight).
@@ -233,126 +431,230 @@ def evaluate(
     ['accuracy', 'loss']
     """
     check_rule(rule)
-    x, targets, weights = data if checked else check_data(rule, params, data)
-    count = x.shape[0]
-    size = count if batch_size is None else batch_size
-    _validate.positive("batch_size", size, whole=True)
-    weights = np.ones(count, np.float32) if weights is None else weights
-    sums: dict[str, float] = {}
-    for i in range(0, count, size):
-        batch = padded(
-            (x[i : i + size], targets[i : i + size], weights[i : i + size]), min(size, count)
-        )
-        for name, s in _sums_function(rule)(params, *batch).items():
-            sums[name] = sums.get(name, 0.0) + float(s)
-    return {name: s / sums["weight"] for name, s in sums.items() if name != "weight"}
+    checked = check_data(rule, params, data)
+    if batch_size is not None:
+        _validate.positive("batch_size", batch_size, whole=True)
+    return evaluate_checked(rule, params, checked, batch_size or checked[1].shape[0])
+
+
+def evaluate_checked(
+    rule: Rule, params: Params, data: Any, batch_size: int, *, nets: bool = False
+) -> dict[str, Any]:
+    """`evaluate` of data that `check_data` has passed; `[nets]` of params with that axis."""
+    size = min(batch_size, data[1].shape[0])
+    sums = dict(jax.device_get(_sums_function(rule, size, nets)(params, *data)))
+    weight = sums.pop("weight")
+    return {name: s / weight if nets else float(s / weight) for name, s in sums.items()}
 
 
 # Kept per rule, as the compiled functions of `fnn.training.epoch`.
 @functools.lru_cache(maxsize=64)
-def _sums_function(rule: Rule) -> Callable[..., dict[str, Array]]:
-    def sums(params: Params, x: Array, targets: Array, weights: Array) -> dict[str, Array]:
+def _sums_function(rule: Rule, size: int, nets: bool) -> Callable[..., dict[str, Array]]:
+    """Sums over examples, `size` at a time."""
+
+    def measure(params, x, targets, weights):
         outputs = rule.predict(params, x)
         values = widen(rule.loss.value(outputs, targets))
         w = weights.astype(values.dtype)
-        found = {"weight": w.sum(), "loss": (w * values).sum()}
+        found = {"weight": w.sum(), "loss": jnp.where(w > 0, w * values, 0).sum()}
         if rule.loss.correct is not None:
             found["accuracy"] = (w * rule.loss.correct(outputs, targets).astype(w.dtype)).sum()
         return found
 
+    def sums(params, x, targets, weights):
+        count = targets.shape[0]
+        weights = jnp.ones(count, jnp.float32) if weights is None else weights
+
+        def add(i, found):
+            start = jnp.minimum(i * size, count - size)
+
+            def cut(a):
+                return lax.dynamic_slice_in_dim(a, start, size)
+
+            fresh = start + jnp.arange(size) >= i * size  # the last batch overlaps the one before
+            own = jnp.where(fresh, cut(weights), 0)
+            more = measure(params, jax.tree.map(cut, x), cut(targets), own)
+            return jax.tree.map(jnp.add, found, more)
+
+        if size == count:
+            return measure(params, x, targets, weights)
+        shapes = jax.eval_shape(lambda: measure(params, *_first(size, x, targets, weights)))
+        empty = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        return lax.fori_loop(0, -(-count // size), add, empty)
+
+    if nets:
+        sums = jax.vmap(sums, (0, None, None, None))
     return jax.jit(sums)
 
 
-def _epoch_runner(
-    data: Any,
-    key: Key,
-    epochs: int,
-    batch_size: int,
-    sampler: Any,
-    segments: Segments | None,
-    placement: Placement | None,
-) -> Callable[..., Iterator[Part]]:
-    """`(loop, state, data, epoch, first) -> parts` for arrays, or for an iterable."""
-    _validate.is_function(
-        "sampler",
-        sampler,
-        "(seed, examples, batch_size) -> (rows, present), such as `fnn.training.poisson_batches`",
-    )
+def _first(size, *trees):
+    """The first rows of every array."""
+    return jax.tree.map(lambda a: a[:size], trees)
+
+
+def _parts_of(loop, data, key, batch_size, sampler, segments) -> Parts:
+    """The function that goes through an epoch, of arrays or of an iterable."""
+    form = "(seed, examples, batch_size) -> (rows, present), such as `poisson_batches`"
+    _validate.is_function("sampler", sampler, form)
     if not isinstance(data, tuple):
         if sampler is not shuffled_batches:
             raise ValueError(
                 "`sampler` draws from arrays, but `data` is an iterable, with batches of its own. "
                 "Pass arrays, or no sampler."
             )
-        here = (
-            -(-batch_size // jax.process_count())
-            if placement and placement.mesh.is_multi_process
-            else batch_size
-        )
-        return functools.partial(run_iterable, batch_size=here)
-    seeds = epoch_seeds(key, epochs + 1)
+        several = loop.placement is not None and loop.placement.mesh.is_multi_process
+        own = -(-batch_size // jax.process_count()) if several else batch_size
+
+        def of_iterable(state, e, first, most):
+            batches = batches_of(loop, state.params, data, e, first, own, most)
+            return run_batches(loop, state, batches, first)
+
+        return of_iterable
+
+    seeds = functools.cache(functools.partial(epoch_seeds, key))
 
     @functools.lru_cache(maxsize=2)
-    def draw(e: int) -> tuple[Any, Any]:
-        rows, present = drawn(sampler, seeds[e], data[0].shape[0], batch_size)
-        return (rows, present) if placement is None else placed_order(placement.mesh, rows, present)
+    def draw(e):
+        some = seeds(1 << (e + 1).bit_length())  # those of an epoch do not depend on how many
+        order = drawn(sampler, some[e], data[1].shape[0], batch_size)
+        return order if loop.placement is None else placed_order(loop.placement.mesh, *order)
 
-    return functools.partial(run_arrays, draw=draw, segments=segments)
+    def of_arrays(state, e, first, most):
+        order = draw(e)
+        stop = len(order[0])
+        if most is not None:
+            stop = min(stop, first + most)
+        for part in run_arrays(loop, state, data, order, (first, stop), segments):
+            draw(e + 1)
+            yield part
+
+    return of_arrays
 
 
-def _placed(
-    rule: Rule, optimizer: Any, params: Params, key: Key, mesh: Mesh | None, plan: Plan | None
-) -> tuple[TrainState, Placement | None]:
+def _choose_params(optimizer, ema, evaluation_params):
+    """The optimiser, and `(state) -> params` that are measured and returned."""
+    if ema is not None:
+        if evaluation_params is not None:
+            raise TypeError("Give one of `ema` and `evaluation_params`: both say what to return.")
+        _validate.positive("ema", ema)
+        if ema >= 1:
+            raise ValueError(f"`ema` must be below 1, got {ema!r}. A usual decay is 0.999.")
+        return with_average(optimizer, float(ema)), lambda state: state.optimizer.params
+    if evaluation_params is None:
+        return optimizer, lambda state: state.params
+    form = "(optimizer_state, params) -> params"
+    _validate.is_function("evaluation_params", evaluation_params, form)
+    return optimizer, lambda state: evaluation_params(state.optimizer, state.params)
+
+
+def _first_state(rule, optimizer, params, key, given, mesh, plan):
     """The first state, on the mesh if there is one."""
+    if mesh is None and plan is not None:
+        raise ValueError(
+            "`plan` says where params lie on a mesh, but `mesh` is None. "
+            "Pass the mesh too: `fnn.sharding.make_mesh()`."
+        )
+    if mesh is not None:
+        params = place(mesh, params, plan)
+    state = init(rule, optimizer, params, key)
+    if given is not None:
+        _check_state(given, state)
+        state = jax.tree.map(jnp.asarray, given)
     if mesh is None:
-        if plan is not None:
-            raise ValueError(
-                "`plan` says where params lie on a mesh, but `mesh` is None. "
-                "Pass the mesh too: `fnn.sharding.make_mesh()`."
-            )
-        return init(rule, optimizer, params, key), None
-    params = place(mesh, params, plan)
-    return placed_state(mesh, plan, params, init(rule, optimizer, params, key))
+        return state, None
+    return placed_state(mesh, plan, params, state)
 
 
-def _settings(
-    rule: Rule, data: Any, validation: Any, batch_size: int, sampler: Any, recorder: Recorder
-) -> dict[str, Any]:
+def _check_state(given, state):
+    """Raises unless a state of another `fit` is like that of this one."""
+    if not isinstance(given, TrainState):
+        raise TypeError(f"`state` must be `history.state` of a `fit`, got {type(given).__name__}.")
+    came, expected = (jax.tree.map(jnp.shape, tree) for tree in (given, state))
+    if came != expected:
+        raise ValueError(
+            "`state` is of another rule, optimiser or net: its arrays differ from those that this "
+            "training begins with. Pass the rule, the optimiser and `ema` that it ended with."
+        )
+
+
+@functools.lru_cache(maxsize=64)
+def _first_states(rule, optimizer, init_params):
+    """`(keys, rates) -> (states, keys of the orders)` of many nets."""
+
+    def first(key, rate):
+        params_key, key = jax.random.split(key)
+        rule_key, order_key = jax.random.split(key)  # as `fit` does with its key
+        own = optimizer if rate is None else optimizer(rate)
+        return init(rule, own, init_params(params_key), rule_key), order_key
+
+    return jax.jit(jax.vmap(first))
+
+
+def _record_structure(loop, state, data, batch_size):
+    """The structure of what is recorded of a batch; takes one where `data` is an iterable."""
+    if isinstance(data, tuple):
+        x, targets, weights = _first(batch_size, *data)
+    else:
+        x, targets, weights = next(batches_of(loop, state.params, data, 0, 0, batch_size))
+    if weights is None:  # batches have them where they are filled up
+        weights = jax.ShapeDtypeStruct((targets.shape[0],), jnp.float32)
+    found = jax.eval_shape(loop.record, state.params, state.rule, x, targets, weights)
+    return jax.tree.structure(found)
+
+
+# the arguments ----------------------------------------------------------------------------------
+
+
+def _length(epochs, steps) -> Length:
+    if (epochs is None) == (steps is None):
+        raise TypeError("Give one of `epochs` and `steps`.")
+    for name, value in (("epochs", epochs), ("steps", steps)):
+        if value is not None:
+            _validate.positive(name, value, whole=True)
+    return Length(epochs, steps)
+
+
+def _settings(rule, data, validation, batch_size, sampler, record, every) -> dict[str, Any]:
     """What a training that goes on must share with the one that began, as JSON has it."""
-    examples, validated = (
-        len(part[0]) if isinstance(part, tuple) else None for part in (data, validation)
-    )
     settings = {
         "rule": str(rule),
         "loss": str(rule.loss),
-        "examples": examples,
-        "validation examples": validated,
+        "validation examples": None if validation is None else len(validation[1]),
         "batch_size": int(batch_size),
         "sampler": getattr(sampler, "__name__", "a sampler"),
-        "records": recorder.record is not None,
-        "record_every": recorder.every,
+        "records": record is not None,
+        "record_every": int(every),
     }
-    return (
-        settings
-        if examples
-        else {name: setting for name, setting in settings.items() if name != "examples"}
-    )
+    if isinstance(data, tuple):
+        settings["examples"] = len(data[1])
+    return settings
 
 
-def _recorder(record: Any, every: Any) -> Recorder:
+def _fingerprints(loop, state, data, batch_size):
+    """What tells whether a run that goes on has the same programs and data."""
+    found = {}
+    batch = None
+    if isinstance(data, tuple):
+        batch = _first(batch_size, *data)
+        found["data"] = data_fingerprint(data)
+    elif callable(data) or iter(data) is not data:
+        batch = next(batches_of(loop, state.params, data, 0, 0, batch_size), None)
+    if batch is None:
+        return found
+    programs = fingerprints(loop.rule, loop.optimizer, state, batch)
+    return found | {f"program of the {name}": value for name, value in programs.items()}
+
+
+def _check_record(record, every):
     if record is not None:
-        _validate.is_function(
-            "record", record, "(params, rule_state, x, targets, weights) -> tree of arrays"
-        )
+        form = "(params, rule_state, x, targets, weights) -> tree of arrays"
+        _validate.is_function("record", record, form)
         _validate.hashable("record", record)
     _validate.positive("record_every", every, whole=True)
-    return Recorder(record, int(every))
 
 
-def check_settings(
-    rule: Any, optimizer: Any, epochs: Any, batch_size: Any, callback: Any = None
-) -> None:
-    """Raises unless rule, optimiser and the numbers of a training are valid."""
+def _check_settings(rule, optimizer, batch_size, callback):
+    """Raises unless rule, optimiser, the size of a batch and the callback are valid."""
     check_rule(rule)
     if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
         raise TypeError(
@@ -361,17 +663,47 @@ def check_settings(
         )
     for name, value in (("rule", rule), ("optimizer", optimizer)):
         _validate.hashable(name, value)
-    _validate.positive("epochs", epochs, whole=True)
     _validate.positive("batch_size", batch_size, whole=True)
     if callback is not None:
         _validate.is_function("callback", callback, "(epoch, metrics) -> stop")
 
 
-def _check_best(checkpoint: Any, rule: Rule, validation: Any) -> None:
+def _check_many(rule, optimizer, batch_size, callback, keys, rates):
+    """Raises unless the arguments of `fit_many` are valid."""
+    if not (hasattr(keys, "dtype") and jnp.issubdtype(keys.dtype, jax.dtypes.prng_key)):
+        raise TypeError(
+            f"`keys` must be an array of keys from `jax.random.split(key, nets)`, got {keys!r:.80}."
+        )
+    if keys.ndim != 1 or not keys.size:
+        raise ValueError(
+            f"`keys` must be one key per net, [nets], got shape {keys.shape}. "
+            "Pass `jax.random.split(key, nets)`."
+        )
+    if rates is None:
+        _check_settings(rule, optimizer, batch_size, callback)
+        return
+    _validate.is_float("learning_rates", rates)
+    if not callable(optimizer):
+        raise TypeError(
+            "`optimizer` must be a function rate -> optimiser where `learning_rates` are given, "
+            f"got {optimizer!r}. Pass `optax.sgd`."
+        )
+    if rates.shape != keys.shape or not bool(((rates > 0) & jnp.isfinite(rates)).all()):
+        raise ValueError(
+            f"`learning_rates` must be one finite number above 0 per key, {keys.shape}, "
+            f"got {rates}."
+        )
+    _check_settings(rule, optimizer(0.1), batch_size, callback)
+
+
+def _check_best(checkpoint, rule, validation):
     """Raises unless the metric by which the best checkpoint is chosen will be there."""
     best = getattr(checkpoint, "best", None)
-    measured = ["loss"] + ["validation_loss"] * (validation is not None)
-    measured += ["validation_accuracy"] * (validation is not None and rule.loss.correct is not None)
+    measured = ["loss"]
+    if validation is not None:
+        measured.append("validation_loss")
+        if rule.loss.correct is not None:
+            measured.append("validation_accuracy")
     if best is not None and best not in measured:
         raise ValueError(
             f"`best` of `checkpoint` must be a metric of this training, {', '.join(measured)}; "
@@ -379,18 +711,17 @@ def _check_best(checkpoint: Any, rule: Rule, validation: Any) -> None:
         )
 
 
-def _check_both(
-    rule: Rule, params: Params, data: Any, validation: Any, batch_size: int, epochs: int
-) -> tuple[Any, Any]:
-    """The data and the validation data of `fit`, checked.
-
-    An iterable's batches are checked as they come.
-    """
+def _check_both(rule, params, data, validation, batch_size, length):
+    """The data and the validation data, checked; batches of an iterable are as they come."""
     if isinstance(data, tuple):
         data = check_data(rule, params, data, batch_size=batch_size)
     else:
-        check_batches(data, epochs)
-    if validation is not None:
-        with _validate.inside("`validation`"):
-            validation = check_data(rule, params, validation, name="validation")
-    return data, validation
+        check_batches(data, length.epochs or 1)
+    return data, _check_validation(rule, params, validation)
+
+
+def _check_validation(rule, params, validation):
+    if validation is None:
+        return None
+    with _validate.inside("`validation`"):
+        return check_data(rule, params, validation, name="validation")

@@ -1,7 +1,4 @@
-"""What a training measures.
-
-`History` for its caller, and the pieces of it while the training goes on.
-"""
+"""What a training measures: `History` for its caller, and a `Log` while it goes on."""
 
 from __future__ import annotations
 
@@ -23,14 +20,18 @@ class History(NamedTuple):
     # [epochs] each: what `evaluate` gives after every epoch; {} without validation data
     validation: dict[str, Array]
     records: Any = ()  # a tree of [records, ...]: what `record` gave
+    state: Any = None  # the `TrainState` at the end, for `fit(..., state=)`
 
 
 @dataclass
 class Log:
-    """What was measured so far, in pieces on the host; it grows."""
+    """What was measured so far, in pieces on the host; it grows.
 
-    loss: list[np.ndarray] = field(default_factory=list)  # one number for each finished epoch
-    validation: list[dict[str, float]] = field(default_factory=list)  # of each finished epoch
+    Many nets have an axis after that of steps or records.
+    """
+
+    loss: list[np.ndarray] = field(default_factory=list)  # of each finished epoch
+    validation: list[dict[str, Any]] = field(default_factory=list)  # of each finished epoch
     # [steps] each; those of the current epoch are the last `len(counts)`
     step_loss: list[np.ndarray] = field(default_factory=list)
     # [steps] each, of the current epoch: what each batch weighs in its mean
@@ -43,7 +44,7 @@ class Log:
 
 
 def add(log: Log, losses: np.ndarray, counts: np.ndarray, records: Any) -> None:
-    """Some more steps of the current epoch; `records` is None where nothing was recorded."""
+    """Adds some steps of the current epoch; `records` is None where nothing was recorded."""
     log.step_loss.append(losses)
     log.counts.append(counts)
     log.steps += len(losses)
@@ -55,53 +56,65 @@ def add(log: Log, losses: np.ndarray, counts: np.ndarray, records: Any) -> None:
 
 def end_epoch(log: Log) -> None:
     """Closes the current epoch: its loss is the mean over examples."""
-    losses, counts = (
-        np.concatenate(pieces) for pieces in (log.step_loss[-len(log.counts) :], log.counts)
-    )
-    total = counts.sum(dtype=np.float64)
-    log.loss.append(
-        np.asarray((losses * (counts / (total or 1))).sum(dtype=np.float64), losses.dtype)
-    )
+    losses = np.concatenate(log.step_loss[-len(log.counts) :])
+    counts = np.concatenate(log.counts).astype(np.float64)
+    total = counts.sum(0)
+    shares = counts / np.where(total > 0, total, 1)
+    mean = (losses * shares).sum(0, dtype=np.float64)
+    log.loss.append(np.asarray(mean, losses.dtype))
     log.counts.clear()
     log.at_hand = 0
 
 
 def to_tree(log: Log) -> dict[str, Any]:
     """The log as arrays, for a checkpoint."""
-    validation = {
-        name: np.array([m[name] for m in log.validation])
-        for name in (log.validation[0] if log.validation else ())
+    names = log.validation[0] if log.validation else ()
+    validation = {name: np.array([m[name] for m in log.validation]) for name in names}
+    nothing = [np.zeros(0, np.float32)]
+    return {
+        "loss": np.array(log.loss),
+        "validation": validation,
+        "step_loss": np.concatenate(log.step_loss or nothing),
+        "counts": np.concatenate(log.counts or nothing),
+        "records": [np.concatenate(pieces) for pieces in zip(*log.records, strict=True)],
     }
-    joined = {
-        name: np.concatenate(getattr(log, name) or [np.zeros(0, np.float32)])
-        for name in ("step_loss", "counts")
-    }
-    records = [np.concatenate(pieces) for pieces in zip(*log.records, strict=True)]
-    return {"loss": np.array(log.loss), "validation": validation, **joined, "records": records}
 
 
 def from_tree(tree: dict[str, Any]) -> Log:
     """The log that `to_tree` was given, but for the structure of what is recorded."""
-    log, k = Log(), len(tree["counts"])
+    log = Log()
     log.loss.extend(tree["loss"])
-    log.validation.extend(
-        {name: float(values[e]) for name, values in tree["validation"].items()}
-        for e in range(len(tree["loss"]))
-    )
-    log.steps, log.at_hand = len(tree["step_loss"]), k
-    done = log.steps - k
-    log.step_loss.extend(
-        piece for piece in (tree["step_loss"][:done], tree["step_loss"][done:]) if len(piece)
-    )
-    log.counts.extend([tree["counts"]] if k else [])
-    log.records.extend([tree["records"]] if tree["records"] else [])
+    for e in range(len(tree["loss"])):
+        row = {name: float(values[e]) for name, values in tree["validation"].items()}
+        log.validation.append(row)
+    log.steps = len(tree["step_loss"])
+    log.at_hand = len(tree["counts"])
+    done = log.steps - log.at_hand
+    for piece in (tree["step_loss"][:done], tree["step_loss"][done:]):
+        if len(piece):
+            log.step_loss.append(piece)
+    if log.at_hand:
+        log.counts.append(tree["counts"])
+    if tree["records"]:
+        log.records.append(tree["records"])
     return log
 
 
-def history(log: Log) -> History:
-    """The log as `fit` returns it."""
+def history(log: Log, state: Any = None, *, nets: bool = False) -> History:
+    """The log as `fit` returns it.
+
+    Args:
+        log: of the training.
+        state: at its end.
+        nets: whether arrays have an axis of nets, which comes first then.
+    """
     tree = to_tree(log)
-    records = jax.tree.unflatten(log.structure, tree["records"]) if log.records else ()
-    return History(
-        *jax.tree.map(jnp.asarray, (tree["loss"], tree["step_loss"], tree["validation"], records))
-    )
+    records = ()
+    if log.records and log.structure is not None:
+        records = jax.tree.unflatten(log.structure, tree["records"])
+    measured = History(tree["loss"], tree["step_loss"], tree["validation"], records)
+
+    def finish(array):
+        return jnp.asarray(np.moveaxis(array, 1, 0) if nets else array)
+
+    return jax.tree.map(finish, measured)._replace(state=state)
