@@ -154,7 +154,10 @@ def jsonable(value: Any) -> Any:
             field.name: jsonable(getattr(value, field.name)) for field in dataclasses.fields(value)
         }
     if isinstance(value, tuple) and hasattr(value, "_asdict"):
-        return jsonable(value._asdict())  # pyright: ignore[reportAttributeAccessIssue]
+        fields = value._asdict()  # pyright: ignore[reportAttributeAccessIssue]
+        if isinstance(value, fnn.History):
+            del fields["state"]  # for a training that goes on, no result
+        return jsonable(fields)
     if isinstance(value, Mapping):
         return {str(key): jsonable(item) for key, item in value.items()}
     if isinstance(value, Sequence):

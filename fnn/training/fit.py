@@ -184,8 +184,6 @@ def fit(
         data = place(mesh, data) if isinstance(data, tuple) else data
         validation = jax.device_get(validation)  # `evaluate` puts it where the params are
     loop = Loop(rule, optimizer, record, int(record_every), placement)
-    if checkpoint is not None:
-        settings |= _fingerprints(loop, first, data, batch_size)
     segments = None if checkpoint is None else paced()
     parts = _parts_of(loop, data, order_key, batch_size, sampler, segments)
 
@@ -193,6 +191,8 @@ def fit(
         return evaluate_checked(rule, choose(state), validation, batch_size)
 
     with saver_of(checkpoint) as saver:
+        if saver is not None:
+            settings |= _fingerprints(loop, first, data, batch_size)
         limit = length.epochs or 2**62
         begun = begin(checkpoint, saver, first, key, settings, limit)
         training = Training(*begun, length, callback, measure if validation is not None else None)
