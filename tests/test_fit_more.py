@@ -263,6 +263,15 @@ def test_more_steps_go_on_from_within_the_epoch(data, tmp_path):
     np.testing.assert_allclose(history.loss, measured.loss)
 
 
+@pytest.mark.parametrize("data", ["arrays", "iterable"])
+def test_another_rate_is_another_training(data, tmp_path):
+    given = {"data": (X, T) if data == "arrays" else BATCHES}
+    saver = fnn.checkpoint.Checkpointer(tmp_path)
+    fit(optax.sgd(0.1), epochs=1, checkpoint=saver, **given)
+    with pytest.raises(fnn.checkpoint.CheckpointError, match="`program of the optimizer` was"):
+        fit(optax.sgd(0.2), checkpoint=saver, **given)
+
+
 def test_the_next_batch_is_fetched_before_a_step_is_looked_at(monkeypatch):
     import sys
 

@@ -633,15 +633,24 @@ def _settings(rule, data, validation, batch_size, sampler, record, every) -> dic
 def _fingerprints(loop, state, data, batch_size):
     """What tells whether a run that goes on has the same programs and data."""
     found = {}
-    batch = None
+    batch = data
     if isinstance(data, tuple):
-        batch = _first(batch_size, *data)
         found["data"] = data_fingerprint(data)
     elif callable(data) or iter(data) is not data:
-        batch = next(batches_of(loop, state.params, data, 0, 0, batch_size), None)
+        here = loop._replace(placement=None)
+        batch = next(batches_of(here, state.params, data, 0, 0, batch_size), None)
+    else:
+        return found  # a stream, whose batches come once
     if batch is None:
         return found
-    programs = fingerprints(loop.rule, loop.optimizer, state, batch)
+
+    def shape(array):  # of two rows, so that arrays and batches of any size have one program
+        dtype = array.dtype if isinstance(array, jax.Array) else _validate.canonical_dtype(array)
+        return jax.ShapeDtypeStruct((2, *array.shape[1:]), dtype)
+
+    x, targets = jax.tree.map(shape, batch[:2])
+    weights = jax.ShapeDtypeStruct((2,), jnp.float32)
+    programs = fingerprints(loop.rule, loop.optimizer, state, (x, targets, weights))
     return found | {f"program of the {name}": value for name, value in programs.items()}
 
 
