@@ -229,6 +229,9 @@ def main(config: Config) -> None:
         _processes.start()
     check(config)
     if config.resume is None:
+        # before there is a folder, which would say that a run can go on
+        _mesh(config)
+        _data.load(config.dataset, seed=config.data_seed, data_dir=config.data_dir)
         folder = _processes.same_path(
             _runs.begin("train", config, config.out) if _processes.leads() else None
         )

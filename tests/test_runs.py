@@ -252,6 +252,13 @@ def test_what_cannot_be_meant_is_said(tmp_path, whole, monkeypatch, capsys, flag
     assert capsys.readouterr().err.startswith(f"error: {message}")
 
 
+@pytest.mark.parametrize("flags", [["--devices", "99"], ["--data-dir", "/nowhere"]])
+def test_a_run_that_cannot_begin_leaves_nothing(tmp_path, flags):
+    more = ["--dataset", "mnist"] if "--data-dir" in flags else []
+    assert main(["train", *flags, *more, "--out", str(tmp_path / "run")]) == 1
+    assert not (tmp_path / "run").exists()
+
+
 def test_tensorboard_without_its_package_is_an_error_before_training(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     assert main(["train", "--tensorboard", "--out", str(tmp_path / "run")]) == 1
