@@ -54,9 +54,10 @@ def test_the_blocks_of_the_page_on_rules(tmp_path, monkeypatch):
         exec(block, {})
 
 
-def test_the_blocks_of_the_page_on_scaling(tmp_path, monkeypatch):
+@pytest.mark.parametrize("page", ["training.md", "scaling.md"])
+def test_the_blocks_of_a_page(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    exec("\n".join(blocks_of("scaling.md")), {})  # a block uses what those before it made
+    exec("\n".join(blocks_of(page)), {})  # a block uses what those before it made
 
 
 def blocks_of(page):

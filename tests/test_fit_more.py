@@ -2,6 +2,7 @@
 
 import inspect
 import pickle
+import sys
 import types
 
 import chex
@@ -14,7 +15,7 @@ from cases import error, largest_array, wide
 
 import fnn
 from fnn import losses, rules, training
-from fnn.training.fit import _sums_function
+from fnn.training.fit import _sums_functions
 
 LOSS = losses.softmax_cross_entropy_with_integer_labels
 NET = fnn.mlp((5, 6, 3), "tanh")
@@ -273,8 +274,6 @@ def test_another_rate_is_another_training(data, tmp_path):
 
 
 def test_the_next_batch_is_fetched_before_a_step_is_looked_at(monkeypatch):
-    import sys
-
     events = []
     module = sys.modules["fnn.training.epoch"]
     finish = module._finish
@@ -391,8 +390,8 @@ def test_an_index_that_an_embedding_does_not_have_is_refused():
 
 def test_validation_goes_by_batches():
     data = jnp.ones((1000, 5)), jnp.zeros(1000, jnp.int32), None
-    sums = _sums_function(RULE, 10, False)
-    assert largest_array(lambda params: sums(params, *data), PARAMS) <= 5 * 1000
+    _, sums = _sums_functions(RULE, 10, False)
+    assert largest_array(lambda params: sums(params, data), PARAMS) <= 5 * 1000
     for weights in (None, np.linspace(0, 1, 22, dtype=np.float32)):
         given = (X, T) if weights is None else (X, T, weights)
         _, history = fit(validation=given, epochs=1, batch_size=5)
@@ -400,6 +399,24 @@ def test_validation_goes_by_batches():
         whole = fnn.evaluate(RULE, params, given)
         for name, values in history.validation.items():
             np.testing.assert_allclose(values[-1], whole[name], rtol=1e-5)
+
+
+def test_a_net_with_convolutions_takes_steps_that_are_programs_of_their_own(monkeypatch):
+    net = fnn.serial(fnn.conv(1, 2, (3, 3)), fnn.activations.tanh, fnn.flatten(), fnn.dense(50, 3))
+    rule = rules.backprop(net, LOSS)
+    images = RNG.normal(size=(22, 5, 5, 1)).astype(np.float32)
+    params = jax.jit(net.init)(KEY)
+    settings = {"epochs": 2, "batch_size": 4, "key": KEY, "validation": (images, T)}
+    found = fnn.fit(rule, ADAM, params, (images, T), **settings)
+    module = sys.modules["fnn.training.fit"]
+    assert module.is_faster_alone(rule, params, images)
+    assert not module.is_faster_alone(RULE, PARAMS, X)
+    monkeypatch.setattr(module, "is_faster_alone", lambda *given: False)
+    right = fnn.fit(rule, ADAM, params, (images, T), **settings)
+    assert error(wide(found[0]), wide(right[0])) < 1e-5
+    np.testing.assert_allclose(found[1].step_loss, right[1].step_loss, rtol=1e-4)
+    for name, values in right[1].validation.items():
+        np.testing.assert_allclose(found[1].validation[name], values, rtol=1e-4)
 
 
 # many nets --------------------------------------------------------------------------------------

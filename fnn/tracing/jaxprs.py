@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, primitives
 
 Atom = Any  # a Var or Literal; JAX's types do not say that these have a shape
@@ -23,6 +24,15 @@ def open_jaxpr(jaxpr: Any) -> tuple[Jaxpr, Sequence]:
     if isinstance(jaxpr, ClosedJaxpr):
         return jaxpr.jaxpr, jaxpr.consts
     return jaxpr, ()
+
+
+def all_equations(jaxpr: Any) -> Iterator[Equation]:
+    """The equations of a jaxpr, and those of the jaxprs inside it."""
+    for eqn in open_jaxpr(jaxpr)[0].eqns:
+        yield eqn
+        for inner in jax.tree.leaves([*eqn.params.values()]):
+            if isinstance(inner, (ClosedJaxpr, Jaxpr)):
+                yield from all_equations(inner)
 
 
 def apply_equation(eqn: Equation, *values: Any) -> list[Any]:

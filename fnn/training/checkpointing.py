@@ -23,14 +23,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.extend.core import ClosedJaxpr
 
 from fnn import checkpoint
 from fnn._processes import greatest, on_host
 from fnn.checkpoint import Checkpointer, CheckpointError, Stopped
 from fnn.checkpoint.files import MANIFEST, difference, find, local
 from fnn.checkpoint.running import Saver, saving
-from fnn.tracing.jaxprs import open_jaxpr
+from fnn.tracing.jaxprs import all_equations
 from fnn.training import history
 from fnn.training.epoch import TrainState, update_of
 from fnn.training.history import Log
@@ -281,12 +281,11 @@ def _hash(function: Callable[..., Any], *args: Any, numbers: Iterable[Any] = ())
 
 def _constants(program: Any) -> Iterator[Any]:
     """The constants of a jaxpr, and of those inside it."""
-    jaxpr, constants = open_jaxpr(program)
-    yield from constants
-    for equation in jaxpr.eqns:
-        for inner in jax.tree.leaves([*equation.params.values()]):
-            if isinstance(inner, (ClosedJaxpr, Jaxpr)):
-                yield from _constants(inner)
+    yield from program.consts
+    for eqn in all_equations(program):
+        for inner in jax.tree.leaves([*eqn.params.values()]):
+            if isinstance(inner, ClosedJaxpr):
+                yield from inner.consts
 
 
 def data_fingerprint(data: tuple[Any, ...]) -> str:

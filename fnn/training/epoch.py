@@ -30,6 +30,7 @@ from fnn import _validate
 from fnn._processes import greatest
 from fnn.factors import widen
 from fnn.sharding import Placement, padded, place_batch
+from fnn.tracing.jaxprs import all_equations
 from fnn.training.data import Batch, check_targets, check_values, shape_outputs, take
 from fnn.types import Array, Key, Params, Rule
 
@@ -251,6 +252,7 @@ class Loop(NamedTuple):
     every: int = 1
     placement: Placement | None = None  # on a mesh
     nets: bool = False  # whether the state has an axis of nets in front
+    alone: bool = False  # whether every step over arrays is a program of its own
 
     def step(self, rate: Array | None = None) -> Callable[..., tuple[TrainState, Array]]:
         """The step of one net."""
@@ -337,6 +339,9 @@ def run_arrays(
     Raises:
         NonFiniteStep: the state or a loss of a net is not finite. Of many nets, none raises.
     """
+    if loop.alone:
+        yield from run_batches(loop, state, _batches(order, *bounds, data), bounds[0])
+        return
     steps = order[0].shape[-2]
     whole = segments is None and bounds == (0, steps)
     run = _arrays_function(loop, whole)
@@ -353,6 +358,15 @@ def run_arrays(
         found = _slice(records, -(-start // loop.every), -(-stop // loop.every))
         yield Part(after, losses[start:stop], counts[start:stop], found)
         state = after
+
+
+def is_faster_alone(rule: Rule, params: Params, x: Any) -> bool:
+    """Whether steps are faster one by one: XLA's convolutions are slow in a loop, on the CPU."""
+    if jax.default_backend() != "cpu":
+        return False
+    first = jax.tree.map(lambda a: jax.ShapeDtypeStruct((1, *a.shape[1:]), a.dtype), x)
+    equations = all_equations(jax.make_jaxpr(rule.predict)(params, first))
+    return any(eqn.primitive.name == "conv_general_dilated" for eqn in equations)
 
 
 def _batches(order, start, stop, data):

@@ -24,6 +24,7 @@ from jax.sharding import Mesh
 from fnn import _validate
 from fnn.checkpoint import Checkpointer
 from fnn.factors import widen
+from fnn.factors.base import sum_leaves
 from fnn.sharding import Plan, place, placed_order, placed_state
 from fnn.training.checkpointing import begin, data_fingerprint, fingerprints, saver_of
 from fnn.training.data import (
@@ -43,6 +44,7 @@ from fnn.training.epoch import (
     TrainState,
     batches_of,
     init,
+    is_faster_alone,
     known_optimizer,
     paced,
     run_arrays,
@@ -183,12 +185,14 @@ def fit(
     if mesh is not None:
         data = place(mesh, data) if isinstance(data, tuple) else data
         validation = jax.device_get(validation)  # `evaluate` puts it where the params are
-    loop = Loop(rule, optimizer, record, int(record_every), placement)
+    arrays = data if isinstance(data, tuple) else validation
+    alone = mesh is None and arrays is not None and is_faster_alone(rule, params, arrays[0])
+    loop = Loop(rule, optimizer, record, int(record_every), placement, alone=alone)
     segments = None if checkpoint is None else paced()
     parts = _parts_of(loop, data, order_key, batch_size, sampler, segments)
 
     def measure(state):
-        return evaluate_checked(rule, choose(state), validation, batch_size)
+        return evaluate_checked(rule, choose(state), validation, batch_size, alone=alone)
 
     with saver_of(checkpoint) as saver:
         if saver is not None:
@@ -434,23 +438,50 @@ def evaluate(
     checked = check_data(rule, params, data)
     if batch_size is not None:
         _validate.positive("batch_size", batch_size, whole=True)
-    return evaluate_checked(rule, params, checked, batch_size or checked[1].shape[0])
+    size = batch_size or checked[1].shape[0]
+    alone = size < checked[1].shape[0] and is_faster_alone(rule, params, checked[0])
+    return evaluate_checked(rule, params, checked, size, alone=alone)
 
 
 def evaluate_checked(
-    rule: Rule, params: Params, data: Any, batch_size: int, *, nets: bool = False
+    rule: Rule,
+    params: Params,
+    data: Any,
+    batch_size: int,
+    *,
+    nets: bool = False,
+    alone: bool = False,
 ) -> dict[str, Any]:
-    """`evaluate` of data that `check_data` has passed; `[nets]` of params with that axis."""
-    size = min(batch_size, data[1].shape[0])
-    sums = dict(jax.device_get(_sums_function(rule, size, nets)(params, *data)))
+    """`evaluate` of data that `check_data` has passed.
+
+    Args:
+        rule: of the net.
+        params: of the net; of many, with an axis of nets in front.
+        data: `(x, targets, weights)`.
+        batch_size: how many examples at a time.
+        nets: whether there are many nets.
+        alone: whether every batch is a program of its own.
+
+    Returns:
+        The numbers, or arrays `[nets]` of them.
+    """
+    count = data[1].shape[0]
+    size = min(batch_size, count)
+    of_batch, of_all = _sums_functions(rule, size, nets)
+    if alone:
+        found = [of_batch(params, data, i) for i in range(-(-count // size))]
+        sums = jax.tree.map(lambda *parts: sum_leaves(parts), *found)
+    else:
+        sums = of_all(params, data)
+    sums = dict(jax.device_get(sums))
     weight = sums.pop("weight")
     return {name: s / weight if nets else float(s / weight) for name, s in sums.items()}
 
 
 # Kept per rule, as the compiled functions of `fnn.training.epoch`.
 @functools.lru_cache(maxsize=64)
-def _sums_function(rule: Rule, size: int, nets: bool) -> Callable[..., dict[str, Array]]:
-    """Sums over examples, `size` at a time."""
+def _sums_functions(rule: Rule, size: int, nets: bool) -> tuple[Callable, Callable]:
+    """`(params, data, i) -> sums over a batch`, and `(params, data) -> sums over all examples`."""
 
     def measure(params, x, targets, weights):
         outputs = rule.predict(params, x)
@@ -461,30 +492,33 @@ def _sums_function(rule: Rule, size: int, nets: bool) -> Callable[..., dict[str,
             found["accuracy"] = (w * rule.loss.correct(outputs, targets).astype(w.dtype)).sum()
         return found
 
-    def sums(params, x, targets, weights):
+    def of_batch(params, data, i):
+        x, targets, weights = data
         count = targets.shape[0]
         weights = jnp.ones(count, jnp.float32) if weights is None else weights
+        start = jnp.minimum(i * size, count - size)
 
+        def cut(a):
+            return lax.dynamic_slice_in_dim(a, start, size)
+
+        fresh = start + jnp.arange(size) >= i * size  # the last batch overlaps the one before
+        own = jnp.where(fresh, cut(weights), 0)
+        return measure(params, jax.tree.map(cut, x), cut(targets), own)
+
+    def of_all(params, data):
         def add(i, found):
-            start = jnp.minimum(i * size, count - size)
+            return jax.tree.map(jnp.add, found, of_batch(params, data, i))
 
-            def cut(a):
-                return lax.dynamic_slice_in_dim(a, start, size)
-
-            fresh = start + jnp.arange(size) >= i * size  # the last batch overlaps the one before
-            own = jnp.where(fresh, cut(weights), 0)
-            more = measure(params, jax.tree.map(cut, x), cut(targets), own)
-            return jax.tree.map(jnp.add, found, more)
-
-        if size == count:
-            return measure(params, x, targets, weights)
-        shapes = jax.eval_shape(lambda: measure(params, *_first(size, x, targets, weights)))
+        batches = -(-data[1].shape[0] // size)
+        if batches == 1:
+            return of_batch(params, data, 0)
+        shapes = jax.eval_shape(of_batch, params, data, 0)
         empty = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        return lax.fori_loop(0, -(-count // size), add, empty)
+        return lax.fori_loop(0, batches, add, empty)
 
     if nets:
-        sums = jax.vmap(sums, (0, None, None, None))
-    return jax.jit(sums)
+        of_all = jax.vmap(of_all, (0, None))
+    return jax.jit(of_batch), jax.jit(of_all)
 
 
 def _first(size, *trees):
