@@ -9,14 +9,14 @@ rule. `last layer only` leaves the convolutions as they were drawn. The learning
 is the best of a few on a fifth of the training images that is held out. The angle is that of the
 update of a layer to the true gradient on the same batch; at 90 degrees it says nothing.
 
-Expect on digits 97.4 ± 1.4 % by backprop, and nearly that by Kolen and Pollack's rule (97.2 ± 0.6)
+Expect on digits 97.4 ± 1.4 % by backprop, and nearly that by Kolen and Pollack's rule (97.4 ± 0.9)
 and the signs (96.9 ± 1.1), at 20 to 40 degrees; by fixed matrices 85.6 ± 8.8 %, at 76 to 88
-degrees, no more than the 88.9 ± 0.8 % of the last layer only. Takes about three minutes on 2 cores.
+degrees, no more than the 88.9 ± 0.8 % of the last layer only. Takes about two minutes on 2 cores.
 
 Expect on MNIST's first 10,000 images (`--dataset mnist --epochs 5 --batch-size 100 --rates 0.001
-0.003 0.01 --every 50`) 97.9 ± 0.2 % by backprop, 97.7 ± 0.2 by Kolen and Pollack's rule and
-97.0 ± 0.4 by the signs, at 33 to 55 degrees; by fixed matrices 95.3 ± 0.3 %, at 82 to 93 degrees,
-as with the last layer only (95.4 ± 0.7). Takes about 40 minutes on 2 cores.
+0.003 0.01 --every 50`) 97.8 ± 0.3 % by backprop, 97.7 ± 0.2 by Kolen and Pollack's rule and
+97.4 ± 0.7 by the signs, at 22 to 48 degrees; by fixed matrices 95.2 ± 0.3 %, at 83 to 94 degrees,
+as with the last layer only (95.4 ± 0.7). Takes about seven minutes on 2 cores.
 
 Source: Bartunov et al. (2018), arXiv:1807.04587, for feedback alignment on convolutions.
 """

@@ -60,7 +60,7 @@ def test_a_state_goes_on():
     )
 
 
-@pytest.mark.parametrize("wrong", [optax.sgd(0.1), "ema", "params"])
+@pytest.mark.parametrize("wrong", [optax.sgd(0.1), "ema", "params", "alike"])
 def test_a_state_of_another_training_is_refused(wrong):
     _, history = fit(epochs=1)
     if wrong == "params":
@@ -68,6 +68,9 @@ def test_a_state_of_another_training_is_refused(wrong):
             fit(state=PARAMS)
         return
     settings = {"ema": 0.9} if wrong == "ema" else {"optimizer": wrong}
+    if wrong == "alike":
+        _, history = fit(optax.sgd(0.1, momentum=0.9), epochs=1)
+        settings = {"optimizer": optax.adagrad(0.1)}  # as many arrays of the same shapes
     with pytest.raises(ValueError, match="`state` is of another rule, optimiser or net"):
         fit(state=history.state, **settings)
 

@@ -603,7 +603,10 @@ def _check_state(given, state):
     """Raises unless a state of another `fit` is like that of this one."""
     if not isinstance(given, TrainState):
         raise TypeError(f"`state` must be `history.state` of a `fit`, got {type(given).__name__}.")
-    came, expected = (jax.tree.map(jnp.shape, tree) for tree in (given, state))
+    came, expected = (
+        (jax.tree.structure(tree), list(map(_validate.describe, jax.tree.leaves(tree))))
+        for tree in (given, state)
+    )
     if came != expected:
         raise ValueError(
             "`state` is of another rule, optimiser or net: its arrays differ from those that this "
