@@ -155,6 +155,8 @@ def restore(folder: Folder, like: Any, *, step: int | None = None) -> Any:
 def restore_params(folder: Folder, *, best: bool = False) -> Any:
     """Reads the parameters alone, of a checkpoint of `fit` or of `save(folder, params)`.
 
+    They are those that `fit` returns: an average, where the run has `ema`.
+
     Args:
         folder: of a run, or of one checkpoint.
         best: whether to take the epoch that is best by the metric `best` of the run's
@@ -182,7 +184,8 @@ def restore_params(folder: Folder, *, best: bool = False) -> Any:
     content = _load_or_offer(path)
     tree = content.tree
     if content.metadata.get("of") == "fit":
-        for name in ("state", "params"):
+        averaged = "result" in tree["keys"]  # what `fit` returns, where it is not what it trains
+        for name in ("result",) if averaged else ("state", "params"):
             tree = tree["children"][tree["keys"].index(name)]
     return _rebuild(path, tree, _reader(path, content))
 

@@ -72,6 +72,7 @@ def begin(
     key: Key,
     settings: dict[str, Any],
     epochs: int,
+    choose: Callable[[TrainState], Any] | None = None,
 ) -> Begun:
     """Where a training goes on.
 
@@ -84,6 +85,7 @@ def begin(
         key: `fit`'s.
         settings: what must be as it was, by name, as JSON has it.
         epochs: `fit`'s.
+        choose: `(state) -> params` that `fit` returns, where these are not the state's.
 
     Returns:
         `(state, log, ended, keep)`. `keep(state, log)` after some steps saves where it is time;
@@ -106,11 +108,11 @@ def begin(
     settings = settings | {"key": digest.hexdigest()[:16]}
     log, metadata = Log(), {}
     if newest >= 0:
-        state, log, metadata = _restore(checkpointer, state, settings, epochs)
+        state, log, metadata = _restore(checkpointer, state, settings, epochs, choose)
     best_step = None
     if metadata.get("best") == [checkpointer.best, checkpointer.mode]:
         best_step = metadata["best_step"]
-    keep = _keep(checkpointer, saver, settings, newest, best_step)
+    keep = _keep(checkpointer, saver, settings, newest, best_step, choose)
     return Begun(state, log, metadata.get("ended", False), keep)
 
 
@@ -120,6 +122,7 @@ def _keep(
     settings: dict[str, Any],
     saved: int,
     best_step: int | None,
+    choose: Callable[[TrainState], Any] | None,
 ) -> Callable[..., None]:
     """The function that `begin` returns; `saved` is the step of the newest checkpoint."""
 
@@ -136,7 +139,10 @@ def _keep(
         due = due and (checkpointer.wait or not busy)
         if (final or best or due) and (log.steps > saved or metrics is not None):
             saved = log.steps
-            tree = on_host({"state": state, "log": history.to_tree(log)})
+            tree = {"state": state, "log": history.to_tree(log)}
+            if choose is not None:
+                tree["result"] = choose(state)
+            tree = on_host(tree)
             metadata = {"ended": ended, "settings": settings, "best_step": best_step}
             metadata["best"] = [checkpointer.best, checkpointer.mode]
             saver.save(tree, saved, _position(log, metrics or {}) | metadata)
@@ -178,7 +184,11 @@ def _is_best(checkpointer: Checkpointer, log: Log) -> bool:
 
 
 def _restore(
-    checkpointer: Checkpointer, state: TrainState, settings: dict[str, Any], epochs: int
+    checkpointer: Checkpointer,
+    state: TrainState,
+    settings: dict[str, Any],
+    epochs: int,
+    choose: Callable[[TrainState], Any] | None,
 ) -> tuple[TrainState, Log, dict[str, Any]]:
     """Where the newest checkpoint of a run is, if it is of this training, and its metadata."""
     path = find(local(checkpointer.folder), None)
@@ -188,7 +198,9 @@ def _restore(
         raise CheckpointError(path, "is no checkpoint of `fit`. Give each training its own folder.")
     names, leaves = dict.fromkeys(metadata["measures"], ...), [...] * metadata["recorded"]
     log = {"loss": ..., "validation": names, "step_loss": ..., "counts": ..., "records": leaves}
-    like = {"state": state, "log": log}
+    like: dict[str, Any] = {"state": state, "log": log}
+    if choose is not None:
+        like["result"] = jax.eval_shape(choose, state)
     _check_settings(checkpointer, path, metadata["settings"], settings, difference(manifest, like))
     done, more = metadata["epoch"], metadata["step_in_epoch"]
     if done + (more > 0) > epochs:

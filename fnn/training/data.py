@@ -273,7 +273,19 @@ def drawn(
 
     A row that is not there would be read without a word.
     """
-    rows, present = sampler(seed, examples, batch_size)
+    found = sampler(seed, examples, batch_size)
+    if not isinstance(found, tuple) or len(found) != 2:
+        raise ValueError(
+            "`sampler` must return a tuple (rows [steps, size], present of that shape or None), "
+            f"got {found!r:.80}."
+        )
+    rows = np.asarray(found[0])
+    present = None if found[1] is None else np.asarray(found[1])
+    if not rows.size or rows.dtype.kind not in "iu":
+        raise ValueError(
+            f"`sampler` must return whole row numbers of at least one step, got {rows.dtype} "
+            f"{rows.shape}."
+        )
     if np.ndim(rows) != 2 or (present is not None and np.shape(present) != np.shape(rows)):
         came = f"{np.shape(rows)} and {None if present is None else np.shape(present)}"
         raise ValueError(

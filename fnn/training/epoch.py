@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import count, islice
+from pathlib import Path
 from types import CellType
 from typing import Any, NamedTuple
 
@@ -37,6 +38,10 @@ from fnn.types import Array, Key, Params, Rule
 Record = Callable[..., Any]  # (params, rule_state, x, targets, weights) -> a tree of arrays
 # (first, stop) -> the (start, stop) of each part
 Segments = Callable[[int, int], Iterator[tuple[int, int]]]
+
+
+# of functions that always do the same
+LIBRARIES = tuple(str(Path(module.__path__[0])) for module in (jax, optax))
 
 
 class TrainState(NamedTuple):
@@ -135,41 +140,37 @@ def _explain_optimizer():
         raise
 
 
-class _ById:
-    """A value that equals itself alone."""
-
-    def __init__(self, value: Any):
-        self.value = value
-
-    def __hash__(self) -> int:
-        return id(self.value)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _ById) and self.value is other.value
+class _Unknown(Exception):
+    """A value that may change, or read what changes."""
 
 
 def _describe(value):
     """Equal for functions of optax that do the same: by their code and what they close over.
 
-    Functions of others may read global variables, so that they equal themselves alone.
+    Raises:
+        _Unknown: it closes over functions of others, which may read global variables, or over
+            arrays, dicts and objects, which may change.
     """
-    if isinstance(value, (bool, int, float, str, type(None))):
+    if isinstance(value, (bool, int, float, str, np.generic, type, type(None))):
         return type(value), value
     if isinstance(value, tuple):
         return type(value), tuple(map(_describe, value))
-    if isinstance(value, dict):
-        return dict, _describe(tuple(value.items()))
     if isinstance(value, functools.partial):
-        return functools.partial, _describe((value.func, value.args, value.keywords))
-    own = inspect.isfunction(value) and value.__module__.startswith("optax.")
-    if not own:
-        return _ById(value)
+        named = tuple(value.keywords.items())
+        return functools.partial, _describe((value.func, value.args, named))
+    function = getattr(value, "__wrapped__", value) if hasattr(value, "lower") else value
+    if not inspect.isfunction(function):
+        raise _Unknown
+    code = function.__code__
+    if not code.co_filename.startswith(LIBRARIES):
+        raise _Unknown
     # a cell without contents is one of a name that has no value
-    full = [cell for cell in value.__closure__ or () if cell != CellType()]
+    full = [cell for cell in function.__closure__ or () if cell != CellType()]
     cells = tuple(cell.cell_contents for cell in full)
     if any(cell is value for cell in cells):
-        return _ById(value)
-    return value.__code__, _describe((cells, value.__defaults__, value.__kwdefaults__))
+        raise _Unknown
+    named = tuple((function.__kwdefaults__ or {}).items())
+    return code, _describe((cells, function.__defaults__, named))
 
 
 class _Known:
@@ -197,7 +198,10 @@ def known_optimizer(optimizer: Any) -> Any:
     >>> known_optimizer(optax.adam(0.1)) is known_optimizer(optax.adam(0.1))
     True
     """
-    return _first_equal(_Known(optimizer))
+    try:
+        return _first_equal(_Known(optimizer))
+    except _Unknown:
+        return optimizer
 
 
 class Average(NamedTuple):
@@ -216,7 +220,7 @@ def with_average(
     Args:
         optimizer: any.
         decay: what is left of the average after a step, `average = decay average + (1 - decay) p`.
-            It begins with the first params.
+            It begins with the first params, and is kept in float32 at least.
 
     Returns:
         An optimiser whose state is an `Average`.
@@ -230,13 +234,13 @@ def with_average(
     inner = optax.with_extra_args_support(optimizer)
 
     def start(params):
-        return Average(inner.init(params), jax.tree.map(jnp.asarray, params))
+        return Average(inner.init(params), jax.tree.map(lambda p: widen(jnp.asarray(p)), params))
 
     def update(updates, state, params=None, **extra):
         updates, own = inner.update(updates, state.optimizer, params, **extra)
         if params is None:
             raise ValueError("An average of params needs them: pass `params` to `update`.")
-        after = optax.apply_updates(params, updates)
+        after = jax.tree.map(widen, optax.apply_updates(params, updates))
         average = optax.incremental_update(after, state.params, 1 - decay)
         return updates, Average(own, average)
 
@@ -597,7 +601,7 @@ def batches_of(
     for i, batch in enumerate(_together(rest, epoch, first, loop.placement), first):
         place = f"batch {i} of epoch {epoch}"
         with _validate.inside(place):
-            whole = check_values(_as_arrays(batch), place)
+            whole = jax.tree.map(_copy, check_values(_as_arrays(batch), place))
             if whole[1].shape[0] != batch_size:
                 whole = padded(whole, batch_size)
             shape = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(whole))
@@ -608,6 +612,11 @@ def batches_of(
             given = whole if whole[2] is not None else whole[:2]
             whole = place_batch(loop.placement.mesh, given)
         yield whole
+
+
+def _copy(leaf):
+    """A copy of a NumPy array: JAX may read it in place, while a loader fills it anew."""
+    return leaf.copy() if isinstance(leaf, np.ndarray) else leaf
 
 
 def _together(batches, epoch, first, placement):

@@ -22,7 +22,7 @@ from jax import lax
 from jax.sharding import Mesh
 
 from fnn import _validate
-from fnn.checkpoint import Checkpointer
+from fnn.checkpoint import Checkpointer, CheckpointError
 from fnn.factors import widen
 from fnn.factors.base import sum_leaves
 from fnn.sharding import Plan, place, placed_order, placed_state
@@ -103,8 +103,8 @@ def fit(
         rule: what turns a batch into a loss and an update direction: `fnn.rules.backprop(net,
             loss)`, ...
         optimizer: any optax optimiser; a schedule counts steps. One that asks for `value`, `grad`
-            or `value_fn` gets them from the rule, on the batch of the step. Equal ones of optax's
-            own functions and numbers compile once; one with a schedule of yours, build once.
+            or `value_fn` gets them from the rule, on the batch of the step. Equal ones of optax
+            with numbers for settings compile once; one with a function or an array, build once.
         params: where to start; they are not changed. With `state`, params like those in it.
         data: `(x, targets)` or `(x, targets, weights)`, arrays `[examples, ...]`, kept on the
             device; or an iterable of such tuples, one a batch of at most `batch_size`, gone through
@@ -179,9 +179,10 @@ def fit(
     optimizer, choose = _choose_params(known_optimizer(optimizer), ema, evaluation_params)
     rule_key, order_key = jax.random.split(key)
     data, validation = _check_both(rule, params, data, validation, batch_size, length)
-    settings = _settings(rule, data, validation, batch_size, sampler, record, record_every)
+    settings = _settings(rule, data, validation, batch_size, sampler, record, record_every, ema)
     _check_best(checkpoint, rule, validation)
     first, placement = _first_state(rule, optimizer, params, rule_key, state, mesh, plan)
+    _check_choice(choose, first)
     if mesh is not None:
         data = place(mesh, data) if isinstance(data, tuple) else data
         validation = jax.device_get(validation)  # `evaluate` puts it where the params are
@@ -198,7 +199,9 @@ def fit(
         if saver is not None:
             settings |= _fingerprints(loop, first, data, batch_size)
         limit = length.epochs or 2**62
-        begun = begin(checkpoint, saver, first, key, settings, limit)
+        own = None if ema is None and evaluation_params is None else choose
+        begun = begin(checkpoint, saver, first, key, settings, limit, own)
+        _check_steps(checkpoint, length, begun.log)
         training = Training(*begun, length, callback, measure if validation is not None else None)
         del first, begun  # so that nothing holds the first state while others follow
         state, log = training.run(parts)
@@ -339,6 +342,9 @@ class Training:
         """
         log = self.log
         try:
+            if log.at_hand and self.length.left(log) == 0:  # a run that is done, read again
+                self.keep = None
+                self._end_epoch()
             while not (self.ended or self.length.is_over(log)):
                 left = self.length.left(log)
                 for part in parts(self.state, len(log.loss), log.at_hand, left):
@@ -353,7 +359,7 @@ class Training:
         except NonFiniteStep as stop:
             raise _non_finite(stop, log) from None
         except BaseException as error:
-            if getattr(error, "params", None) is None:
+            if getattr(error, "params", None) is None and log.is_whole:
                 error.params = self.state.params  # pyright: ignore[reportAttributeAccessIssue]
                 error.history = history(log, self.state)  # pyright: ignore[reportAttributeAccessIssue]
             raise
@@ -373,10 +379,19 @@ class Training:
             log.validation.append(self.measure(self.state))
             for name, value in log.validation[-1].items():
                 metrics[f"validation_{name}"] = value
-        self.ended = self.callback is not None and bool(self.callback(epoch, metrics))
+        self.ended = self.callback is not None and _is_true(self.callback(epoch, metrics))
         if self.keep is not None:
             last = self.length.is_over(log)
             self.keep(self.state, log, metrics, last=last, ended=self.ended)
+
+
+def _is_true(answer):
+    """Whether a callback stops the training."""
+    if np.size(answer) != 1 and answer is not None and hasattr(answer, "dtype"):
+        raise ValueError(
+            f"`callback` must return one bool, got an array {np.shape(answer)}. Take its `.all()`."
+        )
+    return bool(answer)
 
 
 def _no_batch(log, length):
@@ -573,12 +588,38 @@ def _choose_params(optimizer, ema, evaluation_params):
         _validate.positive("ema", ema)
         if ema >= 1:
             raise ValueError(f"`ema` must be below 1, got {ema!r}. A usual decay is 0.999.")
-        return with_average(optimizer, float(ema)), lambda state: state.optimizer.params
+
+        def average(state):
+            return jax.tree.map(
+                lambda a, p: a.astype(p.dtype), state.optimizer.params, state.params
+            )
+
+        return with_average(optimizer, float(ema)), average
     if evaluation_params is None:
         return optimizer, lambda state: state.params
     form = "(optimizer_state, params) -> params"
     _validate.is_function("evaluation_params", evaluation_params, form)
     return optimizer, lambda state: evaluation_params(state.optimizer, state.params)
+
+
+def _check_choice(choose, state):
+    """Raises unless the params to measure are like those that are trained."""
+    try:
+        found = jax.eval_shape(choose, state)
+    except (AttributeError, TypeError, ValueError) as error:
+        error.add_note("`evaluation_params(optimizer_state, params)` raised this.")
+        raise
+    if jax.tree.structure(found) != jax.tree.structure(state.params):
+        raise ValueError("`evaluation_params` must return a tree like the params.")
+
+
+def _check_steps(checkpoint, length, log):
+    """Raises where a checkpoint has more steps than the training is to have."""
+    if length.steps is not None and log.steps > length.steps:
+        raise CheckpointError(
+            checkpoint.folder,
+            f"is of {log.steps} steps, but `steps` is {length.steps}. Pass more of them.",
+        )
 
 
 def _first_state(rule, optimizer, params, key, given, mesh, plan):
@@ -651,7 +692,7 @@ def _length(epochs, steps) -> Length:
     return Length(epochs, steps)
 
 
-def _settings(rule, data, validation, batch_size, sampler, record, every) -> dict[str, Any]:
+def _settings(rule, data, validation, batch_size, sampler, record, every, ema) -> dict[str, Any]:
     """What a training that goes on must share with the one that began, as JSON has it."""
     settings = {
         "rule": str(rule),
@@ -661,7 +702,10 @@ def _settings(rule, data, validation, batch_size, sampler, record, every) -> dic
         "sampler": getattr(sampler, "__name__", "a sampler"),
         "records": record is not None,
         "record_every": int(every),
+        "ema": ema,
     }
+    if validation is not None:
+        settings["validation"] = data_fingerprint(validation)
     if isinstance(data, tuple):
         settings["examples"] = len(data[1])
     return settings

@@ -42,6 +42,11 @@ class Log:
     steps: int = 0  # in all
     at_hand: int = 0  # steps of the current epoch
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether all that was recorded is of one kind."""
+        return len({len(leaves) for leaves in self.records}) <= 1
+
 
 def add(log: Log, losses: np.ndarray, counts: np.ndarray, records: Any) -> None:
     """Adds some steps of the current epoch; `records` is None where nothing was recorded."""
@@ -50,7 +55,14 @@ def add(log: Log, losses: np.ndarray, counts: np.ndarray, records: Any) -> None:
     log.steps += len(losses)
     log.at_hand += len(losses)
     if records is not None:
-        leaves, log.structure = jax.tree.flatten(records)
+        leaves, structure = jax.tree.flatten(records)
+        shapes = [a.shape[1:] for a in leaves]
+        if log.records and [a.shape[1:] for a in log.records[-1]] != shapes:
+            raise ValueError(
+                "`record` returns other arrays than it did before in this run, of shapes "
+                f"{shapes}. Pass the function that the run began with, or another folder."
+            )
+        log.structure = structure
         log.records.append(leaves)
 
 
