@@ -184,14 +184,14 @@ def test_every_optimizer_takes_the_steps_of_a_plain_loop(name, x64):
     optimizer = OPTIMIZERS[name]
     weights = np.array([0, 1, 2, 0.5] * 6)[:22]
     data = X.astype(float), T, weights
-    params = jax.tree.map(lambda p: p.astype(float), PARAMS)
-    found, _ = fit(optimizer, data, params, epochs=1, batch_size=5)
+    net = fnn.dense(5, 3)
+    params = net.init(KEY)
+    settings = {"epochs": 1, "batch_size": 5, "key": KEY, "sampler": in_order}
+    found, _ = fnn.fit(rules.backprop(net, LOSS), optimizer, params, data, **settings)
 
     def loss(params, x, t, w, **_):
-        h = jnp.tanh(x @ params[0][0].w + params[0][0].b[None])
-        values = optax.softmax_cross_entropy_with_integer_labels(
-            h @ params[1].w + params[1].b[None], t
-        )
+        outputs = x @ params.w + params.b[None]
+        values = optax.softmax_cross_entropy_with_integer_labels(outputs, t)
         return (w * values).sum() / w.sum()
 
     update = optax.with_extra_args_support(optimizer).update
