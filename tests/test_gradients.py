@@ -10,7 +10,7 @@ import fnn
 from fnn import losses
 from fnn.nets.activations import ACTIVATIONS
 
-NETS = range(160)
+NETS = range(120)
 KINKED = {
     "step",
     "relu",
