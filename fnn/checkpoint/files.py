@@ -36,8 +36,10 @@ PREFIX, UNFINISHED, REPLACED = "step-", ".unfinished-", ".replaced-"
 # The dtypes that a manifest knows, and how the file stores those that are not NumPy's.
 NUMBERS = {"Python bool": "bool", "Python int": "int64", "Python float": "float64"}
 KEYS = {"key<fry>": "threefry2x32", "key<rbg>": "rbg", "key<urbg>": "unsafe_rbg"}
-DTYPES = "bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64 bfloat16"
-DTYPES = (*DTYPES.split(), "float8_e4m3fn", "float8_e5m2", "complex64")
+DTYPES = (
+    *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
+    *("float16", "float32", "float64", "bfloat16", "float8_e4m3fn", "float8_e5m2", "complex64"),
+)
 STORED = NUMBERS | dict.fromkeys(KEYS, "uint32") | {name: name for name in DTYPES}
 Folder = str | os.PathLike[str]
 # What `restore_params` makes of a list of children.

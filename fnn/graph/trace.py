@@ -11,17 +11,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Literal, primitives
+from jax.extend.core import Literal, primitives
 from jaxtyping import PyTree, Shaped
 
 from fnn import _validate
 from fnn.graph.gates import find_gate
 from fnn.graph.sweep import Graph, Node
 from fnn.graph.text import write_value
-from fnn.tracing.jaxprs import apply_equation
+from fnn.tracing.jaxprs import CALLS, apply_equation, open_jaxpr
 from fnn.types import Array
 
-CALLS = (primitives.jit_p.name, primitives.remat_p.name)
 CUSTOM = (primitives.custom_jvp_call_p.name, primitives.custom_vjp_call_p.name)
 _SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 
@@ -125,10 +124,8 @@ def _evaluate_equation(eqn, inputs, nodes):
     """The nodes of the outputs of an equation."""
     name = eqn.primitive.name
     if name in CALLS:
-        inner = eqn.params["jaxpr"]
-        if isinstance(inner, ClosedJaxpr):
-            return _evaluate(inner.jaxpr, inner.consts, inputs, nodes)
-        return _evaluate(inner, (), inputs, nodes)  # that of `remat`
+        jaxpr, consts = open_jaxpr(eqn.params[CALLS[name]])
+        return _evaluate(jaxpr, consts, inputs, nodes)
     if name == "convert_element_type":
         _check_real(inputs[0], eqn.params["new_dtype"])
         if inputs[0].value.dtype == eqn.params["new_dtype"]:

@@ -30,9 +30,19 @@ def all_equations(jaxpr: Any) -> Iterator[Equation]:
     """The equations of a jaxpr, and those of the jaxprs inside it."""
     for eqn in open_jaxpr(jaxpr)[0].eqns:
         yield eqn
-        for inner in jax.tree.leaves([*eqn.params.values()]):
-            if isinstance(inner, (ClosedJaxpr, Jaxpr)):
-                yield from all_equations(inner)
+        for inner in inner_jaxprs(eqn):
+            yield from all_equations(inner)
+
+
+def has_primitive(jaxpr: Any, name: str) -> bool:
+    """Whether an equation of a jaxpr, or of one inside it, is of this primitive."""
+    return any(eqn.primitive.name == name for eqn in all_equations(jaxpr))
+
+
+def inner_jaxprs(eqn: Equation) -> list[Any]:
+    """The jaxprs that an equation holds: of a call, a loop, or the like."""
+    values = jax.tree.leaves(list(eqn.params.values()))
+    return [value for value in values if isinstance(value, (ClosedJaxpr, Jaxpr))]
 
 
 def apply_equation(eqn: Equation, *values: Any) -> list[Any]:

@@ -12,13 +12,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Jaxpr, Literal
 
 from fnn.factors.base import sum_leaves
-from fnn.tracing.jaxprs import CALLS, Atom, Equation, apply_equation, open_jaxpr
+from fnn.tracing.jaxprs import CALLS, Atom, Equation, apply_equation, inner_jaxprs, open_jaxpr
 from fnn.tracing.terms import Chain, Constant, Product, Shared
 from fnn.types import Array
 
@@ -98,7 +97,7 @@ class Scope:
         if name in PRODUCTS and not all(map(self.is_mapped, eqn.invars)):
             return ""  # an error that a weight carries back, say
         larger = eqn.outvars[0].aval.size > sum(map(self.count_sources, eqn.invars))
-        return name if larger or has_jaxpr(eqn) else ""
+        return name if larger or inner_jaxprs(eqn) else ""
 
     def count_sources(self, atom: Atom) -> Any:
         """How many numbers that differ between examples it is made of."""
@@ -248,12 +247,6 @@ def fresh_product(value: Array, why: str = "") -> Product:
     labels = tuple(range(value.ndim))
     out = tuple((k,) if n > 1 else () for k, n in zip(labels, value.shape, strict=True))
     return Product((value,), (labels,), out, dtype=value.dtype, why=why)
-
-
-def has_jaxpr(eqn: Equation) -> bool:
-    """Whether an equation is a call, a loop, or the like."""
-    values = jax.tree.leaves(list(eqn.params.values()))
-    return any(isinstance(getattr(v, "jaxpr", v), Jaxpr) for v in values)
 
 
 def add_terms(terms: list[Any], more: list[Any]) -> list[Any]:

@@ -23,17 +23,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.extend.core import ClosedJaxpr
 
 from fnn import checkpoint
 from fnn._processes import greatest, on_host
 from fnn.checkpoint import Checkpointer, CheckpointError, Stopped
 from fnn.checkpoint.files import MANIFEST, difference, find, local
 from fnn.checkpoint.running import Saver, saving
-from fnn.tracing.jaxprs import all_equations
+from fnn.tracing.jaxprs import all_equations, inner_jaxprs
 from fnn.training import history
-from fnn.training.epoch import TrainState, update_of
-from fnn.training.history import Log
+from fnn.training.epoch import TrainState
+from fnn.training.history import Length, Log
+from fnn.training.optimizers import update_of
 from fnn.types import Key, Rule
 
 SAMPLED_BYTES = 2**22  # of an array, for its fingerprint
@@ -45,7 +45,7 @@ class Begun(NamedTuple):
     state: TrainState
     log: Log
     ended: bool  # its callback has stopped it
-    keep: Callable[..., None]  # (state, log, metrics=None, last=False, ended=False)
+    keep: Callable[..., None] | None  # (state, log, metrics=None, last=False, ended=False)
 
 
 def saver_of(checkpointer: Checkpointer | None) -> contextlib.AbstractContextManager[Saver | None]:
@@ -71,7 +71,7 @@ def begin(
     state: TrainState,
     key: Key,
     settings: dict[str, Any],
-    epochs: int,
+    length: Length,
     choose: Callable[[TrainState], Any] | None = None,
 ) -> Begun:
     """Where a training goes on.
@@ -84,20 +84,20 @@ def begin(
         state: that before the first step, as it was then.
         key: `fit`'s.
         settings: what must be as it was, by name, as JSON has it.
-        epochs: `fit`'s.
+        length: of the training.
         choose: `(state) -> params` that `fit` returns, where these are not the state's.
 
     Returns:
         `(state, log, ended, keep)`. `keep(state, log)` after some steps saves where it is time;
         `keep(state, log, metrics, last, ended)` after an epoch saves every so many epochs. Both
         save, and raise `Stopped`, where the process was told to stop. Where a save failed they
-        raise a `CheckpointError`.
+        raise a `CheckpointError`. `keep` is None for a training without checkpoints.
 
     Raises:
         CheckpointError: what is there is damaged, or is of another training.
     """
     if checkpointer is None or saver is None:
-        return Begun(state, Log(), False, lambda *args, **kwargs: None)
+        return Begun(state, Log(), False, None)
     newest = max(checkpoint.steps(checkpointer.folder), default=-1)
     if greatest(newest) != [newest]:
         raise CheckpointError(
@@ -108,7 +108,7 @@ def begin(
     settings = settings | {"key": digest.hexdigest()[:16]}
     log, metadata = Log(), {}
     if newest >= 0:
-        state, log, metadata = _restore(checkpointer, state, settings, epochs, choose)
+        state, log, metadata = _restore(checkpointer, state, settings, length, choose)
     best_step = None
     if metadata.get("best") == [checkpointer.best, checkpointer.mode]:
         best_step = metadata["best_step"]
@@ -187,7 +187,7 @@ def _restore(
     checkpointer: Checkpointer,
     state: TrainState,
     settings: dict[str, Any],
-    epochs: int,
+    length: Length,
     choose: Callable[[TrainState], Any] | None,
 ) -> tuple[TrainState, Log, dict[str, Any]]:
     """Where the newest checkpoint of a run is, if it is of this training, and its metadata."""
@@ -197,20 +197,21 @@ def _restore(
     if metadata.get("of") != "fit":
         raise CheckpointError(path, "is no checkpoint of `fit`. Give each training its own folder.")
     names, leaves = dict.fromkeys(metadata["measures"], ...), [...] * metadata["recorded"]
-    log = {"loss": ..., "validation": names, "step_loss": ..., "counts": ..., "records": leaves}
-    like: dict[str, Any] = {"state": state, "log": log}
+    parts = {"loss": ..., "validation": names, "step_loss": ..., "counts": ..., "records": leaves}
+    like: dict[str, Any] = {"state": state, "log": parts}
     if choose is not None:
         like["result"] = jax.eval_shape(choose, state)
     _check_settings(checkpointer, path, metadata["settings"], settings, difference(manifest, like))
-    done, more = metadata["epoch"], metadata["step_in_epoch"]
-    if done + (more > 0) > epochs:
-        reason = f"is of {done} epochs and {more} steps, but `epochs` is {epochs}. "
-        raise CheckpointError(path, f"{reason}Pass more epochs, or another folder.")
-    if metadata["ended"] or done == epochs:
-        finished = f"{checkpointer.folder}: this run is finished after {done} epochs."
-        print(f"{finished} Its settings: {metadata['settings']}.", file=sys.stderr)
     tree = checkpoint.restore(path, like)
-    return tree["state"], history.from_tree(tree["log"]), metadata
+    log = history.from_tree(tree["log"])
+    if length.is_passed(log):
+        done = f"{len(log.loss)} epochs and {log.at_hand} steps ({log.steps} steps in all)"
+        reason = f"is of {done}, but {length}. "
+        raise CheckpointError(path, f"{reason}Pass more, or another folder.")
+    if metadata["ended"] or length.is_over(log):
+        finished = f"{checkpointer.folder}: this run is finished after {log.steps} steps."
+        print(f"{finished} Its settings: {metadata['settings']}.", file=sys.stderr)
+    return tree["state"], log, metadata
 
 
 def _check_settings(
@@ -295,9 +296,8 @@ def _constants(program: Any) -> Iterator[Any]:
     """The constants of a jaxpr, and of those inside it."""
     yield from program.consts
     for eqn in all_equations(program):
-        for inner in jax.tree.leaves([*eqn.params.values()]):
-            if isinstance(inner, ClosedJaxpr):
-                yield from inner.consts
+        for inner in inner_jaxprs(eqn):
+            yield from getattr(inner, "consts", ())
 
 
 def data_fingerprint(data: tuple[Any, ...]) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from fnn import _validate
 from fnn.factors import widen
 from fnn.rules.private_sgd import CUT_OFF
-from fnn.types import Array, Key, Params, Rule
+from fnn.types import Key, Params, Rule
 
 # (seed, examples, batch_size) -> (rows, present), as `shuffled_batches`
 Sampler = Callable[[Any, int, int], tuple[Any, Any]]
@@ -65,7 +65,7 @@ def check_data(
         )
     if weights is not None and not (weights > 0).any():
         raise ValueError("`weights` must not be all 0: no example would count.")
-    check_targets(rule, shape_outputs(rule, params, x), targets)
+    check_targets(rule, trace_predict(rule, params, x).out_info, targets)
     _check_indices(rule, params, x)
     return jax.tree.map(jnp.asarray, batch)
 
@@ -110,14 +110,17 @@ def leaves_of(x: Any) -> list[tuple[Any, Any]]:
     return jax.tree_util.tree_leaves_with_path(x, is_leaf=lambda leaf: hasattr(leaf, "dtype"))
 
 
-def shape_outputs(rule: Rule, params: Params, x: Any) -> Any:
-    """The shape and dtype of the outputs of a net; raises where x does not fit the params."""
+def trace_predict(rule: Rule, params: Params, x: Any) -> jax.stages.Traced:
+    """The program of a net, from shapes alone; raises where x does not fit the params.
+
+    Its `out_info` is the shape and dtype of the outputs. JAX traces it once for equal shapes.
+    """
 
     def shape(leaf):
         dtype = leaf.dtype if isinstance(leaf, jax.Array) else _validate.canonical_dtype(leaf)
         return jax.ShapeDtypeStruct(leaf.shape, dtype)
 
-    return jax.eval_shape(rule.predict, params, jax.tree.map(shape, x))
+    return jax.jit(rule.predict).trace(params, jax.tree.map(shape, x))
 
 
 def check_targets(rule: Rule, outputs: Any, targets: Any) -> None:
@@ -346,11 +349,6 @@ def own_batches(
     return batches
 
 
-def take(tree: Any, rows: Array) -> Any:
-    """Rows that are known to exist, of every array of a tree."""
-    return jax.tree.map(lambda a: a.at[rows].get(mode="promise_in_bounds"), tree)
-
-
 def check_rule(rule: Any) -> None:
     """Raises a TypeError unless `rule` is a `Rule`."""
     if not isinstance(rule, Rule):
@@ -381,3 +379,91 @@ def check_batches(data: Any, epochs: int) -> None:
             f"but `epochs` is {epochs}. "
             "Pass a list, or a function of the epoch that returns one: `lambda epoch: ...`."
         )
+
+
+def check_record(record: Any, every: Any) -> None:
+    """Raises unless `record` is a function that can be compiled in, and its stride a number."""
+    if record is not None:
+        form = "(params, rule_state, x, targets, weights) -> tree of arrays"
+        _validate.is_function("record", record, form)
+        _validate.hashable("record", record)
+    _validate.positive("record_every", every, whole=True)
+
+
+def check_settings(rule: Any, optimizer: Any, batch_size: Any, callback: Any) -> None:
+    """Raises unless rule, optimiser, the size of a batch and the callback are valid."""
+    check_rule(rule)
+    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+        raise TypeError(
+            f"`optimizer` must be an optax optimiser, got {optimizer!r}. "
+            "Make one: `optax.sgd(0.1)`."
+        )
+    for name, value in (("rule", rule), ("optimizer", optimizer)):
+        _validate.hashable(name, value)
+    _validate.positive("batch_size", batch_size, whole=True)
+    if callback is not None:
+        _validate.is_function("callback", callback, "(epoch, metrics) -> stop")
+
+
+def check_many(
+    rule: Any, optimizer: Any, batch_size: Any, callback: Any, keys: Any, rates: Any
+) -> None:
+    """Raises unless the arguments of `fit_many` are valid."""
+    if not (hasattr(keys, "dtype") and jnp.issubdtype(keys.dtype, jax.dtypes.prng_key)):
+        raise TypeError(
+            f"`keys` must be an array of keys from `jax.random.split(key, nets)`, got {keys!r:.80}."
+        )
+    if keys.ndim != 1 or not keys.size:
+        raise ValueError(
+            f"`keys` must be one key per net, [nets], got shape {keys.shape}. "
+            "Pass `jax.random.split(key, nets)`."
+        )
+    if rates is None:
+        check_settings(rule, optimizer, batch_size, callback)
+        return
+    _validate.is_float("learning_rates", rates)
+    if not callable(optimizer):
+        raise TypeError(
+            "`optimizer` must be a function rate -> optimiser where `learning_rates` are given, "
+            f"got {optimizer!r}. Pass `optax.sgd`."
+        )
+    if rates.shape != keys.shape or not bool(((rates > 0) & jnp.isfinite(rates)).all()):
+        raise ValueError(
+            f"`learning_rates` must be one finite number above 0 per key, {keys.shape}, "
+            f"got {rates}."
+        )
+    check_settings(rule, optimizer(0.1), batch_size, callback)
+
+
+def check_best(checkpoint: Any, rule: Rule, validation: Any) -> None:
+    """Raises unless the metric by which the best checkpoint is chosen will be there."""
+    best = getattr(checkpoint, "best", None)
+    measured = ["loss"]
+    if validation is not None:
+        measured.append("validation_loss")
+        if rule.loss.correct is not None:
+            measured.append("validation_accuracy")
+    if best is not None and best not in measured:
+        raise ValueError(
+            f"`best` of `checkpoint` must be a metric of this training, {', '.join(measured)}; "
+            f"got {best!r}."
+        )
+
+
+def check_both(
+    rule: Rule, params: Params, data: Any, validation: Any, batch_size: int, epochs: int
+) -> tuple[Any, Any]:
+    """The data and the validation data, checked; batches of an iterable are as they come."""
+    if isinstance(data, tuple):
+        data = check_data(rule, params, data, batch_size=batch_size)
+    else:
+        check_batches(data, epochs)
+    return data, check_validation(rule, params, validation)
+
+
+def check_validation(rule: Rule, params: Params, validation: Any) -> Any:
+    """The validation data, checked; None without."""
+    if validation is None:
+        return None
+    with _validate.inside("`validation`"):
+        return check_data(rule, params, validation, name="validation")

@@ -12,7 +12,7 @@ import functools
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,16 +22,21 @@ from jax import lax
 from jax.sharding import Mesh
 
 from fnn import _validate
-from fnn.checkpoint import Checkpointer, CheckpointError
+from fnn.checkpoint import Checkpointer
 from fnn.factors import widen
 from fnn.factors.base import sum_leaves
 from fnn.sharding import Plan, place, placed_order, placed_state
 from fnn.training.checkpointing import begin, data_fingerprint, fingerprints, saver_of
 from fnn.training.data import (
     Sampler,
-    check_batches,
+    check_best,
+    check_both,
     check_data,
+    check_many,
+    check_record,
     check_rule,
+    check_settings,
+    check_validation,
     drawn,
     epoch_seeds,
     shuffled_batches,
@@ -45,13 +50,12 @@ from fnn.training.epoch import (
     batches_of,
     init,
     is_faster_alone,
-    known_optimizer,
     paced,
     run_arrays,
     run_batches,
-    with_average,
 )
-from fnn.training.history import History, Log, add, end_epoch, history
+from fnn.training.history import History, Length, Log, add, end_epoch, history
+from fnn.training.optimizers import known_optimizer, with_average
 from fnn.types import Array, ArrayLike, Key, Params, Rule
 
 Callback = Callable[[int, dict[str, Any]], Any]
@@ -130,12 +134,12 @@ def fit(
         checkpoint: a `fnn.checkpoint.Checkpointer`. The training saves into its folder and, where
             that has a checkpoint, goes on from it: called again with the same arguments, or more
             epochs, it gives bit for bit what a training that never stopped gives. Another
-            training (settings, key, the programs of rule and optimiser with all their numbers,
-            and arrays of data) is refused, unless the `Checkpointer` has `on_change="warn"`. The
-            first batch of an iterable is read once more for it. SIGTERM and Ctrl-C finish the step
-            and save.
-            `callback` is called anew for an epoch whose checkpoint was not finished; one that it
-            has stopped has ended.
+            training (settings, key, the programs of rule and optimiser with all their numbers, a
+            sample of the rows of arrays) is refused, unless the `Checkpointer` has
+            `on_change="warn"`. For it the first batch of an iterable is read once more; the values
+            of its batches are not compared. SIGTERM and Ctrl-C finish the step and save. `callback`
+            is called again for an epoch whose checkpoint was not finished. A training that
+            `callback` has stopped has ended.
         mesh: of `fnn.sharding.make_mesh`: batches are split over its axis "data" and filled up by
             rows of weight 0 where it does not divide them; arrays of data are on every device. With
             several processes all call `fit` alike, with the same arrays or each with an iterable of
@@ -172,15 +176,15 @@ def fit(
     >>> history.step_loss.shape
     (6,)
     """
-    _check_settings(rule, optimizer, batch_size, callback)
+    check_settings(rule, optimizer, batch_size, callback)
     length = _length(epochs, steps)
-    _check_record(record, record_every)
+    check_record(record, record_every)
     _validate.is_key("key", key)
     optimizer, choose = _choose_params(known_optimizer(optimizer), ema, evaluation_params)
     rule_key, order_key = jax.random.split(key)
-    data, validation = _check_both(rule, params, data, validation, batch_size, length)
+    data, validation = check_both(rule, params, data, validation, batch_size, epochs or 1)
     settings = _settings(rule, data, validation, batch_size, sampler, record, record_every, ema)
-    _check_best(checkpoint, rule, validation)
+    check_best(checkpoint, rule, validation)
     first, placement = _first_state(rule, optimizer, params, rule_key, state, mesh, plan)
     _check_choice(choose, first)
     if mesh is not None:
@@ -198,10 +202,8 @@ def fit(
     with saver_of(checkpoint) as saver:
         if saver is not None:
             settings |= _fingerprints(loop, first, data, batch_size)
-        limit = length.epochs or 2**62
         own = None if ema is None and evaluation_params is None else choose
-        begun = begin(checkpoint, saver, first, key, settings, limit, own)
-        _check_steps(checkpoint, length, begun.log)
+        begun = begin(checkpoint, saver, first, key, settings, length, own)
         training = Training(*begun, length, callback, measure if validation is not None else None)
         del first, begun  # so that nothing holds the first state while others follow
         state, log = training.run(parts)
@@ -262,13 +264,13 @@ def fit_many(
     >>> history.loss.shape
     (5, 3)
     """
-    _check_many(rule, optimizer, batch_size, callback, keys, learning_rates)
+    check_many(rule, optimizer, batch_size, callback, keys, learning_rates)
     length = _length(epochs, None)
-    _check_record(record, record_every)
+    check_record(record, record_every)
     _validate.is_function("init_params", init_params, "key -> params, such as `net.init`")
     shapes = jax.eval_shape(init_params, keys[0])
     arrays = check_data(rule, shapes, data, batch_size=batch_size)
-    validation = _check_validation(rule, shapes, validation)
+    validation = check_validation(rule, shapes, validation)
     optimizer = known_optimizer(optimizer)
     rates = None if learning_rates is None else jnp.asarray(learning_rates)
     loop = Loop(rule, optimizer, record, int(record_every), nets=True)
@@ -289,23 +291,6 @@ def fit_many(
     del first
     state, log = training.run(parts)
     return state.params, history(log, state, nets=True)
-
-
-class Length(NamedTuple):
-    """How long a training is: one of both is given."""
-
-    epochs: int | None
-    steps: int | None
-
-    def left(self, log: Log) -> int | None:
-        """How many steps are left; None where only epochs count."""
-        return None if self.steps is None else self.steps - log.steps
-
-    def is_over(self, log: Log) -> bool:
-        """Whether nothing is left."""
-        if self.steps is not None:
-            return log.steps >= self.steps
-        return self.epochs is not None and len(log.loss) >= self.epochs
 
 
 @dataclass
@@ -359,9 +344,8 @@ class Training:
         except NonFiniteStep as stop:
             raise _non_finite(stop, log) from None
         except BaseException as error:
-            if getattr(error, "params", None) is None and log.is_whole:
-                error.params = self.state.params  # pyright: ignore[reportAttributeAccessIssue]
-                error.history = history(log, self.state)  # pyright: ignore[reportAttributeAccessIssue]
+            if getattr(error, "params", None) is None:
+                vars(error).update(params=self.state.params, history=history(log, self.state))
             raise
         return self.state, log
 
@@ -613,15 +597,6 @@ def _check_choice(choose, state):
         raise ValueError("`evaluation_params` must return a tree like the params.")
 
 
-def _check_steps(checkpoint, length, log):
-    """Raises where a checkpoint has more steps than the training is to have."""
-    if length.steps is not None and log.steps > length.steps:
-        raise CheckpointError(
-            checkpoint.folder,
-            f"is of {log.steps} steps, but `steps` is {length.steps}. Pass more of them.",
-        )
-
-
 def _first_state(rule, optimizer, params, key, given, mesh, plan):
     """The first state, on the mesh if there is one."""
     if mesh is None and plan is not None:
@@ -697,15 +672,13 @@ def _settings(rule, data, validation, batch_size, sampler, record, every, ema) -
     settings = {
         "rule": str(rule),
         "loss": str(rule.loss),
-        "validation examples": None if validation is None else len(validation[1]),
         "batch_size": int(batch_size),
         "sampler": getattr(sampler, "__name__", "a sampler"),
         "records": record is not None,
         "record_every": int(every),
         "ema": ema,
+        "validation": None if validation is None else data_fingerprint(validation),
     }
-    if validation is not None:
-        settings["validation"] = data_fingerprint(validation)
     if isinstance(data, tuple):
         settings["examples"] = len(data[1])
     return settings
@@ -733,85 +706,3 @@ def _fingerprints(loop, state, data, batch_size):
     weights = jax.ShapeDtypeStruct((2,), jnp.float32)
     programs = fingerprints(loop.rule, loop.optimizer, state, (x, targets, weights))
     return found | {f"program of the {name}": value for name, value in programs.items()}
-
-
-def _check_record(record, every):
-    if record is not None:
-        form = "(params, rule_state, x, targets, weights) -> tree of arrays"
-        _validate.is_function("record", record, form)
-        _validate.hashable("record", record)
-    _validate.positive("record_every", every, whole=True)
-
-
-def _check_settings(rule, optimizer, batch_size, callback):
-    """Raises unless rule, optimiser, the size of a batch and the callback are valid."""
-    check_rule(rule)
-    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
-        raise TypeError(
-            f"`optimizer` must be an optax optimiser, got {optimizer!r}. "
-            "Make one: `optax.sgd(0.1)`."
-        )
-    for name, value in (("rule", rule), ("optimizer", optimizer)):
-        _validate.hashable(name, value)
-    _validate.positive("batch_size", batch_size, whole=True)
-    if callback is not None:
-        _validate.is_function("callback", callback, "(epoch, metrics) -> stop")
-
-
-def _check_many(rule, optimizer, batch_size, callback, keys, rates):
-    """Raises unless the arguments of `fit_many` are valid."""
-    if not (hasattr(keys, "dtype") and jnp.issubdtype(keys.dtype, jax.dtypes.prng_key)):
-        raise TypeError(
-            f"`keys` must be an array of keys from `jax.random.split(key, nets)`, got {keys!r:.80}."
-        )
-    if keys.ndim != 1 or not keys.size:
-        raise ValueError(
-            f"`keys` must be one key per net, [nets], got shape {keys.shape}. "
-            "Pass `jax.random.split(key, nets)`."
-        )
-    if rates is None:
-        _check_settings(rule, optimizer, batch_size, callback)
-        return
-    _validate.is_float("learning_rates", rates)
-    if not callable(optimizer):
-        raise TypeError(
-            "`optimizer` must be a function rate -> optimiser where `learning_rates` are given, "
-            f"got {optimizer!r}. Pass `optax.sgd`."
-        )
-    if rates.shape != keys.shape or not bool(((rates > 0) & jnp.isfinite(rates)).all()):
-        raise ValueError(
-            f"`learning_rates` must be one finite number above 0 per key, {keys.shape}, "
-            f"got {rates}."
-        )
-    _check_settings(rule, optimizer(0.1), batch_size, callback)
-
-
-def _check_best(checkpoint, rule, validation):
-    """Raises unless the metric by which the best checkpoint is chosen will be there."""
-    best = getattr(checkpoint, "best", None)
-    measured = ["loss"]
-    if validation is not None:
-        measured.append("validation_loss")
-        if rule.loss.correct is not None:
-            measured.append("validation_accuracy")
-    if best is not None and best not in measured:
-        raise ValueError(
-            f"`best` of `checkpoint` must be a metric of this training, {', '.join(measured)}; "
-            f"got {best!r}."
-        )
-
-
-def _check_both(rule, params, data, validation, batch_size, length):
-    """The data and the validation data, checked; batches of an iterable are as they come."""
-    if isinstance(data, tuple):
-        data = check_data(rule, params, data, batch_size=batch_size)
-    else:
-        check_batches(data, length.epochs or 1)
-    return data, _check_validation(rule, params, validation)
-
-
-def _check_validation(rule, params, validation):
-    if validation is None:
-        return None
-    with _validate.inside("`validation`"):
-        return check_data(rule, params, validation, name="validation")

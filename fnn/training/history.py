@@ -42,10 +42,34 @@ class Log:
     steps: int = 0  # in all
     at_hand: int = 0  # steps of the current epoch
 
-    @property
-    def is_whole(self) -> bool:
-        """Whether all that was recorded is of one kind."""
-        return len({len(leaves) for leaves in self.records}) <= 1
+
+class Length(NamedTuple):
+    """How long a training is: one of both is given."""
+
+    epochs: int | None
+    steps: int | None
+
+    def __str__(self) -> str:
+        """As in a sentence."""
+        if self.steps is not None:
+            return f"`steps` is {self.steps}"
+        return f"`epochs` is {self.epochs}"
+
+    def left(self, log: Log) -> int | None:
+        """How many steps are left; None where only epochs count."""
+        return None if self.steps is None else self.steps - log.steps
+
+    def is_passed(self, log: Log) -> bool:
+        """Whether the log has more than that."""
+        if self.steps is not None:
+            return log.steps > self.steps
+        return self.epochs is not None and len(log.loss) + (log.at_hand > 0) > self.epochs
+
+    def is_over(self, log: Log) -> bool:
+        """Whether nothing is left."""
+        if self.steps is not None:
+            return log.steps >= self.steps
+        return self.epochs is not None and len(log.loss) >= self.epochs
 
 
 def add(log: Log, losses: np.ndarray, counts: np.ndarray, records: Any) -> None:
